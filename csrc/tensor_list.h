@@ -1,0 +1,71 @@
+// The view that every kernel takes of a list of tensors: memory, filters, lengths, and the blocks that threads share.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace flatops {
+
+enum class DType : int32_t { f32, bf16, f16, f64 };
+
+// A tensor whose filters (slices along dim 0) lie one after the other in memory: `filters` rows of `length` elements.
+// A tensor of one dimension or none is one filter.
+struct Tensor {
+  void* data;              // [filters, length]; what the operator changes, or reads if it changes nothing
+  const void* grad;        // [filters, length] or null; the second operand, of `data`'s dtype
+  void* backup;            // [filters, length] or null; of `data`'s dtype
+  float* fisher;           // [filters], for one-dimensional tensors [length]; or null
+  int64_t filters, length;
+  int64_t first_filter;    // position of filter 0 in per-filter arrays over the whole list
+  uint32_t index;          // the parameter's position in the optimizer: the noise's `tensor`
+  DType dtype;
+  bool one_dim;            // dim() <= 1
+
+  int64_t numel() const { return filters * length; }
+};
+
+// Sums are made by the same rule everywhere: REDUCE elements at a time, LANES running sums, folded by halves (reference.py: total).
+constexpr int64_t REDUCE = 1024, LANES = 128;
+
+// A share of the work for one thread: whole filters, or a part (of whole REDUCEs) of a filter too long for one share.
+constexpr int64_t BLOCK = 32 * REDUCE;
+
+struct Block {
+  int32_t tensor;
+  bool part;               // of a long filter, whose sum needs the parts of other blocks
+  int64_t filter, filters; // [filter, filter + filters)
+  int64_t start, length;   // within the filter
+  int64_t first_sum;       // part: where the sums of its REDUCEs go
+};
+
+struct TensorList {
+  std::vector<Tensor> tensors;
+  std::vector<Block> blocks;
+  int64_t filters = 0;     // in the whole list
+  int64_t sums = 0;        // REDUCEs in all long filters
+
+  // Cuts the list into blocks. With `whole`, a tensor counts as one filter (sums over everything need no filters).
+  void cut(bool whole = false) {
+    blocks.clear();
+    sums = 0;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const Tensor& t = tensors[i];
+      const int64_t filters = whole ? 1 : t.filters, length = whole ? t.numel() : t.length;
+      if (t.numel() == 0) continue;
+      if (whole || length > BLOCK) {
+        for (int64_t f = 0; f < filters; ++f)
+          for (int64_t start = 0; start < length; start += BLOCK) {
+            const int64_t n = std::min(BLOCK, length - start);
+            blocks.push_back({int32_t(i), true, f, 1, start, n, sums});
+            sums += (n + REDUCE - 1) / REDUCE;
+          }
+      } else {
+        const int64_t step = std::max<int64_t>(1, BLOCK / length);
+        for (int64_t f = 0; f < filters; f += step)
+          blocks.push_back({int32_t(i), false, f, std::min(step, filters - f), 0, length, 0});
+      }
+    }
+  }
+};
+
+}  // namespace flatops

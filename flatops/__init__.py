@@ -1,0 +1,2 @@
+from flatops import ops
+from flatops.backend import backend

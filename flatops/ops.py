@@ -1,0 +1,355 @@
+"""The functional layer: multi-tensor operators on lists of parameters, in place, one launch a list, no host sync.
+
+Every function takes `backend=None`: 'reference', 'cpp', or None for the best that serves the tensors' device. All tensors
+of a call lie on one device; dtypes may be mixed among float32, bfloat16, float16 and float64. A **filter** is a slice
+along dim 0 of a tensor of two or more dimensions; a tensor of one dimension or none is one filter.
+
+Numbers that change from step to step (sigma, rho, draw) may be Python numbers or tensors of one element on the
+parameters' device; under torch.compile and in CUDA graphs only tensors can change without a new graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatops.backend import operators
+from flatops.schemas import filters
+
+__all__ = ["ascend_", "filter_fisher_", "filter_norms", "grad_norm", "new_backup", "normal", "perturb_", "restore_"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# --- checks: one set for all backends, before anything changes -------------------------------------------------------------
+
+
+def _check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
+    """Raises unless `tensors` is a list that a kernel can take, and matches `like` where that is given."""
+    if isinstance(tensors, Tensor) or len(tensors) == 0:
+        raise ValueError(f"{name} must be a list of at least one tensor")
+    device = tensors[0].device
+    if like is not None:
+        if len(tensors) != len(like):
+            raise ValueError(f"{name} has {len(tensors)} tensors and params has {len(like)}: they must match")
+        device = like[0].device
+        for i, (t, p) in enumerate(zip(tensors, like)):
+            if t.shape != p.shape or t.dtype != p.dtype:
+                raise ValueError(
+                    f"{name}[{i}] is {tuple(t.shape)} {t.dtype} and params[{i}] is {tuple(p.shape)} {p.dtype}: they must match"
+                )
+    for i, t in enumerate(tensors):
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name}[{i}] is {t.dtype}: expected float32, bfloat16, float16 or float64")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}[{i}] is {t.layout}: expected a dense tensor")
+        if t.device != device:
+            raise ValueError(f"{name}[{i}] is on {t.device} and others are on {device}: one call serves one device")
+
+
+def _check_writable(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raises where two elements share memory: changing one would change the other, and no backup could undo it."""
+    if len({id(t) for t in tensors}) != len(tensors):
+        raise ValueError(f"{name} holds the same tensor twice")
+    for i, t in enumerate(tensors):
+        if not t.is_contiguous() and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)):
+            raise ValueError(f"{name}[{i}] is an expanded tensor: its elements share memory")
+
+
+def _check_fisher(fisher: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    if len(fisher) != len(params):
+        raise ValueError(f"fisher has {len(fisher)} tensors and there are {len(params)} parameters: they must match")
+    for i, (f, p) in enumerate(zip(fisher, params)):
+        if f.dtype != torch.float32 or f.numel() != (p.shape[0] if p.dim() else 1) or not f.is_contiguous():
+            raise ValueError(f"fisher[{i}] must be a contiguous float32 tensor with one entry per slice along dim 0")
+
+
+def _non_negative(name: str, value: float | Tensor) -> None:
+    if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+
+
+def _scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _key(seed: int | Tensor, stream: int, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        return _scalar(seed, device, torch.int64) ^ (stream << 32)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), not {seed}")
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must be an integer in [0, 2**31), not {stream}")
+    key = seed ^ (stream << 32)
+    return _scalar(key - 2**64 if key >= 2**63 else key, device, torch.int64)
+
+
+# --- operators ---------------------------------------------------------------------------------------------------------
+
+
+def normal(
+    shape: Sequence[int],
+    *,
+    seed: int | Tensor,
+    draw: int | Tensor,
+    tensor: int = 0,
+    stream: int = 0,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> Tensor:
+    """The noise itself: standard normals, a pure function of (seed, draw, tensor, filter, offset).
+
+    Philox4x32-10 with key (seed low, seed high xor stream) and counter (offset // 4, filter, tensor, draw), then
+    Box-Muller on its words by pairs. The same bits on every backend, machine and launch shape.
+
+    Args:
+        shape: of the result; dim 0 counts the filters if there are two dimensions or more.
+        seed: integer in [0, 2**64).
+        draw: the count of perturbations so far, modulo 2**32.
+        tensor: the parameter's position in the optimizer.
+        stream: the replica, in [0, 2**31).
+
+    Returns:
+        float32 tensor of `shape`, contiguous; |z| <= 6.56.
+    """
+    device = torch.device(device)
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    operators(device, backend).normal_(
+        out, _key(seed, stream, device), _scalar(draw, device, torch.int64), tensor
+    )
+    return out
+
+
+def filter_norms(params: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """The Euclidean norm of every filter, ||w_f||_2 = sqrt(float32(sum of squares in float64)).
+
+    Args:
+        params: tensors on one device.
+
+    Returns:
+        float32 [filters], the filters of all tensors one after the other.
+    """
+    _check("params", params)
+    return operators(params[0].device, backend).filter_norms(params)
+
+
+def new_backup(params: Sequence[Tensor]) -> list[Tensor]:
+    """Room for the weights that `perturb_` and `ascend_` are about to change: pass it to them and to `restore_`."""
+    return [torch.empty_like(p, requires_grad=False) for p in params]
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    sigma: float | Tensor,
+    *,
+    seed: int | Tensor,
+    draw: int | Tensor,
+    stream: int = 0,
+    eta: float = 0.0,
+    fisher: Sequence[Tensor] | None = None,
+    backup: Sequence[Tensor] | None = None,
+    scales: Tensor | None = None,
+    index: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Adds filter-norm-scaled Gaussian noise in place: random weight perturbation.
+
+    w_f <- w_f + s_f z_f,  s_f = sigma ||w_f||_2,  z = `normal(...)`; with `fisher` (ARWP) s_f is divided by
+    sqrt(1 + eta F_f).
+
+    Args:
+        params: tensors on one device, changed in place.
+        sigma: the noise's standard deviation as a share of the filter's norm, >= 0; typically 0.005 to 0.05.
+        seed, draw, stream: which noise; see `normal`.
+        eta: ARWP's strength, typically 0.1 to 1; used with `fisher` only.
+        fisher: one float32 tensor a parameter, with one entry per slice along dim 0; see `filter_fisher_`.
+        backup: from `new_backup`; filled with the weights as they were.
+        scales: float32 [filters] to write s_f (before ARWP's factor) to; made if left out.
+        index: each parameter's position in the optimizer, the noise's `tensor`; default 0, 1, 2, ...
+
+    Returns:
+        scales, for `restore_` without a backup.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is changed.
+
+    References:
+        Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
+        Li et al.: Revisiting Random Weight Perturbation for Efficiently Improving Generalization. arXiv 2404.00357.
+    """
+    _check("params", params)
+    _check_writable("params", params)
+    _non_negative("sigma", sigma)
+    _non_negative("eta", eta)
+    if backup is not None:
+        _check("backup", backup, params)
+    if fisher is not None:
+        _check_fisher(fisher, params)
+    if index is not None and len(index) != len(params):
+        raise ValueError(f"index has {len(index)} entries and params has {len(params)}: they must match")
+    count = sum(map(filters, params))
+    device = params[0].device
+    if scales is None:
+        scales = torch.empty(count, dtype=torch.float32, device=device)
+    elif scales.shape != (count,) or scales.dtype != torch.float32:
+        raise ValueError(f"scales must be float32 of shape ({count},), not {scales.dtype} {tuple(scales.shape)}")
+    operators(device, backend).perturb_(
+        params,
+        scales,
+        backup or [],
+        _scalar(sigma, device),
+        _key(seed, stream, device),
+        _scalar(draw, device, torch.int64),
+        index if index is not None else list(range(len(params))),
+        fisher or [],
+        eta,
+    )
+    return scales
+
+
+def restore_(
+    params: Sequence[Tensor],
+    *,
+    backup: Sequence[Tensor] | None = None,
+    scales: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    draw: int | Tensor | None = None,
+    stream: int = 0,
+    eta: float = 0.0,
+    fisher: Sequence[Tensor] | None = None,
+    index: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> None:
+    """Undoes `perturb_` or `ascend_` in place: bit for bit from a backup, or `perturb_` alone by drawing the noise again.
+
+    Drawing again stores nothing but one scale a filter, and drifts: about 1.5e-8 relative after one cycle, growing with
+    the square root of their number. It is refused for bfloat16 and float16, where the drift would be 1e-2.
+
+    Args:
+        params: the perturbed tensors, changed in place.
+        backup: what `perturb_` or `ascend_` filled; or
+        scales, seed, draw, stream, eta, fisher, index: what `perturb_` returned and was given.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is changed.
+    """
+    _check("params", params)
+    _check_writable("params", params)
+    device = params[0].device
+    if (backup is None) == (scales is None):
+        raise ValueError("restore_ takes either a backup or scales, seed and draw")
+    if backup is not None:
+        _check("backup", backup, params)
+        operators(device, backend).restore_(params, backup, None, None, None, [], [], 0.0)
+        return
+    if seed is None or draw is None:
+        raise ValueError("restore_ by scales needs the seed and the draw that perturb_ had")
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
+        raise TypeError("bfloat16 and float16 weights cannot be restored by drawing again: give perturb_ a backup")
+    if fisher is not None:
+        _check_fisher(fisher, params)
+    count = sum(map(filters, params))
+    if scales.shape != (count,) or scales.dtype != torch.float32:
+        raise ValueError(f"scales must be float32 of shape ({count},), not {scales.dtype} {tuple(scales.shape)}")
+    operators(device, backend).restore_(
+        params,
+        [],
+        scales,
+        _key(seed, stream, device),
+        _scalar(draw, device, torch.int64),
+        index if index is not None else list(range(len(params))),
+        fisher or [],
+        eta,
+    )
+
+
+def filter_fisher_(
+    fisher: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    beta: float,
+    *,
+    scale: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> None:
+    """ARWP's running Fisher, one number a filter: F_f <- beta F_f + scale^2 sum(g_f^2), in place.
+
+    A decayed sum, not an average: there is no 1 - beta. For tensors of one dimension F is per element. A sum that is not
+    finite leaves F_f as it was.
+
+    Args:
+        fisher: one contiguous float32 tensor a gradient, with one entry per slice along dim 0.
+        grads: gradients at the perturbed weights, on one device.
+        beta: decay in [0, 1], typically 0.99.
+        scale: what the gradients are to be multiplied by, such as one over the loss scale.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is changed.
+
+    References:
+        Li et al.: arXiv 2404.00357.
+    """
+    _check("grads", grads)
+    _check_fisher(fisher, grads)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], not {beta}")
+    device = grads[0].device
+    operators(device, backend).filter_fisher_(fisher, grads, beta, _scalar(scale, device))
+
+
+def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None, *, backend: str | None = None) -> Tensor:
+    """The Euclidean norm over all gradients together, ||g||_2; with `params` that of w g, for ASAM.
+
+    Args:
+        grads: gradients on one device.
+        params: the weights they belong to, in the same order.
+
+    Returns:
+        float64 scalar on the gradients' device; not finite where a gradient is not.
+    """
+    _check("grads", grads, params)
+    return operators(grads[0].device, backend).grad_norm(grads, params if params is not None else [])
+
+
+def ascend_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: float | Tensor,
+    *,
+    norm: Tensor,
+    adaptive: bool = False,
+    backup: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> None:
+    """Climbs along the gradient in place: sharpness-aware minimisation's first step.
+
+    w <- w + rho g / norm; adaptive (ASAM): w <- w + rho w^2 g / norm. Nothing changes where the norm is 0 or not finite.
+
+    Args:
+        params: tensors on one device, changed in place.
+        grads: their gradients, in the same order.
+        rho: the radius, >= 0; typically 0.05 to 0.2, ten times that for ASAM.
+        norm: from `grad_norm`, over all the gradients that the radius is meant for.
+        backup: from `new_backup`; filled with the weights as they were.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is changed.
+
+    References:
+        Foret et al.: Sharpness-Aware Minimization for Efficiently Improving Generalization. arXiv 2010.01412.
+        Kwon et al.: ASAM. arXiv 2102.11600.
+    """
+    _check("params", params)
+    _check_writable("params", params)
+    _check("grads", grads, params)
+    _non_negative("rho", rho)
+    if backup is not None:
+        _check("backup", backup, params)
+    device = params[0].device
+    operators(device, backend).ascend_(
+        params, grads, backup or [], _scalar(rho, device), _scalar(norm, device), adaptive
+    )

@@ -1,0 +1,232 @@
+"""The definition of every operator in plain PyTorch: short, slow, and the oracle of every test.
+
+The other backends give the same bits. Where plain PyTorch does not round as IEEE 754 asks (float32 square roots on a
+CPU) or lacks an operation (a fused multiply-add), this file says how it is made up for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+REDUCE, LANES = 1024, 128  # csrc/tensor_list.h
+
+
+# --- filters -----------------------------------------------------------------------------------------------------------
+
+
+def _by_filter(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """`t` with dim 0 first and the rest in `like`'s storage order: a view, of whatever strides."""
+    like = t if like is None else like
+    return t.permute(sorted(range(t.dim()), key=lambda d: (d > 0, -like.stride(d) if d else 0)))
+
+
+def rows(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """The filters of `t`, [filters, length], each in storage order. A tensor of one dimension or none is one filter."""
+    if t.numel() == 0:
+        return t.new_empty(0, 0)
+    return _by_filter(t, like).reshape(t.shape[0] if t.dim() > 1 else 1, -1)
+
+
+def _write(t: Tensor, new_rows: Tensor) -> None:
+    view = _by_filter(t)
+    view.copy_(new_rows.reshape(view.shape))
+
+
+# --- arithmetic that rounds once ---------------------------------------------------------------------------------------
+
+
+def fma(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """a b + c for float32 values, rounded once.
+
+    The float64 product is exact. The float64 sum is rounded to odd, which keeps what the second rounding, to float32,
+    needs (Boldo and Melquiond, 2008).
+    """
+    p = torch.as_tensor(a, dtype=torch.float32).double() * torch.as_tensor(b, dtype=torch.float32).double()
+    d = torch.as_tensor(c, dtype=torch.float32).double()
+    s = p + d
+    dp = s - d
+    error = (p - dp) + (d - (s - dp))
+    bits = s.view(torch.int64)
+    inexact = (error != 0) & (bits & 1 == 0) & s.isfinite()
+    step = torch.where((error > 0) == (s > 0), 1, -1)
+    return (bits + torch.where(inexact, step, 0)).view(torch.float64).float()
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded float32 square root; PyTorch's own is not, on a CPU."""
+    return x.double().sqrt().float()
+
+
+def total(x: Tensor) -> Tensor:
+    """The float64 sum over the last dimension, in the one order that every backend follows.
+
+    REDUCE elements at a time: element i goes to lane i mod LANES, a lane adds its elements in turn, and the lanes are
+    folded by halves. Then the same over the sums, until one is left.
+    """
+    if x.shape[-1] == 0:
+        return x.new_zeros(x.shape[:-1])
+    while True:
+        step = REDUCE if x.shape[-1] > REDUCE else LANES
+        x = F.pad(x, (0, -x.shape[-1] % step))
+        x = x.unflatten(-1, (-1, min(x.shape[-1], REDUCE) // LANES, LANES))
+        lanes = x[..., 0, :]
+        for k in range(1, x.shape[-2]):
+            lanes = lanes + x[..., k, :]
+        half = LANES // 2
+        while half:
+            lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+            half //= 2
+        x = lanes[..., 0]
+        if x.shape[-1] == 1:
+            return x[..., 0]
+
+
+# --- noise -------------------------------------------------------------------------------------------------------------
+
+_M0, _M1, _W0, _W1, _WORD = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four int64 tensors of 32-bit words in, four out. `key` is an int64 scalar, low word first.
+
+    Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _WORD, (key >> 32) & _WORD
+    for _ in range(10):
+        p0, p1 = _M0 * c0, _M1 * c2  # wraps like an unsigned product, so that all 64 bits are right
+        c0, c1, c2, c3 = (p1 >> 32) & _WORD ^ c1 ^ k0, p1 & _WORD, (p0 >> 32) & _WORD ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
+    return c0, c1, c2, c3
+
+
+def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words become two float32 normals; csrc/gaussian.h tells how, and this follows it step by step."""
+    radius, angle = radius.to(torch.int32), angle.to(torch.int32)  # keeps the low 32 bits
+    sqrt_half = 0x3F3504F3
+    u = ((radius >> 1) & 0x7FFFFFFF | 1).float().view(torch.int32)
+    t = u - (sqrt_half + (31 << 23))
+    e = (t >> 23).float()
+    f = ((t & 0x007FFFFF) + sqrt_half).view(torch.float32) - 1.0
+    q = fma(f, 0.20116034, -0.32527755)
+    for c in (0.34573421, -0.39793965, 0.49932399, -0.66670003, 1.0000091, -2.0):
+        q = fma(q, f, c)
+    r = sqrt(fma(e, -1.3862944, q * f))
+    r = torch.where(angle & 2 != 0, -r, r)
+
+    x = angle.float() * 2.0**-31
+    y = x * x
+    s = fma(y, -3.5877224e-05, 0.0024898719)
+    s = fma(s, y, -0.080745367)
+    s = fma(s, y, 0.78539815) * x
+    c = fma(y, -0.00031888014, 0.015849915)
+    c = fma(c, y, -0.30842425)
+    c = fma(c, y, 0.99999997)
+    odd = angle & 1 != 0
+    return r * torch.where(odd, s, c), r * torch.where(odd, c, s)
+
+
+def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int) -> Tensor:
+    """The noise of one tensor, float32 [filters, length].
+
+    Philox with counter (offset // 4, filter, index, draw); words (0, 1) and (2, 3) become the normals of offsets
+    4 i + (0, 1) and 4 i + (2, 3).
+    """
+    block = torch.arange((length + 3) // 4, device=key.device)[None, :]
+    filter = torch.arange(filters, device=key.device)[:, None]
+    counter = torch.broadcast_tensors(block, filter, torch.full_like(block, index), (draw & _WORD).reshape(1, 1))
+    x0, x1, x2, x3 = philox(counter, key)
+    z = torch.stack([*box_muller(x0, x1), *box_muller(x2, x3)], dim=-1)
+    return z.reshape(filters, 4 * block.numel())[:, :length]
+
+
+# --- operators: one function for each schema in schemas.py ---------------------------------------------------------------
+
+
+def _norms(w: Tensor) -> Tensor:
+    return sqrt(total(w.double().square()).float())
+
+
+def _per_filter(params: list[Tensor], values: Tensor) -> list[Tensor]:
+    return list(values.split([0 if p.numel() == 0 else p.shape[0] if p.dim() > 1 else 1 for p in params]))
+
+
+def _add_noise(p: Tensor, scale: Tensor, key: Tensor, draw: Tensor, index: int, fisher: Tensor | None, eta: float) -> None:
+    w = rows(p)
+    z = normals(*w.shape, key, draw, index)
+    scale = scale[:, None]
+    if fisher is not None:
+        scale = scale / sqrt(fma(eta, fisher, 1.0)).reshape((1, -1) if p.dim() <= 1 else (-1, 1))
+    if p.dtype == torch.float64:
+        _write(p, w + scale.double() * z.double())
+    else:
+        _write(p, fma(scale, z, w.float()))
+
+
+def filter_norms(params: list[Tensor]) -> Tensor:
+    return torch.cat([_norms(rows(p)) for p in params])
+
+
+@torch.no_grad()
+def perturb_(params, scales, backup, sigma, key, draw, index, fisher, eta) -> None:
+    for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
+        if backup:
+            backup[i].copy_(p)
+        scale.copy_(sigma.float() * _norms(rows(p)))
+        if p.numel():
+            _add_noise(p, scale, key, draw, index[i], fisher[i] if fisher else None, eta)
+
+
+@torch.no_grad()
+def restore_(params, backup, scales, key, draw, index, fisher, eta) -> None:
+    if scales is None:
+        for p, b in zip(params, backup):
+            p.copy_(b)
+        return
+    for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
+        if p.numel():
+            _add_noise(p, -scale, key, draw, index[i], fisher[i] if fisher else None, eta)
+
+
+@torch.no_grad()
+def normal_(out: Tensor, key: Tensor, draw: Tensor, index: int) -> None:
+    if out.numel():
+        _write(out, normals(*rows(out).shape, key, draw, index))
+
+
+@torch.no_grad()
+def filter_fisher_(fisher, grads, beta: float, scale: Tensor) -> None:
+    for f, g in zip(fisher, grads):
+        squares = rows(g).double().square()
+        added = scale.square() * (squares.reshape(f.shape) if g.dim() <= 1 else total(squares))
+        f.copy_(torch.where(added.isfinite(), (beta * f.double() + added).float(), f))
+
+
+def grad_norm(grads: list[Tensor], params: list[Tensor]) -> Tensor:
+    def terms(i: int) -> Tensor:
+        if not params:
+            return rows(grads[i]).double()
+        return rows(params[i]).double() * rows(grads[i], like=params[i]).double()
+
+    square = total(torch.stack([total(terms(i).square().reshape(-1)) for i in range(len(grads))]))
+    # The host's square root is correctly rounded; PyTorch's is not, on a CPU.
+    return torch.full_like(square, math.sqrt(square.item()) if square >= 0 else math.nan)
+
+
+@torch.no_grad()
+def ascend_(params, grads, backup, rho, norm, adaptive: bool) -> None:
+    step = torch.where((norm > 0) & norm.isfinite(), rho / norm, 0.0)
+    for i, (p, g) in enumerate(zip(params, grads)):
+        if backup:
+            backup[i].copy_(p)
+        if p.numel() == 0:
+            continue
+        exact = torch.float64 if p.dtype == torch.float64 else torch.float32
+        w, d = rows(p).to(exact), rows(g, like=p).to(exact)
+        d = w * w * d if adaptive else d
+        climbed = w + step * d if exact == torch.float64 else fma(step.float(), d, w)
+        _write(p, torch.where(step == 0, w, climbed))

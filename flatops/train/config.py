@@ -1,0 +1,134 @@
+"""Every option of the training program; a field is a flag of the command line, its docstring the help."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+MethodName = Literal["sgd", "rwp", "mrwp", "arwp", "marwp", "sam", "asam"]
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What `train` and `compare` share: the data, the network, the schedule and the methods' options.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    data: str = "digits"
+    """Data set: digits (scikit-learn's handwritten digits, 8×8, nothing to download)."""
+    model: str = "cnn"
+    """Network: cnn (the built-in four convolutions) or any name that timm knows, such as resnet18."""
+
+    epochs: int = 40
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images in a batch; m-RWP draws two batches of this size for every step."""
+    lr: float = 0.05
+    """Peak learning rate; it falls to 0 along a cosine, step by step."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate first rises linearly (ImageNet: 5)."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty on every parameter (CIFAR: 5e-4, ImageNet: 1e-4)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the classes, 0 to 1 (ImageNet: 0.1)."""
+    label_noise: float = 0.0
+    """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay right."""
+
+    sigma: float | None = None
+    """RWP family: standard deviation of the noise over the norm of its filter (papers: 0.01 on CIFAR, 0.005 on
+    ImageNet). Left out: the method's own default."""
+    sigma_end: float | None = None
+    """RWP family: sigma at the last step, reached along a cosine. Left out: sigma stays as it is."""
+    lam: float | None = None
+    """m-RWP family: weight of the perturbed gradient against the clean one, 0 to 1 (paper: 0.5)."""
+    eta: float | None = None
+    """ARWP family: how strongly the Fisher information of a filter shrinks its noise (paper: 0.1 to 1)."""
+    beta: float | None = None
+    """ARWP family: decay of the Fisher information per step, 0 to 1 (paper: 0.99)."""
+    rho: float | None = None
+    """SAM family: length of the ascent (papers: 0.05 to 0.2 for SAM, ten times that for ASAM)."""
+
+    device: str = "auto"
+    """Where to train: auto (a CUDA device if there is one), cpu, cuda, cuda:1 …"""
+    threads: int | None = None
+    """CPU threads. Left out: 1 for the built-in cnn, too small to share out, and PyTorch's choice otherwise."""
+    bf16: bool = False
+    """Run forward passes in bfloat16 autocast; weights stay float32."""
+    channels_last: bool = False
+    """Keep images and weights in the channels-last layout."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ["epochs", "batch_size"] + ["threads"] * (self.threads is not None)
+        for name in at_least_one:
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
+        for name in ("label_smoothing", "label_noise"):
+            check(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        check(self.warmup_epochs <= self.epochs, f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Recipe):
+    """Train an image classifier with one method."""
+
+    method: MethodName = "sgd"
+    """sgd, rwp (random weight perturbation), mrwp (mixed with the clean gradient), arwp and marwp (noise adapted to the
+    Fisher information), sam (sharpness-aware minimisation), asam (adaptive SAM)."""
+    seed: int = 0
+    """Seed of the weights, the order of the data, the wrong labels and the noise."""
+    output: Path | None = None
+    """Folder of the run, new or empty. Left out: runs/<data>-<model>-<method>-<time>."""
+    resume: Path | None = None
+    """Checkpoint, or folder of a run, to continue. Options left out are then those of that run."""
+    checkpoint_every: int | None = None
+    """Also write the checkpoint every so many steps. Left out: at the end of each epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.seed >= 0, f"seed must not be negative, not {self.seed}")
+        check(self.checkpoint_every is None or self.checkpoint_every >= 1,
+              f"checkpoint_every must be at least 1, not {self.checkpoint_every}")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class CompareConfig(Recipe):
+    """Train several methods over several seeds on one schedule, and compare them."""
+
+    label_noise: float = 0.3
+    """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay right."""
+    methods: tuple[MethodName, ...] = ("sgd", "rwp", "mrwp", "sam")
+    """Methods to compare. Options such as --sigma reach those that know them."""
+    seeds: int = 4
+    """Runs of each method, with seeds 0, 1, 2 …"""
+    output: Path = Path("runs/compare")
+    """Folder of compare.json and compare.png; those of an earlier comparison are replaced."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.seeds >= 1, f"seeds must be at least 1, not {self.seeds}")
+        check(len(set(self.methods)) == len(self.methods) > 0, "methods must name at least one method, each once")
+
+    def run(self, method: str, seed: int, options: tuple[str, ...]) -> TrainConfig:
+        """The run of one method and seed, with those method options that it knows."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        foreign = set(METHOD_OPTIONS) - set(options)
+        return TrainConfig(method=method, seed=seed, **{k: v for k, v in shared.items() if k not in foreign})
+
+
+METHOD_OPTIONS = ("sigma", "sigma_end", "lam", "eta", "beta", "rho")
+
+
+def check(right: bool, message: str) -> None:
+    """Raise ValueError(message) unless `right`."""
+    if not right:
+        raise ValueError(message)
