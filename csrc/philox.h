@@ -37,26 +37,34 @@ FLATOPS_INLINE PhiloxFilter philox_filter(uint64_t key, uint32_t filter, uint32_
   return {splat(uint32_t(p1)), splat(draw ^ k1), splat(uint32_t(p0 >> 32) ^ (k1 + PHILOX_W1)), splat(uint32_t(p0))};
 }
 
-// The four words of N counters (block, filter, tensor, draw); N of them in flight hide the multiplier's latency.
+// N counters (block, filter, tensor, draw) on their way to N times four words; N of them hide the multiplier's latency.
 template <int N>
-FLATOPS_INLINE void philox(const PhiloxKeys& keys, const PhiloxFilter& f, const Word (&block)[N], Word (&out)[4][N]) {
-  const Word m0 = splat(PHILOX_M0), m1 = splat(PHILOX_M1);
-  Word(&c0)[N] = out[0], (&c1)[N] = out[1], (&c2)[N] = out[2], (&c3)[N] = out[3];
-  FLATOPS_UNROLL for (int i = 0; i < N; ++i) {
-    const Wide p0 = mul_wide(m0, block[i]);                  // round 0
-    const Wide p1 = mul_wide(m1, high(p0) ^ f.c2_key);       // round 1
-    c0[i] = high(p1) ^ f.c1 ^ keys.k0[1];
-    c1[i] = low(p1);
-    c2[i] = f.c2 ^ low(p0);
-    c3[i] = f.c3;
-  }
-  FLATOPS_UNROLL for (int r = 2; r < 10; ++r) {
+struct Philox {
+  Word c0[N], c1[N], c2[N], c3[N];
+
+  // Rounds 0 and 1.
+  FLATOPS_INLINE void start(const PhiloxKeys& keys, const PhiloxFilter& f, Word block, uint64_t step) {
+    const Word m0 = splat(PHILOX_M0), m1 = splat(PHILOX_M1);
     FLATOPS_UNROLL for (int i = 0; i < N; ++i) {
-      const Wide p0 = mul_wide(m0, c0[i]), p1 = mul_wide(m1, c2[i]);
-      c0[i] = high(p1) ^ c1[i] ^ keys.k0[r];
+      const Wide p0 = mul_wide(m0, block + i * step);
+      const Wide p1 = mul_wide(m1, high(p0) ^ f.c2_key);
+      c0[i] = high(p1) ^ f.c1 ^ keys.k0[1];
       c1[i] = low(p1);
-      c2[i] = high(p0) ^ c3[i] ^ keys.k1[r];
-      c3[i] = low(p0);
+      c2[i] = f.c2 ^ low(p0);
+      c3[i] = f.c3;
     }
   }
-}
+
+  FLATOPS_INLINE void rounds(const PhiloxKeys& keys, int first, int last) {
+    const Word m0 = splat(PHILOX_M0), m1 = splat(PHILOX_M1);
+    FLATOPS_UNROLL for (int r = first; r < last; ++r) {
+      FLATOPS_UNROLL for (int i = 0; i < N; ++i) {
+        const Wide p0 = mul_wide(m0, c0[i]), p1 = mul_wide(m1, c2[i]);
+        c0[i] = high(p1) ^ c1[i] ^ keys.k0[r];
+        c1[i] = low(p1);
+        c2[i] = high(p0) ^ c3[i] ^ keys.k1[r];
+        c3[i] = low(p0);
+      }
+    }
+  }
+};

@@ -24,7 +24,7 @@ struct Tensor {
   int64_t numel() const { return filters * length; }
 };
 
-// Sums are made by the same rule everywhere: REDUCE elements at a time, LANES running sums, folded by halves (reference.py: total).
+// Sums are made by the same rule everywhere: REDUCE elements at a time, LANES running sums, folded by halves (reference.py: total, sum_squares).
 constexpr int64_t REDUCE = 1024, LANES = 128;
 
 // A share of the work for one thread: whole filters, or a part (of whole REDUCEs) of a filter too long for one share.

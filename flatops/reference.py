@@ -61,6 +61,20 @@ def sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
+def _fold(lanes: Tensor) -> Tensor:
+    half = lanes.shape[-1] // 2
+    while half:
+        lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+        half //= 2
+    return lanes[..., 0]
+
+
+def _by_lanes(x: Tensor) -> Tensor:
+    """[..., n] as [..., sums, steps, LANES], REDUCE elements a sum, zeros where there is nothing."""
+    x = F.pad(x, (0, -x.shape[-1] % (REDUCE if x.shape[-1] > REDUCE else LANES)))
+    return x.unflatten(-1, (-1, min(x.shape[-1], REDUCE) // LANES, LANES))
+
+
 def total(x: Tensor) -> Tensor:
     """The float64 sum over the last dimension, in the one order that every backend follows.
 
@@ -69,20 +83,24 @@ def total(x: Tensor) -> Tensor:
     """
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
-    while True:
-        step = REDUCE if x.shape[-1] > REDUCE else LANES
-        x = F.pad(x, (0, -x.shape[-1] % step))
-        x = x.unflatten(-1, (-1, min(x.shape[-1], REDUCE) // LANES, LANES))
-        lanes = x[..., 0, :]
-        for k in range(1, x.shape[-2]):
-            lanes = lanes + x[..., k, :]
-        half = LANES // 2
-        while half:
-            lanes = lanes[..., :half] + lanes[..., half : 2 * half]
-            half //= 2
-        x = lanes[..., 0]
-        if x.shape[-1] == 1:
-            return x[..., 0]
+    while x.shape[-1] > 1:
+        steps = _by_lanes(x).unbind(-2)
+        x = _fold(sum(steps[1:], steps[0]))
+    return x[..., 0]
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """The float64 sum of squares over the last dimension of float32 or float64, in the order of `total`.
+
+    The sums of REDUCE squares are made in the dtype of `x`, by fma in float32.
+    """
+    if x.shape[-1] == 0:
+        return x.new_zeros(x.shape[:-1], dtype=torch.float64)
+    steps = _by_lanes(x)
+    lanes = torch.zeros_like(steps[..., 0, :])
+    for step in steps.unbind(-2):
+        lanes = fma(step, step, lanes) if x.dtype == torch.float32 else lanes + step * step
+    return total(_fold(lanes).double())
 
 
 # --- noise -------------------------------------------------------------------------------------------------------------
@@ -147,8 +165,13 @@ def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int) ->
 # --- operators: one function for each schema in schemas.py ---------------------------------------------------------------
 
 
+def _exact(t: Tensor) -> Tensor:
+    """In the dtype that kernels compute in: float64 for itself, float32 for the others."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def _norms(w: Tensor) -> Tensor:
-    return sqrt(total(w.double().square()).float())
+    return sqrt(sum_squares(_exact(w)).float())
 
 
 def _per_filter(params: list[Tensor], values: Tensor) -> list[Tensor]:
@@ -201,18 +224,19 @@ def normal_(out: Tensor, key: Tensor, draw: Tensor, index: int) -> None:
 @torch.no_grad()
 def filter_fisher_(fisher, grads, beta: float, scale: Tensor) -> None:
     for f, g in zip(fisher, grads):
-        squares = rows(g).double().square()
-        added = scale.square() * (squares.reshape(f.shape) if g.dim() <= 1 else total(squares))
+        x = rows(g)
+        squares = x.double().square().reshape(f.shape) if g.dim() <= 1 else sum_squares(_exact(x))
+        added = scale.square() * squares
         f.copy_(torch.where(added.isfinite(), (beta * f.double() + added).float(), f))
 
 
 def grad_norm(grads: list[Tensor], params: list[Tensor]) -> Tensor:
     def terms(i: int) -> Tensor:
         if not params:
-            return rows(grads[i]).double()
-        return rows(params[i]).double() * rows(grads[i], like=params[i]).double()
+            return _exact(rows(grads[i]))
+        return _exact(rows(params[i])) * _exact(rows(grads[i], like=params[i]))
 
-    square = total(torch.stack([total(terms(i).square().reshape(-1)) for i in range(len(grads))]))
+    square = total(torch.stack([sum_squares(terms(i).reshape(-1)) for i in range(len(grads))]))
     # The host's square root is correctly rounded; PyTorch's is not, on a CPU.
     return torch.full_like(square, math.sqrt(square.item()) if square >= 0 else math.nan)
 
@@ -225,8 +249,7 @@ def ascend_(params, grads, backup, rho, norm, adaptive: bool) -> None:
             backup[i].copy_(p)
         if p.numel() == 0:
             continue
-        exact = torch.float64 if p.dtype == torch.float64 else torch.float32
-        w, d = rows(p).to(exact), rows(g, like=p).to(exact)
+        w, d = _exact(rows(p)), _exact(rows(g, like=p))
         d = w * w * d if adaptive else d
-        climbed = w + step * d if exact == torch.float64 else fma(step.float(), d, w)
+        climbed = w + step * d if p.dtype == torch.float64 else fma(step.float(), d, w)
         _write(p, torch.where(step == 0, w, climbed))

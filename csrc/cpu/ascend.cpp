@@ -26,7 +26,7 @@ static void ascend_block_of(const Tensor& t, const Block& b, double step, bool a
   for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
     const int64_t n = std::min(REDUCE, b.start + b.length - i);
     T* w = (T*)t.data + i;
-    if (t.backup) copy((T*)t.backup + i, w, n * sizeof(T));
+    if (t.backup) copy((T*)t.backup + i, w, n * sizeof(T), REDUCE * sizeof(T));
     if (step == 0) continue;  // not even 0 times an infinite gradient
     auto* x = open(w, n, room_w);
     const auto* g = open((const T*)t.grad + i, n, room_g);

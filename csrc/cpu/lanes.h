@@ -12,7 +12,6 @@ typedef float F32 __attribute__((vector_size(BYTES)));
 typedef int32_t I32 __attribute__((vector_size(BYTES)));
 typedef double F64 __attribute__((vector_size(BYTES)));
 typedef uint64_t U64 __attribute__((vector_size(BYTES)));
-typedef float HalfF32 __attribute__((vector_size(BYTES / 2)));  // D floats: what widens to an F64
 
 // A Word lies in a 64-bit lane, so that a product needs no rearrangement; the upper half is scrap.
 typedef U64 Word;
@@ -25,7 +24,6 @@ template <class V, class T> FLATOPS_INLINE V load(const T* p) { V v; __builtin_m
 template <class V, class T> FLATOPS_INLINE void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
 FLATOPS_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
-FLATOPS_INLINE F64 widen(HalfF32 x) { return __builtin_convertvector(x, F64); }
 FLATOPS_INLINE I32 bits(F32 x) { return (I32)x; }
 FLATOPS_INLINE F32 as_float(I32 x) { return (F32)x; }
 
@@ -42,7 +40,6 @@ FLATOPS_INLINE F32 sqrt_rn(F32 a) { return (F32)_mm512_sqrt_ps((__m512)a); }
 FLATOPS_INLINE F32 select_odd(I32 word, F32 odd, F32 even) {
   return (F32)_mm512_mask_blend_ps(_mm512_test_epi32_mask((__m512i)word, _mm512_set1_epi32(1)), (__m512)even, (__m512)odd);
 }
-FLATOPS_INLINE F64 add_square(F64 sum, F64 x) { return (F64)_mm512_fmadd_pd((__m512d)x, (__m512d)x, (__m512d)sum); }
 FLATOPS_INLINE void interleave(F32 a, F32 b, F32& lo, F32& hi) {
   lo = (F32)_mm512_unpacklo_ps((__m512)a, (__m512)b);
   hi = (F32)_mm512_unpackhi_ps((__m512)a, (__m512)b);
@@ -66,7 +63,6 @@ FLATOPS_INLINE F32 sqrt_rn(F32 a) { return (F32)_mm256_sqrt_ps((__m256)a); }
 FLATOPS_INLINE F32 select_odd(I32 word, F32 odd, F32 even) {
   return (F32)_mm256_blendv_ps((__m256)even, (__m256)odd, (__m256)(word << 31));
 }
-FLATOPS_INLINE F64 add_square(F64 sum, F64 x) { return (F64)_mm256_fmadd_pd((__m256d)x, (__m256d)x, (__m256d)sum); }
 FLATOPS_INLINE void interleave(F32 a, F32 b, F32& lo, F32& hi) {
   lo = (F32)_mm256_unpacklo_ps((__m256)a, (__m256)b);
   hi = (F32)_mm256_unpackhi_ps((__m256)a, (__m256)b);
@@ -115,7 +111,6 @@ FLATOPS_INLINE F32 select_odd(I32 word, F32 odd, F32 even) {
   const I32 mask = -(word & 1);
   return as_float((bits(odd) & mask) | (bits(even) & ~mask));
 }
-FLATOPS_INLINE F64 add_square(F64 sum, F64 x) { return sum + x * x; }
 FLATOPS_INLINE void interleave(F32 a, F32 b, F32& lo, F32& hi) {
   lo = F32{a[0], b[0], a[1], b[1]};
   hi = F32{a[2], b[2], a[3], b[3]};

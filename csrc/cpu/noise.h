@@ -13,27 +13,54 @@ struct Draws {  // the noise of one launch
 };
 
 constexpr int NORMALS = 4 * D;  // that one register of counters makes
-constexpr int IN_FLIGHT = FLATOPS_LEVEL == 512 ? 4 : 2;
+constexpr int IN_FLIGHT = FLATOPS_LEVEL == 512 ? 4 : 3;
 
+// The words of N registers of counters, paired for Box-Muller, and the normals that they become.
 template <int N>
-FLATOPS_INLINE void normals_step(const PhiloxKeys& keys, const PhiloxFilter& filter, Word block, float* z) {
-  Word blocks[N], words[4][N];
-  FLATOPS_UNROLL for (int i = 0; i < N; ++i) blocks[i] = block + uint64_t(i * D);
-  philox<N>(keys, filter, blocks, words);
-  FLATOPS_UNROLL for (int i = 0; i < N; ++i) {
+struct Words {
+  I32 radius[N], angle[N];
+
+  FLATOPS_INLINE void take(const Philox<N>& p) {
+    FLATOPS_UNROLL for (int i = 0; i < N; ++i) radius[i] = join(p.c0[i], p.c2[i]), angle[i] = join(p.c1[i], p.c3[i]);
+  }
+  FLATOPS_INLINE void finish(int i, float* z) const {
     F32 even, odd, lo, hi;
-    box_muller(join(words[0][i], words[2][i]), join(words[1][i], words[3][i]), even, odd);
+    box_muller(radius[i], angle[i], even, odd);
     interleave(even, odd, lo, hi);
     store(z + i * NORMALS, lo);
     store(z + i * NORMALS + W, hi);
   }
-}
+};
 
-// z[0 .. n) = the normals of offsets start .. start + n, start a multiple of 4. Writes up to NORMALS - 1 beyond n.
 FLATOPS_INLINE void normals(const PhiloxKeys& keys, const PhiloxFilter& filter, int64_t start, int64_t n, float* z) {
+  constexpr int N = IN_FLIGHT;
   Word block = BLOCK_ORDER + uint64_t(start / 4);
-  int64_t i = 0;
-  for (; i + IN_FLIGHT * NORMALS <= n; i += IN_FLIGHT * NORMALS, block += uint64_t(IN_FLIGHT * D))
-    normals_step<IN_FLIGHT>(keys, filter, block, z + i);
-  for (; i < n; i += NORMALS, block += uint64_t(D)) normals_step<1>(keys, filter, block, z + i);
+  const float* end = z + n;
+  if (n >= N * NORMALS) {
+    Philox<N> p;
+    Words<N> words;
+    p.start(keys, filter, block, D);
+    p.rounds(keys, 2, 10);
+    words.take(p);
+    for (; z + 2 * N * NORMALS <= end; z += N * NORMALS) {
+      block += uint64_t(N * D);
+      p.start(keys, filter, block, D);
+      FLATOPS_UNROLL for (int i = 0; i < N; ++i) {
+        words.finish(i, z);
+        p.rounds(keys, 2 + 8 * i / N, 2 + 8 * (i + 1) / N);
+      }
+      words.take(p);
+    }
+    FLATOPS_UNROLL for (int i = 0; i < N; ++i) words.finish(i, z);
+    z += N * NORMALS;
+    block += uint64_t(N * D);
+  }
+  for (; z < end; z += NORMALS, block += uint64_t(D)) {
+    Philox<1> p;
+    Words<1> words;
+    p.start(keys, filter, block, D);
+    p.rounds(keys, 2, 10);
+    words.take(p);
+    words.finish(0, z);
+  }
 }

@@ -17,7 +17,7 @@ struct PerturbArgs {
 
 #ifdef FLATOPS_LEVEL
 
-constexpr int64_t PREFETCH = 2048;  // elements ahead, at least: the next filters, while this one is computed on
+constexpr int64_t AHEAD = 2048;  // elements that are fetched ahead, at least: the next filters, while this one is computed on
 
 // w += scale z, scale one number or, where `scales` is given, one an element.
 template <bool EACH>
@@ -39,20 +39,21 @@ FLATOPS_INLINE float adapted(float scale, double eta, float fisher) {
 template <class T>
 static void perturb_block_of(const Tensor& t, const Block& b, const Draws& draws, const PerturbArgs& args) {
   Tile z, room, scales;
-  const int64_t ahead = std::max(b.length, PREFETCH);
+  const int64_t ahead = std::max(b.length, AHEAD);
   for (int64_t f = b.filter; f < b.filter + b.filters; ++f) {
     T* w = (T*)t.data + f * t.length + b.start;
     T* backup = t.backup ? (T*)t.backup + f * t.length + b.start : nullptr;
     float& stored = args.scales[t.first_filter + f];
-    if (args.sigma && !b.part) stored = float(*args.sigma) * std::sqrt(float(sum_filter(w, b.length)));
+    if (args.sigma && !b.part) stored = float(*args.sigma) * std::sqrt(float(sum_filter<false>(w, b.length)));
     float scale = args.sign * stored;
     const bool adapt = t.fisher && !t.one_dim, adapt_each = t.fisher && t.one_dim;
     if (adapt) scale = adapted(scale, args.eta, t.fisher[f]);
     const PhiloxFilter filter = draws.filter(f, t.index);
     for (int64_t i = 0; i < b.length; i += REDUCE) {
       const int64_t n = std::min(REDUCE, b.length - i);
-      for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(w + i + j + ahead, 1);
-      if (backup) copy(backup + i, w + i, n * sizeof(T));
+      if (!backup)
+        for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(w + i + j + ahead);
+      else copy(backup + i, w + i, n * sizeof(T), ahead * sizeof(T));
       normals(draws.keys, filter, b.start + i, n, z.x);
       auto* x = open(w + i, n, room);
       if (adapt_each) {
@@ -74,7 +75,7 @@ static void perturb_block(const Tensor& t, const Block& b, const PerturbArgs& ar
 
 static void copy_block(const Tensor& t, const Block& b) {
   const int64_t size = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2;
-  copy((char*)t.data + b.start * size, (const char*)t.backup + b.start * size, b.length * size);
+  copy((char*)t.data + b.start * size, (const char*)t.backup + b.start * size, b.length * size, AHEAD * size);
   fence();
 }
 

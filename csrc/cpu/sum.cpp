@@ -9,10 +9,10 @@ static void sum_block_of(const Tensor& t, const Block& b, bool product, double* 
   const T* x = (const T*)t.data + b.filter * b.length + b.start;
   if (b.part) {
     const int64_t at = b.filter * t.length + b.start;
-    sum_tiles((const T*)t.data + at, product ? (const T*)t.grad + at : nullptr, b.length, part_sums + b.first_sum);
+    sum_tiles<true>((const T*)t.data + at, product ? (const T*)t.grad + at : nullptr, b.length, part_sums + b.first_sum);
     return;
   }
-  for (int64_t f = 0; f < b.filters; ++f, x += b.length) filter_sums[t.first_filter + b.filter + f] = sum_filter(x, b.length);
+  for (int64_t f = 0; f < b.filters; ++f, x += b.length) filter_sums[t.first_filter + b.filter + f] = sum_filter<true>(x, b.length);
 }
 
 // Whole filters go to filter_sums; the parts of long ones, REDUCE by REDUCE, to part_sums.

@@ -53,13 +53,17 @@ template <class T> FLATOPS_INLINE void close(T* p, int64_t n, const Tile& room) 
 FLATOPS_INLINE void close(float*, int64_t, const Tile&) {}
 FLATOPS_INLINE void close(double*, int64_t, const Tile&) {}
 
-// Copies around the cache where alignment allows: what is written is not read again soon.
-FLATOPS_INLINE void copy(void* to, const void* from, int64_t bytes) {
+// Copies around the cache where alignment allows: what is written is not read again soon. Fetches what lies `ahead` bytes
+// further on, for stores that go around the cache leave the memory idle between the reads.
+FLATOPS_INLINE void copy(void* to, const void* from, int64_t bytes, int64_t ahead) {
   char* out = (char*)to;
   const char* in = (const char*)from;
   int64_t i = 0;
   if (reinterpret_cast<uintptr_t>(to) % BYTES == 0)
-    for (; i + BYTES <= bytes; i += BYTES) stream(out + i, load<F32>(in + i));
+    for (; i + BYTES <= bytes; i += BYTES) {
+      __builtin_prefetch(in + i + ahead);
+      stream(out + i, load<F32>(in + i));
+    }
   __builtin_memcpy(out + i, in + i, bytes - i);
 }
 

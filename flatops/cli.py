@@ -1,0 +1,107 @@
+"""The command `flatops`: each part loads what it needs, and a mistake costs one line, not a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+C = TypeVar("C")
+EXTRA = {"matplotlib", "rich", "sklearn", "timm", "tyro"}
+
+
+@dataclass
+class InfoConfig:
+    """Show the versions, what was built, the SIMD level, threads, devices and the backend of each."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def parse(config_type: type[C], command: str, arguments: list[str], default: C | None = None) -> C:
+    """A configuration from the command line; what is left out comes from `default`."""
+    import tyro
+
+    style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(config_type, prog=f"flatops {command}", args=arguments, default=default, config=style)
+
+
+def info(arguments: list[str]) -> int:
+    """show what was built and what runs where"""
+    from flatops import info
+
+    config = parse(InfoConfig, "info", arguments)
+    report = info.report()
+    if config.json:
+        print(json.dumps(report, indent=2))
+    else:
+        info.show(report)
+    return 0
+
+
+def train(arguments: list[str]) -> int:
+    """train a network with SGD, RWP, m-RWP, ARWP, m-ARWP, SAM or ASAM"""
+    from flatops.train import TrainConfig, checkpoint, train
+
+    config = parse(TrainConfig, "train", arguments)
+    if config.resume:  # the options of the run that it continues, where the command line gives none
+        saved = checkpoint.unpack_config(checkpoint.read(config.resume), config.resume)
+        config = parse(TrainConfig, "train", arguments, default=saved)
+    train(config)
+    return 0
+
+
+def compare(arguments: list[str]) -> int:
+    """train several methods over several seeds and compare them"""
+    from flatops.train import CompareConfig, compare
+
+    compare(parse(CompareConfig, "compare", arguments))
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """measure the kernels on this machine"""
+    from flatops.benchmarks import bench
+
+    return bench.main(parse(bench.Config, "bench", arguments))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "info": info,
+    "train": train,
+    "compare": compare,
+    "bench": bench,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a sub-command and return its exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command not in COMMANDS:
+        print(f"flatops: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        message = f"{error.name} is missing; install it with: pip install 'flatops[train]'"
+    except (ValueError, OSError, FloatingPointError) as error:
+        message = str(error)
+    print(f"flatops {command}: {message}", file=sys.stderr)
+    return 2
+
+
+def usage() -> str:
+    """The sub-commands and what they do."""
+    lines = [f"  {name:<9}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: flatops COMMAND [OPTIONS]", "", *lines, "", "flatops COMMAND --help lists its options."]
+    )
