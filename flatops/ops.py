@@ -19,7 +19,7 @@ from torch import Tensor
 from flatops.backend import operators
 from flatops.schemas import filters
 
-__all__ = ["ascend_", "filter_fisher_", "filter_norms", "grad_norm", "new_backup", "normal", "perturb_", "restore_"]
+__all__ = ["ascend_", "filter_fisher_", "filter_norms", "grad_norm", "new_backup", "new_scales", "normal", "perturb_", "restore_"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,6 +65,12 @@ def _check_fisher(fisher: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     for i, (f, p) in enumerate(zip(fisher, params)):
         if f.dtype != torch.float32 or f.numel() != (p.shape[0] if p.dim() else 1) or not f.is_contiguous():
             raise ValueError(f"fisher[{i}] must be a contiguous float32 tensor with one entry per slice along dim 0")
+
+
+def _check_scales(scales: Tensor, params: Sequence[Tensor]) -> None:
+    count = sum(map(filters, params))
+    if scales.shape != (count,) or scales.dtype != torch.float32:
+        raise ValueError(f"scales must be float32 of shape ({count},), not {scales.dtype} {tuple(scales.shape)}")
 
 
 def _non_negative(name: str, value: float | Tensor) -> None:
@@ -143,6 +149,11 @@ def new_backup(params: Sequence[Tensor]) -> list[Tensor]:
     return [torch.empty_like(p, requires_grad=False) for p in params]
 
 
+def new_scales(params: Sequence[Tensor]) -> Tensor:
+    """Room for one scale a filter, which `perturb_` writes and `restore_` without a backup reads: float32 [filters]."""
+    return torch.empty(sum(map(filters, params)), dtype=torch.float32, device=params[0].device)
+
+
 def perturb_(
     params: Sequence[Tensor],
     sigma: float | Tensor,
@@ -192,12 +203,11 @@ def perturb_(
         _check_fisher(fisher, params)
     if index is not None and len(index) != len(params):
         raise ValueError(f"index has {len(index)} entries and params has {len(params)}: they must match")
-    count = sum(map(filters, params))
     device = params[0].device
     if scales is None:
-        scales = torch.empty(count, dtype=torch.float32, device=device)
-    elif scales.shape != (count,) or scales.dtype != torch.float32:
-        raise ValueError(f"scales must be float32 of shape ({count},), not {scales.dtype} {tuple(scales.shape)}")
+        scales = new_scales(params)
+    else:
+        _check_scales(scales, params)
     operators(device, backend).perturb_(
         params,
         scales,
@@ -253,9 +263,7 @@ def restore_(
         raise TypeError("bfloat16 and float16 weights cannot be restored by drawing again: give perturb_ a backup")
     if fisher is not None:
         _check_fisher(fisher, params)
-    count = sum(map(filters, params))
-    if scales.shape != (count,) or scales.dtype != torch.float32:
-        raise ValueError(f"scales must be float32 of shape ({count},), not {scales.dtype} {tuple(scales.shape)}")
+    _check_scales(scales, params)
     operators(device, backend).restore_(
         params,
         [],

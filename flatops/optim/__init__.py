@@ -1,0 +1,9 @@
+"""Flat-minima optimizers over any torch.optim class."""
+
+from flatops.optim.batchnorm import freeze_batchnorm_stats
+from flatops.optim.flat import unwrap
+from flatops.optim.rwp import RWP
+from flatops.optim.sam import SAM
+from flatops.optim.schedules import CosineRamp
+
+__all__ = ["RWP", "SAM", "CosineRamp", "freeze_batchnorm_stats", "unwrap"]

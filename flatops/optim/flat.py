@@ -1,0 +1,352 @@
+"""What RWP and SAM share: the class made from a base optimizer, the perturbed pass, and what survives a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatops import ops
+
+
+@dataclass
+class Undo:
+    """One perturbed list of parameters and how it comes back."""
+
+    params: list[Tensor]
+    how: dict[str, Any]  # what restore_ takes
+    token: Tensor  # the perturbing operator writes to it last ...
+    version: int  # ... and so moves its version on: an interrupt between two lines of Python cannot blur what was done
+
+
+@dataclass
+class Run:
+    """Run-time state, in one mutable object: Lightning's proxies copy an optimizer's attributes, not what they refer to."""
+
+    perturbed: bool = False  # the weights are perturbed now
+    ready: bool = False  # a perturbed pass has run since the last step
+    warned: bool = False
+    undo: list[Undo] = field(default_factory=list)
+    backup: dict[Tensor, Tensor] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
+
+
+@functools.cache
+def _combine(flat: type[Flat], base: type[torch.optim.Optimizer]) -> type[Flat]:
+    """The class whose instances are both: isinstance, fused steps, GradScaler's attributes and schedulers all work."""
+    return type(flat.__name__ + base.__name__, (flat, base), {"base": base, "flat": flat, "__module__": flat.__module__})
+
+
+def _rebuild(flat: type[Flat], base: type[torch.optim.Optimizer]) -> Flat:
+    return object.__new__(_combine(flat, base))
+
+
+def _check_base(base: Any) -> None:
+    if not (inspect.isclass(base) and issubclass(base, torch.optim.Optimizer)):
+        raise TypeError(f"base must be an optimizer class such as torch.optim.SGD, not {base!r}")
+    if issubclass(base, (Flat, torch.optim.LBFGS)):
+        raise TypeError(f"base must be an optimizer that steps once from p.grad; {base.__name__} does not")
+
+
+class Flat(torch.optim.Optimizer):
+    """The base of every flat-minima optimizer; use `flatops.RWP` or `flatops.SAM`."""
+
+    base: type[torch.optim.Optimizer] | None = None
+    flat: type[Flat]
+    run: Run
+
+    def __new__(cls, params: Any = None, base: Any = None, *args: Any, **kwargs: Any) -> Flat:
+        if cls.base is None:
+            _check_base(base)
+            cls = _combine(cls, base)
+        return object.__new__(cls)
+
+    def _construct(self, params: Any, options: dict[str, Any], base_kwargs: dict[str, Any]) -> None:
+        """Builds the base optimizer around our options, which live in param_groups beside lr."""
+        self.run = Run()
+        self.options = options
+        self._check_group(options)
+        self.base.__init__(self, params, **base_kwargs)
+        self.defaults.update(options)
+
+    # --- for the algorithms to say ---------------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises for a hyper-parameter out of range."""
+        raise NotImplementedError
+
+    def _perturb(self) -> None:
+        """Changes the weights, by calls of `_change`."""
+        raise NotImplementedError
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        """The whole algorithm up to the step: leaves the gradient in p.grad and returns the loss to report."""
+        raise NotImplementedError
+
+    # --- the perturbed pass ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are perturbed now; for closures, which run in both passes."""
+        return self.run.perturbed
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Perturbs the weights in place for the forward and backward within; they come back bit for bit, whatever happens.
+
+        Example:
+            >>> with optimizer.perturbed():
+            ...     loss_fn(model(x), y).backward()
+            >>> optimizer.step()
+
+        Raises:
+            RuntimeError: inside itself.
+        """
+        self._begin()
+        try:
+            with torch.no_grad():
+                self._perturb()
+            yield
+        finally:
+            self.restore()
+        self.run.ready = True
+
+    def _begin(self) -> None:
+        if self.run.perturbed:
+            raise RuntimeError("perturbed() or first_step() while the weights are perturbed: leave the first, or call restore()")
+        torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
+        self.run.perturbed = True
+
+    def restore(self) -> None:
+        """Takes the perturbation away, if there is one. perturbed() and second_step() do it for you."""
+        try:
+            self._restore()
+        except KeyboardInterrupt:  # it came before the kernel ran
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        run = self.run
+        for undo in run.undo:
+            if undo.token._version != undo.version:
+                ops.restore_(undo.params, **undo.how)
+        run.undo.clear()
+        for hook in run.hooks:
+            hook.remove()
+        run.hooks.clear()
+        torch.clear_autocast_cache()
+        run.perturbed = False
+
+    def _backup(self, params: list[Tensor]) -> list[Tensor]:
+        """Room for the weights, made once a parameter: addresses never change, and a step allocates nothing."""
+        kept = self.run.backup
+        with torch.inference_mode(False):  # an inference tensor has no version
+            for p in params:
+                b = kept.get(p)
+                if b is None or b.shape != p.shape or b.dtype != p.dtype or b.device != p.device or b.stride() != p.stride():
+                    kept[p] = ops.new_backup([p])[0]
+        return [kept[p] for p in params]
+
+    def _will_change(self, params: list[Tensor], token: Tensor, **how: Any) -> None:
+        """Announces a change of `params`, before it is made, and how to undo it."""
+        self.run.undo.append(Undo(params, how, token, token._version))
+
+    def _trainable(self, keys: tuple[str, ...], with_grad: bool = False) -> dict[tuple, tuple[list[Tensor], list[int]]]:
+        """(device, *values of keys) -> parameters and their positions: one operator call each, groups that agree merged."""
+        parts: dict[tuple, tuple[list[Tensor], list[int]]] = {}
+        position = 0
+        for group in self.param_groups:
+            values = tuple(group[key] for key in keys)
+            for p in group["params"]:
+                if p.requires_grad and not (with_grad and p.grad is None):
+                    params, index = parts.setdefault((p.device, *values), ([], []))
+                    params.append(p)
+                    index.append(position)
+                position += 1
+        return parts
+
+    # --- stepping -----------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps from p.grad; with a closure, runs the whole algorithm.
+
+        Args:
+            closure: zeroes the gradients, runs forward and backward, returns the loss; it is called once a pass, and just
+                once if `perturbed()` has already run, or runs inside it. Never through `GradScaler.step`.
+
+        Returns:
+            What the closure returned in the clean pass (RWP: in its only pass); None without one.
+
+        Raises:
+            RuntimeError: inside `perturbed()`, or with a closure through a GradScaler.
+        """
+        run = self.run
+        if run.perturbed:
+            raise RuntimeError("step() while the weights are perturbed: leave perturbed() first, or call second_step()")
+        if closure is None:
+            if not run.ready and not run.warned:
+                run.warned = True
+                warnings.warn(
+                    f"{type(self).__name__}.step() without a perturbed pass is plain {self.base.__name__}: put the backward "
+                    "in `with optimizer.perturbed():`, or pass a closure",
+                    stacklevel=_user_frame(),
+                )
+            loss = None
+        else:
+            if not callable(closure):
+                raise TypeError(f"closure must be callable, not {closure!r}")
+            if _called_by("torch.amp.grad_scaler"):
+                raise RuntimeError(
+                    "scaler.step(optimizer, closure) would step on scaled gradients: use perturbed() and scaler.step(optimizer)"
+                )
+            with torch.enable_grad():
+                loss = closure() if run.ready else self._evaluate(closure)
+        self._before_step()
+        self._base_step()
+        run.ready = False
+        return loss
+
+    def _before_step(self) -> None:
+        """With the final, unscaled gradient in p.grad."""
+
+    def _base_step(self) -> None:
+        # torch wraps step() with hooks; ours is wrapped already, and hooks are to run once.
+        step = self.base.step
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Perturbs the weights, for loops written for davda54/sam; `second_step` restores them and steps."""
+        self._begin()
+        try:
+            with torch.no_grad():
+                self._perturb()
+        except BaseException:
+            self.restore()
+            raise
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restores the weights and steps from p.grad.
+
+        Raises:
+            RuntimeError: without a first_step.
+        """
+        if not self.run.perturbed:
+            raise RuntimeError("second_step() without first_step()")
+        self.restore()
+        self.run.ready = True
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    # --- groups, checkpoints, copies --------------------------------------------------------------------------------------
+
+    def _not_while_perturbed(self, what: str) -> None:
+        if self.run.perturbed:
+            raise RuntimeError(f"{what} while the weights are perturbed: leave perturbed() first")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, with this optimizer's hyper-parameters where it does not set its own.
+
+        Raises:
+            ValueError, TypeError: for a hyper-parameter out of range or a parameter of an unsupported dtype; nothing is added.
+        """
+        self._not_while_perturbed("add_param_group()")
+        for key, value in self.options.items():
+            param_group.setdefault(key, value)
+        self._check_group(param_group)
+        super().add_param_group(param_group)
+        for i, p in enumerate(self.param_groups[-1]["params"]):
+            if p.dtype not in ops.DTYPES:
+                del self.param_groups[-1]
+                raise TypeError(f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16 or float64")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and our hyper-parameters, in a form that the base optimizer alone loads too.
+
+        Raises:
+            RuntimeError: inside `perturbed()`.
+        """
+        self._not_while_perturbed("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from `state_dict()`, or from one of the base optimizer alone: what it lacks stays as it is.
+
+        Raises:
+            RuntimeError: inside `perturbed()`.
+            ValueError: for other parameter groups.
+        """
+        self._not_while_perturbed("load_state_dict()")
+        kept = [{key: group[key] for key in self.options} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, kept):
+            for key, value in old.items():
+                group.setdefault(key, value)
+        self.run.ready = False
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (self.flat, self.base), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._not_while_perturbed("copying or pickling")
+        return {**super().__getstate__(), "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.run = Run()
+        super().__setstate__(state)
+
+
+def _called_by(module: str) -> bool:
+    frame = inspect.currentframe()
+    for _ in range(10):  # through torch's profiler hook and a learning-rate scheduler's counter
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _user_frame() -> int:
+    """How far up the first caller outside flatops and torch is, for warnings."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("flatops", "torch", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def check_range(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
+    """Raises unless `value` is a finite number in [low, high]."""
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (valid and low <= value <= high):
+        what = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f">= {low:g}"
+        raise ValueError(f"{name} must be a finite number {what}, not {value!r}")
+
+
+def unwrap(optimizer: Any) -> Flat:
+    """The flatops optimizer inside the wrappers of Lightning, accelerate and others.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    seen: set[int] = set()
+    inner = optimizer
+    while not isinstance(inner, Flat) or not hasattr(inner, "run"):
+        seen.add(id(inner))
+        inner = next(
+            (o for o in (getattr(inner, name, None) for name in ("optimizer", "_optimizer")) if o is not None and id(o) not in seen),
+            None,
+        )
+        if inner is None:
+            raise TypeError(f"{type(optimizer).__name__} holds no flatops optimizer")
+    return inner

@@ -1,0 +1,233 @@
+"""Random weight perturbation: RWP, m-RWP and ARWP."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatops import ops
+from flatops.optim.flat import Flat, check_range
+
+
+class RWP(Flat):
+    """RWP: the gradient at randomly perturbed weights, the step at the weights themselves.
+
+    eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0).
+    m-RWP (lam < 1): the gradient is lam g(w + eps; B2) + (1 - lam) g(w; B1), on two different batches.
+    ARWP (eta > 0): eps_f is divided by sqrt(1 + eta F_f), where F <- beta F + g^2 from the gradient at the perturbed weights;
+    one number a filter is kept.
+
+    Args:
+        params: parameters or groups, which may set their own sigma, eta and beta.
+        base: the optimizer class that steps, such as torch.optim.SGD.
+        sigma: noise as a share of the filter's norm, >= 0; default 0.01 (CIFAR), 0.005 for ImageNet.
+        lam: weight of the perturbed gradient, in [0, 1]; default 1 (RWP), 0.5 for m-RWP.
+        eta: strength of the adaptation, >= 0; default 0 (off), typically 0.1 to 1.
+        beta: decay of F, in [0, 1]; default 0.99.
+        seed: of the noise, in [0, 2**64); default 0.
+        stream: which replica this is: replicas of one seed draw different noise; default 0.
+        restore: 'exact' (default) keeps a copy of the weights during the perturbed pass; 'regenerate' keeps one number a
+            filter, drifts by about 1.5e-8 sqrt(steps) and is refused for bfloat16 and float16.
+        **kwargs: for the base optimizer.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, sigma=0.01, lr=0.1, momentum=0.9)
+        >>> with optimizer.perturbed():
+        ...     loss_fn(model(x), y).backward()
+        >>> optimizer.step(); optimizer.zero_grad()
+
+        m-RWP mixes by the weights of the losses:
+
+        >>> (optimizer.clean_weight * loss_fn(model(x1), y1)).backward()
+        >>> with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
+        ...     (optimizer.perturbed_weight * loss_fn(model(x2), y2)).backward()
+
+    References:
+        Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
+        Li et al.: Revisiting Random Weight Perturbation for Efficiently Improving Generalization. arXiv 2404.00357.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        base: type[torch.optim.Optimizer],
+        *,
+        sigma: float = 0.01,
+        lam: float = 1.0,
+        eta: float = 0.0,
+        beta: float = 0.99,
+        seed: int = 0,
+        stream: int = 0,
+        restore: str = "exact",
+        **kwargs: Any,
+    ):
+        self.fisher: dict[Tensor, Tensor] = {}  # a parameter's F: one entry per slice along dim 0
+        self.stream = stream
+        if not (isinstance(stream, int) and 0 <= stream < 2**31):
+            raise ValueError(f"stream must be an integer in [0, 2**31), not {stream!r}")
+        options = {"sigma": sigma, "lam": lam, "eta": eta, "beta": beta, "seed": seed, "restore": restore, "draw": 0}
+        self._construct(params, options, kwargs)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_range("sigma", group["sigma"])
+        check_range("lam", group["lam"], high=1.0)
+        check_range("eta", group["eta"])
+        check_range("beta", group["beta"], high=1.0)
+        if not (isinstance(group["seed"], int) and 0 <= group["seed"] < 2**64):
+            raise ValueError(f"seed must be an integer in [0, 2**64), not {group['seed']!r}")
+        if group["restore"] not in ("exact", "regenerate"):
+            raise ValueError(f"restore must be 'exact' or 'regenerate', not {group['restore']!r}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["restore"] == "regenerate" and any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
+            del self.param_groups[-1]
+            raise TypeError("restore='regenerate' would lose the low bits of bfloat16 and float16 weights: use 'exact'")
+        # The draw lives on the device and is advanced there, so that no step waits for the host; state_dict() reads it.
+        draw = self.param_groups[0]["draw"]
+        device = group["params"][0].device if group["params"] else "cpu"
+        group["draw"] = torch.as_tensor(draw, dtype=torch.int64).to(device, copy=True)
+
+    @property
+    def perturbed_weight(self) -> float:
+        """What to multiply the perturbed pass's loss by: lam."""
+        return self.param_groups[0]["lam"]
+
+    @property
+    def clean_weight(self) -> float:
+        """What to multiply the clean pass's loss by: 1 - lam."""
+        return 1.0 - self.param_groups[0]["lam"]
+
+    @contextlib.contextmanager
+    def perturbed(self, loss_scale: float | Tensor | None = None) -> Iterator[None]:
+        """Adds the noise in place for the forward and backward within; it is gone at the end, bit for bit, whatever happens.
+
+        Args:
+            loss_scale: what the loss within is multiplied by; needed by ARWP with lam < 1 under a GradScaler, as
+                `scaler.get_scale() * optimizer.perturbed_weight`. Default: `perturbed_weight`.
+
+        Raises:
+            RuntimeError: inside itself.
+        """
+        aside: list[tuple[Tensor, Tensor]] = []
+        with super().perturbed():
+            if self._mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
+                aside = [(p, _own(p.grad)) for group in self.param_groups for p in group["params"] if p.grad is not None]
+                for p, _ in aside:
+                    p.grad = None
+            try:
+                yield
+                if self._mixes_fisher():
+                    self._update_fisher(1.0 / (self.perturbed_weight if loss_scale is None else loss_scale))
+            finally:
+                for p, g in aside:
+                    p.grad = g if p.grad is None else p.grad.add_(g)
+
+    def _perturb(self) -> None:
+        for (device, sigma, eta, seed, how), (params, index) in self._trainable(("sigma", "eta", "seed", "restore")).items():
+            if sigma == 0:
+                continue
+            noise = {"seed": seed, "draw": self.param_groups[0]["draw"].to(device), "stream": self.stream, "index": index}
+            if eta > 0:
+                noise |= {"eta": eta, "fisher": [self._fisher(p) for p in params]}
+            if how == "exact":
+                backup = self._backup(params)
+                self._will_change(params, backup[-1], backup=backup)
+                ops.perturb_(params, sigma, backup=backup, **noise)
+            else:
+                scales = ops.new_scales(params)
+                self._will_change(params, scales, scales=scales, **noise)
+                ops.perturb_(params, sigma, scales=scales, **noise)
+
+    def _restore(self) -> None:
+        drawn = self.run.perturbed
+        super()._restore()
+        if drawn:
+            for group in self.param_groups:
+                group["draw"].add_(1)
+
+    def _fisher(self, p: Tensor) -> Tensor:
+        if p not in self.fisher:
+            self.fisher[p] = torch.zeros(p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device)
+        return self.fisher[p]
+
+    def _mixes_fisher(self) -> bool:
+        return self.perturbed_weight < 1 and any(group["eta"] > 0 for group in self.param_groups)
+
+    def _before_step(self) -> None:
+        # With lam = 1 the gradient that steps is the perturbed one, by now unscaled. A fused base unscales it later itself.
+        if self.run.ready and self.perturbed_weight == 1:
+            scale: float | Tensor = 1.0
+            if getattr(self, "grad_scale", None) is not None:
+                scale = self.grad_scale.double().reciprocal()
+            if getattr(self, "found_inf", None) is not None:
+                scale = torch.where(self.found_inf > 0, torch.nan, scale).double()  # F stays as it was
+            self._update_fisher(scale)
+
+    @torch.no_grad()
+    def _update_fisher(self, scale: float | Tensor) -> None:
+        for (_, eta, beta), (params, _) in self._trainable(("eta", "beta"), with_grad=True).items():
+            if eta > 0:
+                ops.filter_fisher_([self._fisher(p) for p in params], [p.grad for p in params], beta, scale=scale)
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        with self.perturbed(loss_scale=1.0):
+            loss = closure()
+        lam = self.perturbed_weight
+        if lam == 1:
+            return loss
+        params = [p for group in self.param_groups for p in group["params"]]
+        perturbed = {p: _own(p.grad) for p in params if p.grad is not None}
+        for p in perturbed:
+            p.grad = None
+        loss = closure()
+        for p in params:
+            g = perturbed.get(p)
+            if p.grad is not None:
+                p.grad.mul_(1 - lam)
+            if g is not None:
+                p.grad = g.mul_(lam) if p.grad is None else p.grad.add_(g, alpha=lam)
+        return loss
+
+    # --- checkpoints: draw as an integer, F beside the base optimizer's state -------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group["draw"] = int(group["draw"])
+        if self.fisher:
+            params = [p for group in self.param_groups for p in group["params"]]
+            packed["state"] = dict(packed["state"])
+            for i, p in enumerate(params):
+                if p in self.fisher:
+                    packed["state"][i] = {**packed["state"].get(i, {}), "fisher": self.fisher[p]}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        # F comes out before the base sees it: it would cast it to the parameter's dtype, and take the entry for its own.
+        state = {i: dict(entry) for i, entry in state_dict["state"].items()}
+        fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
+        draws = [group["draw"] for group in self.param_groups]
+        super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
+        for group, draw in zip(self.param_groups, draws):
+            group["draw"] = draw.fill_(group["draw"])  # in place: a captured graph goes on reading it there
+        self.fisher.clear()
+        for i, f in fisher.items():
+            self._fisher(params[i]).copy_(f)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fisher": self.fisher, "stream": self.stream}
+
+
+def _own(grad: Tensor) -> Tensor:
+    """A gradient that nobody else writes to: a view is DistributedDataParallel's, into its buckets."""
+    return grad.clone() if grad._is_view() else grad

@@ -1,0 +1,118 @@
+"""Sharpness-aware minimisation, and its adaptive form."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatops import ops
+from flatops.optim.flat import Flat, check_range
+
+
+class SAM(Flat):
+    """SAM: the gradient at the worst weights nearby, the step at the weights themselves.
+
+    e = rho g / ||g||_2 over all parameters of the optimizer, the gradient taken at w + e, the base optimizer's step at w.
+    ASAM (`adaptive`): e = rho w^2 g / ||w g||_2.
+
+    Args:
+        params: parameters or groups, which may set their own rho and adaptive.
+        base: the optimizer class that steps, such as torch.optim.SGD.
+        rho: the radius, >= 0; default 0.05, typically 0.05 to 0.2, ten times that with `adaptive`.
+        adaptive: ASAM; default False.
+        **kwargs: for the base optimizer.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example:
+        >>> optimizer = flatops.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        >>> loss_fn(model(x), y).backward()
+        >>> with optimizer.perturbed():  # zeroes the gradients too
+        ...     loss_fn(model(x), y).backward()
+        >>> optimizer.step(); optimizer.zero_grad()
+
+    Under a GradScaler scale both losses and leave the first gradient scaled: its length does not matter. A first pass that
+    overflows ascends nowhere, and makes the second pass's gradient NaN, so that the scaler skips the step and backs off.
+
+    References:
+        Foret et al.: Sharpness-Aware Minimization for Efficiently Improving Generalization. arXiv 2010.01412.
+        Kwon et al.: ASAM: Adaptive Sharpness-Aware Minimization. arXiv 2102.11600.
+    """
+
+    def __init__(self, params: Any, base: type[torch.optim.Optimizer], *, rho: float = 0.05, adaptive: bool = False, **kwargs: Any):
+        self._construct(params, {"rho": rho, "adaptive": adaptive}, kwargs)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_range("rho", group["rho"])
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Climbs to w + e along p.grad and zeroes the gradients; the weights come back bit for bit, whatever happens.
+
+        Raises:
+            RuntimeError: inside itself, or without a gradient from a first pass.
+            TypeError: for a sparse gradient.
+        """
+        with super().perturbed():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+            yield
+
+    def _perturb(self) -> None:
+        parts = self._trainable(("rho", "adaptive"), with_grad=True)
+        if not parts:
+            raise RuntimeError("no parameter has a gradient: run a backward at the weights themselves before perturbed()")
+        grads = {key: [p.grad for p in params] for key, (params, _) in parts.items()}
+        for g in itertools.chain(*grads.values()):
+            if g.layout != torch.strided:
+                raise TypeError(f"a gradient of shape {tuple(g.shape)} is {g.layout}: SAM needs dense gradients")
+        norm = self._norm(parts, grads)
+        for (device, rho, adaptive), (params, _) in parts.items():
+            if rho == 0:
+                continue
+            backup = self._backup(params)
+            self._will_change(params, backup[-1], backup=backup)
+            part = grads[device, rho, adaptive]
+            ops.ascend_(params, part, rho, norm=norm.to(device), adaptive=adaptive, backup=backup)
+        self._taint(parts, norm)
+
+    def _norm(self, parts: dict, grads: dict) -> Tensor:
+        """The norm over all parameters, float64, on the first one's device."""
+        norms = [
+            ops.grad_norm(grads[device, rho, adaptive], params if adaptive else None)
+            for (device, rho, adaptive), (params, _) in parts.items()
+        ]
+        if len(norms) == 1:
+            return norms[0]
+        return torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt()
+
+    def _taint(self, parts: dict, norm: Tensor) -> None:
+        """Carries an overflow of the first pass into the second one's gradient, before any all-reduce.
+
+        The first gradient to be made is enough: a GradScaler skips the step for one NaN.
+        """
+        finite = norm.isfinite()
+        pending = [True]
+
+        def hook(grad: Tensor) -> Tensor | None:
+            if not pending:
+                return None
+            pending.clear()
+            return torch.where(finite.to(grad.device), grad, math.nan)
+
+        self.run.hooks += [p.register_hook(hook) for params, _ in parts.values() for p in params]
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        if not self.run.ready:  # unless the closure went through perturbed() itself
+            with self.perturbed():
+                closure()
+        return loss
