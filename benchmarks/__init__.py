@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question; installed as flatops.benchmarks, run by `flatops bench`."""

@@ -230,7 +230,11 @@ void set_simd(const std::string& name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "flatops' compiled kernels; importing this registers torch.ops.flatops.";
   m.attr("torch_version") = TORCH_VERSION;
-  m.attr("compiler") = __VERSION__;
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   m.def("simd", [] { return cpu::level_name(cpu::level()); }, "The SIMD level in use.");
   m.def("set_simd", set_simd, "Use another SIMD level, for tests and benchmarks.");
   m.def("simd_levels", [] {

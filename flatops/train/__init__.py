@@ -1,0 +1,12 @@
+"""The training program: `flatops train` and `flatops compare`, and the same as functions.
+
+from flatops.train import TrainConfig, train
+history = train(TrainConfig(method="mrwp", label_noise=0.3))
+"""
+
+from .compare import compare
+from .config import CompareConfig, TrainConfig
+from .engine import Trainer
+from .run import train
+
+__all__ = ["CompareConfig", "TrainConfig", "Trainer", "compare", "train"]

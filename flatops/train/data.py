@@ -1,7 +1,7 @@
 """Data sets by name, and the order in which a run sees them.
 
-The order is a pure function of (seed, epoch, stream): nothing has to be saved to resume it, and two streams of one epoch
-are two independent shuffles of the same images.
+The order is a pure function of (seed, epoch, stream): nothing has to be saved to resume it, and two streams
+of one epoch are two independent shuffles of the same images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from .config import TrainConfig
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64
 
-CLEAN, PERTURBED, LABELS = 0, 1, 2  # streams: the batches of the clean and perturbed passes, and the wrong labels
+CLEAN, PERTURBED, LABELS = (
+    0,
+    1,
+    2,
+)  # streams: the batches of the clean and perturbed passes, and the wrong labels
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Data:
         return self.train[0].shape[1]
 
     def batches(self, size: int, *, seed: int, epoch: int, stream: int, start: int = 0) -> Iterator[Batch]:
-        """Full batches of one epoch's shuffle, from batch `start` on; the images left over wait for the next shuffle."""
+        """Full batches of an epoch's shuffle, from batch `start` on; images left over wait for the next."""
         images, labels = self.train
         order = torch.from_numpy(np.random.default_rng([seed, stream, epoch]).permutation(len(labels)))
         for index in order.to(labels.device).split(size)[start : len(labels) // size]:
@@ -53,19 +57,21 @@ class Data:
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> Data:
         """The same data on a device, in a layout."""
-        train, test = ((x.to(device, memory_format=memory_format), y.to(device)) for x, y in (self.train, self.test))
+        train, test = (
+            (x.to(device, memory_format=memory_format), y.to(device)) for x, y in (self.train, self.test)
+        )
         return Data(train, test, self.classes, self.wrong)
 
 
 def digits() -> Data:
-    """1,797 handwritten digits of 8×8 pixels, ten classes; a fixed third, balanced, is for testing."""
+    """1,797 handwritten digits of 8×8 pixels, ten classes; a fixed quarter, balanced, is for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(images / 16.0).float().reshape(-1, 1, 8, 8)
     labels = torch.from_numpy(labels).long()
-    train, test = train_test_split(np.arange(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
     images = (images - images[train].mean()) / images[train].std()
     return Data((images[train], labels[train]), (images[test], labels[test]), classes=10)
 
@@ -84,7 +90,9 @@ def load(config: TrainConfig) -> Data:
     data = SOURCES[config.data]()
     images, labels = data.train
     if len(labels) < config.batch_size:
-        raise ValueError(f"batch_size {config.batch_size} exceeds the {len(labels)} training images of {config.data}")
+        raise ValueError(
+            f"batch_size {config.batch_size} exceeds the {len(labels)} training images of {config.data}"
+        )
     labels = wrong_labels(labels, data.classes, config.label_noise, config.seed)
     return Data((images, labels), data.test, data.classes, wrong=int((labels != data.train[1]).sum()))
 

@@ -1,0 +1,66 @@
+"""What was built, and what runs where."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flatops
+from flatops.backend import BACKENDS, WHY_NOT_COMPILED, _C, choose
+
+
+def cpu_name() -> str:
+    """The processor's model."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def report() -> dict[str, Any]:
+    """Versions, the compiled core, threads, and every device with the backend that its tensors get."""
+    devices = {"cpu": cpu_name()}
+    devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    core: dict[str, Any] = {"built": _C is not None}
+    if _C is None:
+        core["why"] = WHY_NOT_COMPILED
+    else:
+        core |= {
+            "compiler": _C.compiler,
+            "torch": _C.torch_version,
+            "simd": _C.simd(),
+            "simd_levels": list(_C.simd_levels()),
+        }
+    return {
+        "versions": {"flatops": flatops.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "core": core,
+        "threads": torch.get_num_threads(),
+        "backends": list(BACKENDS),
+        "devices": {name: {"name": what, "backend": choose(torch.device(name))} for name, what in devices.items()},
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints a report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, version in report["versions"].items():
+        table.add_row(name, version)
+    core = report["core"]
+    if core["built"]:
+        table.add_row("core", f"compiled by {core['compiler']} for torch {core['torch']}")
+        table.add_row("SIMD", f"{core['simd']}  [dim](this machine runs {', '.join(core['simd_levels'])})[/dim]")
+    else:
+        table.add_row("core", f"[red]not compiled[/red]: {core['why']}")
+    table.add_row("threads", str(report["threads"]))
+    for name, device in report["devices"].items():
+        table.add_row(name, f"{device['name']}  →  backend [bold]{device['backend']}[/bold]")
+    Console().print(table)

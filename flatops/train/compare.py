@@ -1,0 +1,159 @@
+"""`flatops compare`: methods side by side over several seeds: a table, a plot, every number in JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+from statistics import fmean, median, stdev
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flatops import info
+
+from . import plots
+from .config import METHOD_OPTIONS, CompareConfig, Recipe, TrainConfig
+from .engine import Row, Trainer
+from .methods import METHODS, known_options, used_options
+from .report import describe_options, write_json
+
+Run = dict[str, Any]  # method, seed and history of one training
+
+
+def compare(config: CompareConfig, console: Console | None = None) -> dict[str, Any]:
+    """Train each method with each seed and write compare.json and compare.png.
+
+    Accuracies are those of the last epoch. A run equals `flatops train` with its method and seed to the bit.
+
+    Args:
+        config: what to compare, on what.
+        console: where to print; the terminal by default.
+
+    Returns:
+        What compare.json holds: config, machine, summary (a row per method), runs (one per method and seed).
+
+    Raises:
+        ValueError: an option out of range, or one that none of the methods knows.
+    """
+    console = console or Console()
+    configs = {method: method_config(config, method) for method in config.methods}
+    check_options(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    runs = run_all(config, configs, console)
+    result = {
+        "config": asdict(config),
+        "machine": info.report(),
+        "summary": [summarise(method, configs[method], runs) for method in config.methods],
+        "runs": runs,
+    }
+    title = describe(config)
+    write_json(config.output / "compare.json", result)
+    labels = {method: METHODS[method].label for method in config.methods}
+    plots.comparison(runs, labels, title, config.output / "compare.png")
+    console.print(table(result["summary"], title))
+    console.print(caveat(config), soft_wrap=False)
+    console.print(f"Written to {config.output / 'compare.json'} and compare.png", highlight=False)
+    return result
+
+
+def method_config(config: CompareConfig, method: str) -> TrainConfig:
+    """One method's training, with the comparison's options as far as they mean something to it."""
+    foreign = set(METHOD_OPTIONS) - known_options(method)
+    shared = {field.name for field in fields(Recipe)} - foreign
+    return TrainConfig(method=method, **{name: getattr(config, name) for name in shared})
+
+
+def check_options(config: CompareConfig) -> None:
+    """Raise ValueError for an option that was given but that none of the methods knows."""
+    known = set().union(*(known_options(method) for method in config.methods))
+    unused = [name for name in METHOD_OPTIONS if getattr(config, name) is not None and name not in known]
+    if unused:
+        raise ValueError(f"none of {', '.join(config.methods)} has the option {', '.join(unused)}")
+
+
+def run_all(config: CompareConfig, configs: dict[str, TrainConfig], console: Console) -> list[Run]:
+    """Train every method and seed; methods take turns epoch by epoch, so that their times pair."""
+    runs: list[Run] = []
+    progress = Progress(
+        TextColumn("{task.description:<7}"),
+        BarColumn(bar_width=None),
+        TextColumn("seed {task.fields[seed]}/" + str(config.seeds)),
+        TextColumn("test {task.fields[accuracy]:6.1%}", style="cyan"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with progress:
+        total = config.seeds * config.epochs
+        bars = {m: progress.add_task(METHODS[m].label, total=total, seed=1, accuracy=0.0) for m in configs}
+        for seed in range(config.seeds):
+            trainers = {method: Trainer(replace(its, seed=seed)) for method, its in configs.items()}
+            for _ in range(config.epochs):
+                for method, trainer in trainers.items():
+                    row = trainer.run_epoch()
+                    progress.update(bars[method], advance=1, seed=seed + 1, accuracy=row["test_accuracy"])
+            runs += [
+                {"method": m, "seed": seed, "history": trainer.history} for m, trainer in trainers.items()
+            ]
+    return runs
+
+
+def summarise(method: str, config: TrainConfig, runs: list[Run]) -> dict[str, Any]:
+    """A method's row: its options, its accuracy over the seeds, its time and the time's ratio to SGD's."""
+    own, sgd = (histories(runs, name) for name in (method, "sgd"))
+    accuracies = [history[-1]["test_accuracy"] for history in own]
+    seconds, sgd_seconds = ([row["seconds"] for history in of for row in history] for of in (own, sgd))
+    return {
+        "method": method,
+        "options": used_options(config),
+        "accuracy_mean": fmean(accuracies),
+        "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
+        "seconds_per_epoch": median(seconds),
+        "time_to_sgd": median(s / t for s, t in zip(seconds, sgd_seconds)) if sgd else None,
+    }
+
+
+def histories(runs: list[Run], method: str) -> list[list[Row]]:
+    """The histories of a method, by seed."""
+    return [run["history"] for run in runs if run["method"] == method]
+
+
+def describe(config: CompareConfig) -> str:
+    """What was compared, in a line."""
+    noise = f" with {config.label_noise:.0%} wrong labels" if config.label_noise else ""
+    seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
+    return f"{config.data}{noise}: {config.model}, {config.epochs} epochs, lr {config.lr:g}, {seeds}"
+
+
+def table(summary: list[dict[str, Any]], title: str) -> Table:
+    """The summary, to print; the best mean accuracy in bold."""
+    best = max(row["accuracy_mean"] for row in summary)
+    result = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("method", "options"):
+        result.add_column(name)
+    for name in ("test accuracy", "s/epoch", "time / SGD"):
+        result.add_column(name, justify="right")
+    for row in summary:
+        spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.1f}"
+        ratio = "–" if row["time_to_sgd"] is None else f"{row['time_to_sgd']:.2f}"
+        result.add_row(
+            METHODS[row["method"]].label,
+            describe_options(row["options"]),
+            f"{100 * row['accuracy_mean']:.1f}{spread} %",
+            f"{row['seconds_per_epoch']:.3f}",
+            ratio,
+            style="bold" if row["accuracy_mean"] == best else None,
+        )
+    return result
+
+
+def caveat(config: CompareConfig) -> str:
+    """What the table does not show, in words."""
+    text = (
+        "One schedule for all: it favours the flat-minima methods, because nothing but flatness keeps a network from "
+        "learning the wrong labels by heart as long as it trains. Tune each method before you choose."
+    )
+    return text
