@@ -43,6 +43,7 @@ class Row:
     bytes: int | None = None  # per float32 weight, at best
     must: float | None = None  # floors, at most
     level: str | None = None  # the SIMD level, if not the machine's best
+    peer: bool = False  # not ours: what the row above is to be compared with
 
 
 @contextmanager
@@ -96,19 +97,19 @@ def operator_rows(shapes: list[tuple[int, ...]]) -> list[Row]:
     if avx512:
         rows.append(Row("perturb_", perturb, 8, 6.5, level="avx2"))
     return rows + [
-        Row("perturb_ with backup + restore_", perturb_restore, 20, 4.5 if avx512 else None),
-        Row("  the seeds' way", lambda: seeds.remove(params, seeds.perturb(params, sigma))),
-        Row("restore_ by regenerating", lambda: ops.restore_(params, scales=scales, seed=0, draw=1), 8),
+        Row("perturb_, backup, restore_", perturb_restore, 20, 4.5 if avx512 else None),
+        Row("the seeds' way", lambda: seeds.remove(params, seeds.perturb(params, sigma)), peer=True),
+        Row("restore_, regenerating", lambda: ops.restore_(params, scales=scales, seed=0, draw=1), 8),
         Row("filter_norms", lambda: ops.filter_norms(params), 4),
         Row("filter_fisher_", lambda: ops.filter_fisher_(fisher, grads, 0.99), 4),
         Row("grad_norm", lambda: ops.grad_norm(grads), 4, 0.9),
-        Row("  torch._foreach_norm", lambda: torch.stack(torch._foreach_norm(grads)).norm()),
-        Row("  the seeds' way", lambda: seeds.grad_norm(grads)),
-        Row("ascend_ with backup", ascend, 16, 3.3),
-        Row("ascend_ with backup + restore_", ascend_restore, 24),
-        Row("  the seeds' way", lambda: seeds.copy_back(params, seeds.ascend(params, grads, rho, norm.float()))),
+        Row("torch._foreach_norm", lambda: torch.stack(torch._foreach_norm(grads)).norm(), peer=True),
+        Row("the seeds' way", lambda: seeds.grad_norm(grads), peer=True),
+        Row("ascend_, backup", ascend, 16, 3.3),
+        Row("ascend_, backup, restore_", ascend_restore, 24),
+        Row("the seeds' way", lambda: seeds.copy_back(params, seeds.ascend(params, grads, rho, norm.float())), peer=True),
         Row("normals alone", lambda: torch.ops.flatops.normal_(noise, key, draw, 0), 4),
-        Row("  torch.Tensor.normal_", lambda: noise.normal_(), 4),
+        Row("torch.Tensor.normal_", lambda: noise.normal_(), peer=True),
     ]
 
 
@@ -142,7 +143,8 @@ def measure(config: Config) -> dict[str, Any]:
     floor = times[0]
     table = [
         {
-            "name": row.name.strip(),
+            "name": row.name,
+            "peer": row.peer,
             "simd": row.level or _C.simd(),
             "ms": seconds * 1e3,
             "floors": seconds / floor,
@@ -194,36 +196,38 @@ def _scaling(call: Callable[[], Any], rounds: int) -> float:
 
 def show(result: dict[str, Any]) -> None:
     """Prints the table."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     table = Table(
-        title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights · one thread of "
-        f"{result['machine']} · torch {result['torch']}",
-        caption="floor: one read and one write of every weight by torch, here and now · bytes: what the operator must move",
+        title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
+        f"one thread of {result['machine']}, {result['simd']}, torch {result['torch']}",
+        caption="floor: one read and one write of every weight by torch, here and now. by bytes: floors, if nothing "
+        "but the bytes that must move cost time. ops, reads: what PyTorch dispatches, what the host waits for.",
+        box=box.SIMPLE_HEAD,
     )
-    table.add_column("operator")
-    table.add_column("SIMD", style="dim")
-    for column in ("ms", "floors", "must", "by bytes", "operations", "host reads"):
-        table.add_column(column, justify="right")
+    table.add_column("operator", no_wrap=True)
+    for column in ("ms", "floors", "must", "by bytes", "ops", "reads"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
-        ours = row["operations"] <= 8 and row["name"] not in ("floor",)
         met = row["must"] is None or row["floors"] <= row["must"]
+        level = f" ({row['simd']})" if row["simd"] != result["simd"] else ""
         table.add_row(
-            row["name"] if ours or row["name"] == "floor" else f"  [dim]{row['name']}[/dim]",
-            row["simd"],
+            f"  {row['name']}" if row["peer"] else row["name"] + level,
             f"{row['ms']:.2f}",
-            f"[{'bold' if met else 'bold red'}]{row['floors']:.2f}[/]",
+            f"{row['floors']:.2f}" if met else f"[red]{row['floors']:.2f}[/red]",
             f"≤ {row['must']:.1f}" if row["must"] else "",
             f"{row['floors_by_bytes']:.2f}" if row["floors_by_bytes"] else "",
             str(row["operations"]),
             str(row["host_reads"]),
+            style="dim" if row["peer"] else None,
         )
     console.print(table)
     for check in result["checks"]:
         mark = "[green]met[/green]" if check["met"] else "[red]missed[/red]"
-        console.print(f"{check['name']}: [bold]{check['value']:.2f}[/bold]  (must be {check['sign']} {check['must']:g}: {mark})")
+        console.print(f"{check['name']}: {check['value']:.2f}, must be {check['sign']} {check['must']:g}: {mark}", highlight=False)
 
 
 def main(config: Config) -> int:

@@ -88,9 +88,10 @@ static void normal_block(const Tensor& t, const Block& b, Noise noise) {
     for (int64_t i = 0; i < b.length; i += REDUCE) {
       const int64_t n = std::min(REDUCE, b.length - i);
       normals(draws.keys, filter, b.start + i, n, z.x);
-      __builtin_memcpy(out + i, z.x, n * 4);
+      copy(out + i, z.x, n * 4, 0);
     }
   }
+  fence();
 }
 
 #else

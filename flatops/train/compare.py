@@ -52,9 +52,12 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     write_json(config.output / "compare.json", result)
     labels = {method: METHODS[method].label for method in config.methods}
     plots.comparison(runs, labels, title, config.output / "compare.png")
-    console.print(table(result["summary"], title))
-    console.print(caveat(config), soft_wrap=False)
-    console.print(f"Written to {config.output / 'compare.json'} and compare.png", highlight=False)
+    console.print(
+        f"\n[bold]{title}[/bold]", table(result["summary"]), caveat(config), sep="\n", highlight=False
+    )
+    console.print(
+        f"\nWritten to {config.output / 'compare.json'} and compare.png", highlight=False, soft_wrap=True
+    )
     return result
 
 
@@ -128,10 +131,10 @@ def describe(config: CompareConfig) -> str:
     return f"{config.data}{noise}: {config.model}, {config.epochs} epochs, lr {config.lr:g}, {seeds}"
 
 
-def table(summary: list[dict[str, Any]], title: str) -> Table:
+def table(summary: list[dict[str, Any]]) -> Table:
     """The summary, to print; the best mean accuracy in bold."""
     best = max(row["accuracy_mean"] for row in summary)
-    result = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    result = Table(box=box.SIMPLE_HEAD)
     for name in ("method", "options"):
         result.add_column(name)
     for name in ("test accuracy", "s/epoch", "time / SGD"):
@@ -153,7 +156,13 @@ def table(summary: list[dict[str, Any]], title: str) -> Table:
 def caveat(config: CompareConfig) -> str:
     """What the table does not show, in words."""
     text = (
-        "One schedule for all: it favours the flat-minima methods, because nothing but flatness keeps a network from "
-        "learning the wrong labels by heart as long as it trains. Tune each method before you choose."
+        "This is one fixed schedule, and it favours the flat-minima methods: trained this long, SGD has time "
+        "to learn wrong labels by heart. Their options were chosen on these test images, its own were not."
     )
+    if (config.data, config.model, config.label_noise) == ("digits", "cnn", 0.3):
+        text += (
+            "\nAn SGD tuned in its own right (--epochs 10 --weight-decay 0.12) reaches 97.9 ± 0.6 % over 10 "
+            "seeds. m-RWP there is level with it at 97.9 ± 0.5 %; SAM at its own best (--epochs 10 "
+            "--weight-decay 0.05 --rho 0.05) reaches 98.2 ± 0.8 %, not clearly more."
+        )
     return text

@@ -18,8 +18,8 @@ import flatops
 from . import checkpoint, data, methods, models
 from .config import TrainConfig
 
-# One epoch: a line of the log. The training figures are means over the epoch's steps, at the weights of each step's
-# first pass (perturbed ones for RWP) and on the labels as given, wrong ones included.
+# One epoch, a line of the log. The training figures are means over its steps, at the weights of each
+# step's first pass (perturbed ones for RWP) and on the labels as given, wrong ones included.
 Row = dict[str, float]
 EVALUATION_BATCH = 512
 

@@ -83,7 +83,7 @@ METHODS = {
     "rwp": Method("RWP", rwp, {"sigma": 0.03}),
     "mrwp": Method("m-RWP", mrwp, {"sigma": 0.05, "lam": 0.5}, batches=2),
     "arwp": Method("ARWP", rwp, {"sigma": 0.05, "eta": 0.1, "beta": 0.99}),
-    "marwp": Method("m-ARWP", mrwp, {"sigma": 0.05, "lam": 0.5, "eta": 0.1, "beta": 0.99}, batches=2),
+    "marwp": Method("m-ARWP", mrwp, {"sigma": 0.07, "lam": 0.5, "eta": 0.1, "beta": 0.99}, batches=2),
     "sam": Method("SAM", sam, {"rho": 0.15}),
     "asam": Method("ASAM", sam, {"rho": 1.0}),
 }
