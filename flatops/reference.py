@@ -224,6 +224,8 @@ def normal_(out: Tensor, key: Tensor, draw: Tensor, index: int) -> None:
 @torch.no_grad()
 def filter_fisher_(fisher, grads, beta: float, scale: Tensor) -> None:
     for f, g in zip(fisher, grads):
+        if g.numel() == 0:
+            continue
         x = rows(g)
         squares = x.double().square().reshape(f.shape) if g.dim() <= 1 else sum_squares(_exact(x))
         added = scale.square() * squares

@@ -1,0 +1,508 @@
+"""The loops that users have: closures, two-step loops, schedulers, hooks, accumulation, BatchNorm, compiled models, wrappers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from models import all_bits, assert_same_bits, loss_of, make_batch, make_net
+from torch import nn
+from torch.optim import SGD, lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import flatops
+from flatops import CosineRamp
+
+KINDS = {
+    "sam": (flatops.SAM, {"rho": 0.1}),
+    "rwp": (flatops.RWP, {"sigma": 0.05}),
+    "mrwp": (flatops.RWP, {"sigma": 0.05, "lam": 0.5}),
+}
+
+
+def make(kind, model, base=SGD, **changed):
+    flat, options = KINDS[kind]
+    return flat(model.parameters(), base, **{**options, "lr": 0.05, **({"momentum": 0.9} if base is SGD else {}), **changed})
+
+
+def closure_for(optimizer, model, i=0, calls=None):
+    def closure():
+        if calls is not None:
+            calls.append(optimizer.is_perturbed)
+        optimizer.zero_grad()
+        loss = loss_of(model, make_batch(i))
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def explicit(optimizer, model, i=0):
+    loss_of(model, make_batch(i)).backward()
+    with optimizer.perturbed():
+        loss_of(model, make_batch(i)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def by_closure(optimizer, model, i=0):
+    optimizer.step(closure_for(optimizer, model, i))
+
+
+def two_steps(optimizer, model, i=0):
+    loss_of(model, make_batch(i)).backward()
+    optimizer.first_step(zero_grad=True)
+    loss_of(model, make_batch(i)).backward()
+    optimizer.second_step(zero_grad=True)
+
+
+DRIVES = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
+
+
+# --- form -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_is_both_its_classes():
+    """isinstance holds for the algorithm and for the base optimizer; the class is made once and named after both."""
+    first, second = make("sam", make_net()), make("sam", make_net())
+    assert isinstance(first, flatops.SAM) and isinstance(first, SGD) and isinstance(first, torch.optim.Optimizer)
+    assert type(first) is type(second) and type(first).__name__ == "SAMSGD"
+    assert not isinstance(make("rwp", make_net(), torch.optim.AdamW), (SGD, flatops.SAM))
+    assert "rho: 0.1" in repr(first)
+
+
+class Wrapper:
+    def __init__(self, optimizer, name="optimizer"):
+        setattr(self, name, optimizer)
+
+
+def test_unwrap_finds_the_optimizer_in_its_wrappers():
+    """Through chains of .optimizer and ._optimizer, and through wrappers that answer for what they hold."""
+
+    class Delegating(Wrapper):
+        def __getattr__(self, name):
+            return getattr(self.__dict__["optimizer"], name)
+
+    optimizer = make("sam", make_net())
+    for wrapped in (optimizer, Wrapper(optimizer), Wrapper(Wrapper(optimizer, "_optimizer")), Delegating(optimizer)):
+        assert flatops.unwrap(wrapped) is optimizer
+
+
+def test_unwrap_says_what_it_was_given():
+    """Where there is no flatops optimizer, also in a circle of wrappers: a TypeError."""
+    circle = Wrapper(None)
+    circle.optimizer = circle
+    for wrapped in (SGD(make_net().parameters(), lr=0.1), Wrapper(SGD(make_net().parameters(), lr=0.1)), circle, None):
+        with pytest.raises(TypeError, match=type(wrapped).__name__):
+            flatops.unwrap(wrapped)
+
+
+# --- closures -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, expected", [("sam", [False, True]), ("rwp", [True]), ("mrwp", [True, False])])
+def test_a_closure_runs_once_a_pass_and_returns_the_clean_loss(kind, expected):
+    """With gradients enabled, even in no_grad; what comes back is the loss of the clean pass, of RWP's only pass else."""
+    model = make_net()
+    optimizer = make(kind, model)
+    losses, calls = [], []
+
+    def closure():
+        losses.append((optimizer.is_perturbed, closure_for(optimizer, model, calls=calls)()))
+        return losses[-1][1]
+
+    with torch.no_grad():
+        returned = optimizer.step(closure)
+    assert calls == expected
+    assert returned is {perturbed: loss for perturbed, loss in losses}[expected == [True]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_runs_once_after_a_pass(kind):
+    """step(closure) after perturbed() evaluates once, at the weights themselves, and the next one runs everything again."""
+    model = make_net()
+    optimizer, calls = make(kind, model), []
+    loss_of(model, make_batch(0)).backward()
+    with optimizer.perturbed():
+        loss_of(model, make_batch(0)).backward()
+    optimizer.step(closure_for(optimizer, model, calls=calls))
+    assert calls == [False]
+    optimizer.step(closure_for(optimizer, model, calls=calls))
+    assert len(calls) == 1 + (1 if kind == "rwp" else 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_may_contain_the_pass(kind):
+    """A closure that goes through perturbed() itself runs once, and gives what the explicit loop gives."""
+    model, twin = make_net(), make_net()
+    optimizer, calls = make(kind, model), []
+
+    def closure():
+        calls.append(optimizer.is_perturbed)
+        optimizer.zero_grad()
+        loss = loss_of(model, make_batch(0))
+        loss.backward()
+        with optimizer.perturbed():
+            loss_of(model, make_batch(0)).backward()
+        return loss
+
+    optimizer.step(closure)
+    assert calls == [False]
+    explicit(make(kind, twin), twin)
+    assert_same_bits(model.parameters(), twin.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("failing", [0, 1])
+def test_after_a_closure_that_raised_the_next_step_is_whole(kind, failing):
+    """A batch that fails in any pass leaves no half-done step behind: the next one evaluates every pass."""
+    model = make_net()
+    optimizer, calls = make(kind, model), []
+    before = all_bits(model.parameters())
+
+    def closure():
+        if len(calls) == failing:
+            raise ValueError("this batch")
+        return closure_for(optimizer, model, calls=calls)()
+
+    if kind == "rwp" and failing == 1:
+        calls.append("one pass only: fails at once")
+    with pytest.raises(ValueError, match="this batch"):
+        optimizer.step(closure)
+    assert_same_bits(all_bits(model.parameters()), before)
+    calls.clear()
+    optimizer.step(closure_for(optimizer, model, calls=calls))
+    assert len(calls) == (1 if kind == "rwp" else 2)
+
+
+def test_looking_at_the_loss_under_noise_is_no_training_pass():
+    """After an evaluation in perturbed() and no_grad, step(closure) still perturbs."""
+    model = make_net()
+    optimizer, calls = make("rwp", model), []
+    with torch.no_grad(), optimizer.perturbed():
+        loss_of(model, make_batch(0))
+    optimizer.step(closure_for(optimizer, model, calls=calls))
+    assert calls == [True]
+
+
+@pytest.mark.parametrize("form", ["two steps", "closure"])
+def test_loops_written_for_davda54_sam_run_unchanged(form):
+    """Both forms of its README give the weights of ours. Its closure does not zero the gradients, so a backward comes first."""
+    model, twin = make_net(), make_net()
+    optimizer, ours = make("sam", model), make("sam", twin)
+
+    def loss_function(output, answer):
+        return nn.functional.cross_entropy(output, answer)
+
+    for i in range(3):
+        input, answer = make_batch(i)
+        if form == "two steps":
+            loss = loss_function(model(input), answer)
+            loss.backward()
+            optimizer.first_step(zero_grad=True)
+            loss_function(model(input), answer).backward()
+            optimizer.second_step(zero_grad=True)
+        else:
+
+            def closure():
+                loss = loss_function(model(input), answer)  # noqa: B023
+                loss.backward()
+                return loss
+
+            loss = loss_function(model(input), answer)
+            loss.backward()
+            optimizer.step(closure)
+            optimizer.zero_grad()
+        explicit(ours, twin, i)
+    assert_same_bits(model.parameters(), twin.parameters())
+
+
+# --- warnings, hooks, profiler --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_pass_warns_once_and_points_at_the_caller():
+    """step() without perturbed() is plain SGD: one warning, at the user's line, and none after a pass."""
+    model = make_net()
+    optimizer = make("sam", model)
+    lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    loss_of(model, make_batch(0)).backward()
+    with pytest.warns(UserWarning, match=r"SAMSGD.step\(\) without a perturbed pass is plain SGD") as record:
+        optimizer.step()
+        optimizer.step()
+    assert [w.filename for w in record] == [__file__]
+    other = make("sam", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for drive in DRIVES.values():
+            drive(other, model)
+
+
+@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_run_once_a_step(kind, drive):
+    """Global and own hooks, before and after, once; the pre-hooks with clean weights, the post-hooks with new ones."""
+    model = make_net()
+    SGD(make_net().parameters(), lr=0.1)  # torch hooks a class's step when it is first used
+    optimizer = make(kind, model)
+    before, seen = all_bits(model.parameters()), []
+
+    def hook(name):
+        def record(hooked, args, kwargs):
+            assert hooked is optimizer and not optimizer.is_perturbed
+            seen.append((name, torch.equal(all_bits(model.parameters())[0], before[0])))
+
+        return record
+
+    handles = [register_optimizer_step_pre_hook(hook("global pre")), register_optimizer_step_post_hook(hook("global post"))]
+    optimizer.register_step_pre_hook(hook("pre"))
+    optimizer.register_step_post_hook(hook("post"))
+    try:
+        DRIVES[drive](optimizer, model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [("global pre", True), ("pre", True), ("post", False), ("global post", False)]
+
+
+def test_the_profiler_sees_one_step_by_its_name():
+    """One record of Optimizer.step#SAMSGD.step, and none of the base class's."""
+    model = make_net()
+    optimizer = make("sam", model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        explicit(optimizer, model)
+    steps = [e.name for e in profile.events() if e.name.startswith("Optimizer.step#")]
+    assert steps == ["Optimizer.step#SAMSGD.step"]
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=6),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=6),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=2),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+}
+
+
+@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedulers_drive_it_as_they_drive_the_base(kind, schedule, drive):
+    """The same lr and momentum after every step, and no complaint about the order of steps."""
+    model, plain_model = make_net(), make_net()
+    optimizer, plain = make(kind, model), SGD(plain_model.parameters(), lr=0.05, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedulers = [SCHEDULES[schedule](o) for o in (optimizer, plain)]
+        for i in range(4):
+            DRIVES[drive](optimizer, model, i)
+            plain.step()
+            for scheduler in schedulers:
+                scheduler.step(*([1.0] if schedule == "plateau" else []))
+            for key in ("lr", "momentum"):
+                assert optimizer.param_groups[0][key] == plain.param_groups[0][key]
+    assert plain.param_groups[0]["lr"] != 0.05
+
+
+@pytest.mark.parametrize("start, end", [(0.0, 0.02), (0.02, 0.0), (0.01, 0.05)])
+def test_cosine_ramp(start, end):
+    """end + (start - end) (1 + cos(pi t / T)) / 2, then end; a group whose value is 0 stays at 0; it can resume."""
+    model = make_net()
+    groups = [{"params": model.features.parameters()}, {"params": model.head.parameters(), "sigma": 0.0}]
+    optimizer = flatops.RWP(groups, SGD, lr=0.1, sigma=0.3)
+    ramp = CosineRamp(optimizer, "sigma", start, end, total_steps=8)
+    for t in range(11):
+        expected = end + (start - end) * (1 + math.cos(math.pi * min(t, 8) / 8)) / 2
+        assert ramp.value == pytest.approx(expected, abs=1e-15)
+        assert [group["sigma"] for group in optimizer.param_groups] == [ramp.value, 0.0]
+        if t == 4:
+            saved = copy.deepcopy((ramp.state_dict(), optimizer.state_dict()))
+        ramp.step()
+    optimizer.load_state_dict(saved[1])
+    again = CosineRamp(optimizer, "sigma", start, end, total_steps=8)
+    again.load_state_dict(saved[0])
+    for _ in range(3):
+        again.step()
+    expected = end + (start - end) * (1 + math.cos(math.pi * 7 / 8)) / 2
+    assert again.value == pytest.approx(expected) and optimizer.param_groups[0]["sigma"] == again.value
+
+
+@pytest.mark.parametrize("kind, key", [("sam", "rho"), ("rwp", "sigma")])
+def test_a_ramp_of_an_optimizer_that_starts_at_zero_ramps(kind, key):
+    """Where every group is at 0 nobody is kept out: the ramp moves them, or says that it cannot."""
+    optimizer = make(kind, make_net(), **{key: 0.0})
+    try:
+        ramp = CosineRamp(optimizer, key, 0.0, 0.05, total_steps=2)
+    except ValueError as error:
+        assert key in str(error)
+    else:
+        ramp.step()
+        ramp.step()
+        assert optimizer.param_groups[0][key] == 0.05
+
+
+def test_a_ramp_takes_groups_added_later():
+    """A group that joins after the ramp was made follows it from its next step on."""
+    model = make_net()
+    optimizer = flatops.RWP(model.features.parameters(), SGD, lr=0.1, sigma=0.3)
+    ramp = CosineRamp(optimizer, "sigma", 0.3, 0.1, total_steps=2)
+    optimizer.add_param_group({"params": list(model.head.parameters())})
+    ramp.step()
+    ramp.step()
+    assert [group["sigma"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_gradients_equal_one_big_batch(kind):
+    """Two half batches a pass, without BatchNorm: the step of the whole batch."""
+    model, whole = make_net(dtype=torch.float64, norm=nn.Identity), make_net(dtype=torch.float64, norm=nn.Identity)
+    optimizer, big = make(kind, model), make(kind, whole)
+    for i in range(3):
+        x, y = make_batch(i, torch.float64)
+        halves = [(x[:4], y[:4]), (x[4:], y[4:])]
+        for half in halves:
+            (loss_of(model, half) / 2).backward()
+        with optimizer.perturbed():
+            for half in halves:
+                (loss_of(model, half) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(whole, (x, y)).backward()
+        with big.perturbed():
+            loss_of(whole, (x, y)).backward()
+        big.step()
+        big.zero_grad()
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), rtol=1e-11, atol=1e-13)
+
+
+def test_sam_zeroes_the_first_gradient_and_rwp_adds_to_it():
+    """perturbed() owns zeroing for SAM; for RWP the two gradients of m-RWP are to be summed."""
+    for kind in ("sam", "mrwp"):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = flatops.SAM([p], SGD, lr=0.1) if kind == "sam" else flatops.RWP([p], SGD, lr=0.1, lam=0.5)
+        p.grad = torch.full((3,), 10.0)
+        with optimizer.perturbed():
+            (2 * p).sum().backward()
+        assert torch.equal(p.grad, torch.full((3,), 2.0 if kind == "sam" else 12.0))
+
+
+# --- BatchNorm -----------------------------------------------------------------------------------------------------------------------------
+
+
+def batch_norm_act(features):
+    from timm.layers import BatchNormAct2d
+
+    return BatchNormAct2d(features)
+
+
+def tracking_instance_norm(features):
+    return nn.InstanceNorm2d(features, track_running_stats=True)
+
+
+def cumulative_batch_norm(features):
+    return nn.BatchNorm2d(features, momentum=None)
+
+
+NORMS = [nn.BatchNorm2d, batch_norm_act, tracking_instance_norm, cumulative_batch_norm]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("perturbed_input", ["finite", "nan"])
+@pytest.mark.parametrize("kind", ["sam", "mrwp"])
+def test_statistics_are_those_of_a_clean_only_twin(kind, norm, perturbed_input):
+    """Running mean, variance and the count of batches have the bits of a network that saw the clean passes alone."""
+    model, twin = make_net(norm=norm), make_net(norm=norm)
+    optimizer = make(kind, model)
+    for i in range(3):
+        twin.load_state_dict({**twin.state_dict(), **dict(model.named_parameters())})
+        loss_of(twin, make_batch(i))
+        loss_of(model, make_batch(i)).backward()
+        x, y = make_batch(i + 10)
+        with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
+            loss = loss_of(model, (x * float("nan") if perturbed_input == "nan" else x, y))
+            if perturbed_input == "finite":
+                loss.backward()
+        assert_same_bits(model.buffers(), twin.buffers())
+        if perturbed_input == "finite":
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_freezing_changes_no_output(norm, training):
+    """Batches are normalised by their own statistics in training, by the running ones in eval, which stay as they are."""
+    model, x = make_net(norm=norm), make_batch(0)[0]
+    model(x)
+    model.train(training)
+    with flatops.freeze_batchnorm_stats(model):
+        before = all_bits(model.buffers())
+        frozen = model(x)
+        assert_same_bits(all_bits(model.buffers()), before)
+    assert torch.equal(frozen, model(x))
+
+
+def test_freezing_leaves_layers_as_it_found_them():
+    """After an error, nested, when off, and where a layer tracked nothing before."""
+    model, x = make_net(), make_batch(0)[0]
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    layers[1].track_running_stats = False
+    with pytest.raises(ValueError, match="body"), flatops.freeze_batchnorm_stats(model):
+        with flatops.freeze_batchnorm_stats(model):
+            pass
+        model(x)
+        raise ValueError("body")
+    assert [layer.num_batches_tracked.item() for layer in layers] == [0, 0]
+    with flatops.freeze_batchnorm_stats(model, enabled=False):
+        model(x)
+    assert [layer.num_batches_tracked.item() for layer in layers] == [1, 0]
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_in_the_loop(kind):
+    """The weights of the eager loop, one graph for each way that BatchNorm runs, and no graph more from step to step."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, twin = make_net(), make_net()
+    compiled = torch.compile(model, backend=backend)
+    optimizer, eager = make(kind, model), make(kind, twin)
+    for i in range(4):
+        for network, o in ((compiled, optimizer), (twin, eager)):
+            loss_of(network, make_batch(i)).backward()
+            with o.perturbed(), flatops.freeze_batchnorm_stats(network):
+                loss_of(network, make_batch(i)).backward()
+            o.step()
+            o.zero_grad()
+    assert_same_bits(model.state_dict().values(), twin.state_dict().values())
+    assert len(graphs) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step():
+    """torch.compile of optimizer.step gives the weights of the eager step."""
+    torch._dynamo.reset()
+    model, twin = make_net(), make_net()
+    optimizer, eager = make("rwp", model), make("rwp", twin)
+    steps = [torch.compile(optimizer.step, backend="eager"), eager.step]
+    for i in range(3):
+        for network, o, step in zip((model, twin), (optimizer, eager), steps):
+            with o.perturbed():
+                loss_of(network, make_batch(i)).backward()
+            step()
+            o.zero_grad()
+    assert_same_bits(model.parameters(), twin.parameters())

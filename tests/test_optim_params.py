@@ -1,0 +1,378 @@
+"""Which parameters an optimizer takes, and what it does to each: frozen, without gradient, sparse, shared, moved, added."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import all_bits, assert_same_bits, bits, loss_of, make_batch, make_net, state_tensors
+from torch import nn
+
+import flatops
+from flatops import ops
+
+SGD = torch.optim.SGD
+
+
+def some_params():
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in [(4, 3), (5,), (2, 3, 2, 2), ()]]
+
+
+def fill_gradients(params):
+    for i, p in enumerate(params):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.dtype)
+
+
+def make(kind, params, **options):
+    if kind == "sam":
+        return flatops.SAM(params, SGD, **{"rho": 0.5, "lr": 0.1, **options})
+    return flatops.RWP(params, SGD, **{"sigma": 0.1, "lr": 0.1, **options})
+
+
+def changes(optimizer, params):
+    """Which parameters differ in the perturbed pass."""
+    before = all_bits(params)
+    with optimizer.perturbed():
+        changed = [not torch.equal(bits(p), b) for p, b in zip(params, before)]
+    assert_same_bits(all_bits(params), before)
+    return changed
+
+
+# --- forms of passing them -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sam", "rwp"])
+def test_every_form_of_passing_parameters_is_the_same(kind):
+    """A list, a generator, groups, groups of generators and named parameters: the same weights after two steps."""
+    forms = {
+        "list": lambda m: list(m.parameters()),
+        "generator": lambda m: m.parameters(),
+        "group": lambda m: [{"params": list(m.parameters())}],
+        "groups": lambda m: [{"params": m.features.parameters()}, {"params": m.head.parameters()}],
+        "named": lambda m: m.named_parameters(),
+        "named groups": lambda m: [{"params": list(m.features.named_parameters())},
+                                   {"params": list(m.head.named_parameters())}],
+    }  # fmt: skip
+    results = {}
+    for name, form in forms.items():
+        model = make_net()
+        optimizer = make(kind, form(model), momentum=0.9)
+        for i in range(2):
+            loss_of(model, make_batch(i)).backward()
+            with optimizer.perturbed():
+                loss_of(model, make_batch(i)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results[name] = list(model.parameters())
+    for name in forms:
+        assert_same_bits(results[name], results["list"])
+    optimizer = make(kind, make_net().named_parameters())
+    assert optimizer.param_groups[0]["param_names"][0] == "features.0.weight"
+    assert optimizer.state_dict()["param_groups"][0]["param_names"][-1] == "head.bias"
+
+
+@pytest.mark.parametrize("operator, kind, key", [("perturb_", "rwp", "sigma"), ("ascend_", "sam", "rho")])
+def test_groups_that_agree_are_one_operator_call(monkeypatch, operator, kind, key):
+    """Three groups, two values: two calls, and lr does not count."""
+    params, calls = some_params(), []
+    original = getattr(ops, operator)
+    monkeypatch.setattr(ops, operator, lambda *args, **kwargs: (calls.append(len(args[0])), original(*args, **kwargs)))
+    optimizer = make(kind, [{"params": params[:1], "lr": 1.0}, {"params": params[1:2], key: 0.3}, {"params": params[2:]}])
+    fill_gradients(params)
+    assert all(changes(optimizer, params))
+    assert sorted(calls) == [1, 3]
+
+
+# --- frozen, without gradient, sparse ---------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_stay_in_every_pass():
+    """Neither noise nor ascent reaches a parameter without requires_grad; it joins when it is set, and leaves again."""
+    for kind in ("sam", "rwp"):
+        params = some_params()
+        optimizer = make(kind, params)
+        for frozen in (0, 2, None, 1):
+            for i, p in enumerate(params):
+                p.requires_grad_(i != frozen)
+            fill_gradients(params)
+            assert changes(optimizer, params) == [i != frozen for i in range(4)]
+
+
+def test_without_a_gradient_there_is_noise_but_no_ascent_and_no_step():
+    """A parameter that the loss does not reach: SAM leaves it alone, RWP perturbs it, the step and its state pass it by."""
+    for kind, in_pass in (("sam", [True, False]), ("rwp", [True, True])):
+        used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        optimizer = make(kind, [used, unused], momentum=0.9)
+        used.grad = torch.tensor([1.0, -2.0, 3.0])
+        assert changes(optimizer, [used, unused]) == in_pass
+        used.grad = torch.ones(3)
+        optimizer.step()
+        assert not torch.equal(used, torch.ones(3)) and torch.equal(unused, torch.ones(3))
+        assert list(optimizer.state) == [used]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_sam_refuses_a_sparse_gradient(order):
+    """Wherever in the list it is: a TypeError that says so, and no weight changed, no gradient lost."""
+    torch.manual_seed(0)
+    layers = [nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)]
+    params = [p for layer in layers[:: 1 - 2 * order] for p in layer.parameters()]
+    optimizer = make("sam", params)
+    layers[1](layers[0](torch.tensor([1, 2]))).sum().backward()
+    before = all_bits(params)
+    with pytest.raises(TypeError, match="sparse"), optimizer.perturbed():
+        pytest.fail("the body ran")
+    assert_same_bits(all_bits(params), before)
+    assert not optimizer.is_perturbed and all(p.grad is not None for p in params)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.5])
+def test_arwp_refuses_a_sparse_gradient(lam):
+    """F is a sum over dense rows: a TypeError before the step, and no weight changed."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = make("rwp", embedding.parameters(), eta=1.0, lam=lam)
+    before = bits(embedding.weight)
+    with pytest.raises(TypeError, match="sparse"):
+        with optimizer.perturbed():
+            embedding(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+    assert torch.equal(bits(embedding.weight), before)
+
+
+@pytest.mark.parametrize("drive", ["explicit", "closure"])
+@pytest.mark.parametrize("lam", [1.0, 0.5])
+def test_rwp_steps_on_sparse_gradients(drive, lam):
+    """Noise needs no gradient, so an optimizer for sparse ones works as its base; as dense ones would."""
+    weights = {}
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(6, 3, sparse=sparse)
+        optimizer = make("rwp", embedding.parameters(), lam=lam)
+        rows = [torch.tensor([1, 2, 2]), torch.tensor([2, 4])]
+
+        def closure():
+            optimizer.zero_grad()
+            loss = embedding(rows[optimizer.is_perturbed]).square().sum()
+            loss.backward()
+            return loss
+
+        if drive == "closure":
+            optimizer.step(closure)
+        else:
+            (optimizer.clean_weight * embedding(rows[0]).square().sum()).backward()
+            with optimizer.perturbed():
+                (optimizer.perturbed_weight * embedding(rows[1]).square().sum()).backward()
+            optimizer.step()
+        weights[sparse] = embedding.weight
+    torch.testing.assert_close(weights[True], weights[False], rtol=1e-6, atol=1e-7)
+
+
+# --- groups ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_have_their_own_sigma_eta_and_seed():
+    """w + e of every group is what ops.perturb_ makes with the group's values and the positions in the optimizer."""
+    params = some_params()
+    own = [{"sigma": 0.2, "seed": 3}, {"sigma": 0.05, "eta": 2.0}]
+    optimizer = make("rwp", [{"params": params[:2], **own[0]}, {"params": params[2:], **own[1]}], beta=0.5)
+    for p in params:
+        optimizer._fisher(p).fill_(1.5)
+    expected = [p.detach().clone() for p in params]
+    ops.perturb_(expected[:2], 0.2, seed=3, draw=0)
+    ops.perturb_(expected[2:], 0.05, seed=0, draw=0, index=[2, 3], eta=2.0,
+                 fisher=[torch.full(p.shape[:1] or (1,), 1.5) for p in params[2:]])  # fmt: skip
+    with optimizer.perturbed():
+        assert_same_bits(params, expected)
+
+
+def test_groups_have_their_own_rho_under_one_norm():
+    """e = rho_group g / ||g||, the norm over the parameters of all groups."""
+    params = some_params()
+    optimizer = make("sam", [{"params": params[:2], "rho": 0.3}, {"params": params[2:]}], rho=0.7)
+    fill_gradients(params)
+    norm = torch.cat([p.grad.flatten() for p in params]).norm()
+    expected = [p + rho * p.grad / norm for p, rho in zip(params, (0.3, 0.3, 0.7, 0.7))]
+    with optimizer.perturbed():
+        torch.testing.assert_close(list(params), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind, key", [("sam", "rho"), ("rwp", "sigma")])
+def test_a_group_added_later_is_like_one_from_the_start(kind, key):
+    """It takes the optimizer's values where it has none, its noise by position, and the draw where the others are."""
+    early, late = some_params(), some_params()
+    whole = make(kind, [{"params": early[:2]}, {"params": early[2:], key: 0.2}])
+    grown = make(kind, late[:2])
+    fill_gradients(early)
+    fill_gradients(late)
+    with whole.perturbed(), grown.perturbed():
+        pass
+    grown.add_param_group({"params": late[2:], key: 0.2})
+    assert grown.param_groups[1].keys() == whole.param_groups[1].keys()
+    fill_gradients(early)
+    fill_gradients(late)
+    with whole.perturbed(), grown.perturbed():
+        assert_same_bits(late, early)
+    grown.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert grown.param_groups[2][key] == whole.defaults[key]
+
+
+# --- shared memory -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sam", "rwp"])
+def test_a_tied_parameter_is_one_parameter(kind):
+    """Two layers that hold one parameter perturb it once, and step it once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    optimizer = make(kind, model.parameters())
+    model(torch.ones(2, 4)).square().sum().backward()
+    expected = model[0].weight.detach().clone()
+    if kind == "rwp":
+        ops.perturb_([expected], 0.1, seed=0, draw=0)
+    else:
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        expected += 0.5 * model[0].weight.grad / norm
+    before = all_bits(model.parameters())
+    with optimizer.perturbed():
+        torch.testing.assert_close(model[1].weight.detach(), expected, rtol=1e-6, atol=1e-7)
+    assert_same_bits(all_bits(model.parameters()), before)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("kind", ["sam", "rwp"])
+@pytest.mark.parametrize("how", ["same tensor", "same memory", "overlapping memory"])
+def test_memory_shared_between_parameters_never_costs_the_weights(kind, how):
+    """Perturbed twice, a weight could not come back: a clear error before anything changes, or it does come back."""
+    torch.manual_seed(0)
+    a = nn.Parameter(torch.randn(4, 4))
+    b = {"same tensor": lambda: a, "same memory": lambda: nn.Parameter(a.data),
+         "overlapping memory": lambda: nn.Parameter(a.data[2:])}[how]()  # fmt: skip
+    before = bits(a)
+    fill_gradients([a, b])
+    try:
+        with make(kind, [a, b]).perturbed():
+            pass
+    except ValueError as error:
+        assert any(word in str(error) for word in ("twice", "share", "memory"))
+    assert torch.equal(bits(a), before)
+
+
+# --- parameters that change under the optimizer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sam", "rwp"])
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m.double(),
+        lambda m: m.bfloat16(),
+        lambda m: [setattr(p, "data", torch.randn_like(p)) for p in m.parameters()],
+        lambda m: [setattr(p, "data", torch.randn(*p.shape, 2)) for p in m.parameters()],
+    ],
+    ids=["channels_last", "float64", "bfloat16", "new data", "new shape"],
+)
+def test_parameters_may_be_replaced_between_passes(kind, move):
+    """Another layout, dtype, address or shape of the same parameter: perturbed anew, and back to the bit."""
+    model = make_net()
+    optimizer = make(kind, model.parameters())
+    params = list(model.parameters())
+    fill_gradients(params)
+    assert all(changes(optimizer, [p for p in params if p.abs().sum() > 0]))
+    for p in params:
+        p.grad = None
+    move(model)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    assert changes(optimizer, params)[0]
+
+
+@pytest.mark.parametrize("how", ["model.bfloat16()", "param_groups"])
+def test_regenerating_is_refused_where_it_became_impossible(how):
+    """Weights that became bfloat16 after the optimizer was made: refused before they change, not after."""
+    model = make_net()
+    optimizer = make("rwp", model.parameters(), restore="exact" if how == "param_groups" else "regenerate")
+    model.bfloat16()
+    optimizer.param_groups[0]["restore"] = "regenerate"
+    before = all_bits(model.parameters())
+    try:
+        with optimizer.perturbed():
+            pass
+    except TypeError as error:
+        assert "bfloat16" in str(error)
+    assert_same_bits(all_bits(model.parameters()), before)
+    assert not optimizer.is_perturbed
+
+
+# --- bases -------------------------------------------------------------------------------------------------------------------------------
+
+
+class OwnSGD(torch.optim.SGD):
+    """A user's optimizer, whose step calls the one it inherits."""
+
+    def step(self, closure=None):
+        self.own_steps = getattr(self, "own_steps", 0) + 1
+        return super().step(closure)
+
+
+BASES = [
+    (torch.optim.SGD, {"nesterov": True, "momentum": 0.9}),
+    (torch.optim.SGD, {"foreach": True, "momentum": 0.9}),
+    (torch.optim.SGD, {"fused": True, "momentum": 0.9}),
+    (OwnSGD, {"momentum": 0.9}),
+    (torch.optim.Adam, {}),
+    (torch.optim.AdamW, {"fused": True}),
+    (torch.optim.AdamW, {"foreach": True, "amsgrad": True}),
+    (torch.optim.NAdam, {}),
+    (torch.optim.RAdam, {}),
+    (torch.optim.RMSprop, {}),
+    (torch.optim.Adagrad, {}),
+    (torch.optim.Adamax, {}),
+    (torch.optim.Rprop, {}),
+    (torch.optim.ASGD, {}),
+    (torch.optim.Adafactor, {}),
+]
+
+
+@pytest.mark.parametrize("kind", ["sam", "rwp"])
+@pytest.mark.parametrize("base, options", BASES, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v))
+def test_the_step_is_the_base_optimizers_own(kind, base, options):
+    """Given the gradient of the perturbed pass, the weights and the state are those of the base optimizer, to the bit."""
+    model, plain = make_net(), make_net()
+    flat = {"sam": flatops.SAM, "rwp": flatops.RWP}[kind]
+    optimizer = flat(model.parameters(), base, lr=0.01, **options)
+    reference = base(plain.parameters(), lr=0.01, **options)
+    for i in range(3):
+        loss_of(model, make_batch(i)).backward()
+        with optimizer.perturbed():
+            loss_of(model, make_batch(i)).backward()
+        for p, q in zip(model.parameters(), plain.parameters()):
+            q.grad = copy.deepcopy(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+    assert_same_bits(model.parameters(), plain.parameters())
+    assert_same_bits(state_tensors(optimizer), state_tensors(reference))
+    if base is OwnSGD:
+        assert optimizer.own_steps == 3
+
+
+class TemperedSGD(torch.optim.SGD):
+    """A user's optimizer with a sigma of its own."""
+
+    def __init__(self, params, lr, sigma=1.0):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group.setdefault("sigma", sigma)
+        self.defaults["sigma"] = sigma
+
+
+@pytest.mark.parametrize("flat, base, name", [(flatops.SAM, torch.optim.Adadelta, "rho"), (flatops.RWP, TemperedSGD, "sigma")])
+def test_a_base_with_a_hyper_parameter_of_our_name_is_refused(flat, base, name):
+    """Adadelta's rho is a decay: one entry of param_groups cannot be both, and nobody would notice."""
+    with pytest.raises(ValueError, match=name):
+        flat(some_params(), base, lr=0.1)
