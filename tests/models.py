@@ -60,6 +60,7 @@ def assert_same_bits(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Momentum and the like, in the order of the parameters."""
+    """Momentum and the like, in the order of the parameters: the base optimizer's own state."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [value for p in params for _, value in sorted(optimizer.state.get(p, {}).items()) if torch.is_tensor(value)]
+    entries = [item for p in params for item in sorted(optimizer.state.get(p, {}).items())]
+    return [value for name, value in entries if torch.is_tensor(value) and name != "fisher"]
