@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 C = TypeVar("C")
-EXTRA = {"matplotlib", "rich", "sklearn", "timm", "tyro"}
+EXTRA = {"matplotlib", "numpy", "rich", "sklearn", "timm", "tyro"}
 
 
 @dataclass

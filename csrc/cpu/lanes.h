@@ -81,8 +81,9 @@ FLATOPS_INLINE Wide mul_wide(Word a, Word b) { return (a & 0xffffffffu) * (b & 0
 FLATOPS_INLINE I32 join(Word a, Word b) { return (I32)((a & 0xffffffffu) | (b << 32)); }
 #if defined(__x86_64__)
 // SSE2 has no fma. A float64 product of two float32 is exact, and a sum rounded to odd keeps what the second rounding
-// needs (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
-FLATOPS_INLINE F32 fma(F32 a, F32 b, F32 c) {
+// needs (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). A call: inlined everywhere, it took
+// the compiler a minute.
+__attribute__((noinline)) inline F32 fma(F32 a, F32 b, F32 c) {
   F32 out;
   for (int i = 0; i < W; ++i) {
     const double p = double(a[i]) * double(b[i]), d = c[i];
