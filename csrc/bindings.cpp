@@ -106,6 +106,20 @@ struct Launch {
     }
   }
 
+  // Two tensors over the same memory would be changed twice and backed up in between: no backup could undo that.
+  void check_disjoint(const char* name) const {
+    std::vector<std::pair<const char*, size_t>> starts;
+    for (size_t i = 0; i < list.tensors.size(); ++i)
+      if (list.tensors[i].filters) starts.emplace_back((const char*)list.tensors[i].data, i);
+    std::sort(starts.begin(), starts.end());
+    for (size_t k = 1; k < starts.size(); ++k) {
+      const Tensor& t = list.tensors[starts[k - 1].second];
+      const int64_t size = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2;
+      TORCH_CHECK_VALUE(starts[k - 1].first + t.numel() * size <= starts[k].first, name, "[", starts[k - 1].second, "] and ",
+                        name, "[", starts[k].second, "] share memory: pass it once");
+    }
+  }
+
   // Puts back what was copied and tells autograd.
   void wrote(const at::TensorList& tensors) {
     operands.write_back();
@@ -155,6 +169,7 @@ at::Tensor filter_norms(at::TensorList params) {
 void perturb_(at::TensorList params, at::Tensor scales, at::TensorList backup, const at::Tensor& sigma,
               const at::Tensor& key, const at::Tensor& draw, at::IntArrayRef index, at::TensorList fisher, double eta) {
   Launch launch(params, {}, backup, fisher, index);
+  launch.check_disjoint("params");
   cpu::perturb_(launch.list, scales_of(scales, launch.list), scalar<double>(sigma, "sigma"), noise(key, draw), eta,
                 parallel);
   launch.wrote(params);
@@ -201,6 +216,7 @@ void ascend_(at::TensorList params, at::TensorList grads, at::TensorList backup,
              const at::Tensor& norm, bool adaptive) {
   TORCH_CHECK(grads.size() == params.size(), "flatops: lists differ in length");
   Launch launch(params, grads, backup, {}, {});
+  launch.check_disjoint("params");
   cpu::ascend_(launch.list, scalar<double>(rho, "rho"), scalar<double>(norm, "norm"), adaptive, parallel);
   launch.wrote(params);
   Launch::bump(backup);

@@ -196,9 +196,9 @@ def filter_norms(params: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def perturb_(params, scales, backup, sigma, key, draw, index, fisher, eta) -> None:
+    for b, p in zip(backup, params):  # all of them before any weight changes
+        b.copy_(p)
     for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
-        if backup:
-            backup[i].copy_(p)
         scale.copy_(sigma.float() * _norms(rows(p)))
         if p.numel():
             _add_noise(p, scale, key, draw, index[i], fisher[i] if fisher else None, eta)
@@ -246,9 +246,9 @@ def grad_norm(grads: list[Tensor], params: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def ascend_(params, grads, backup, rho, norm, adaptive: bool) -> None:
     step = torch.where((norm > 0) & norm.isfinite(), rho / norm, 0.0)
-    for i, (p, g) in enumerate(zip(params, grads)):
-        if backup:
-            backup[i].copy_(p)
+    for b, p in zip(backup, params):
+        b.copy_(p)
+    for p, g in zip(params, grads):
         if p.numel() == 0:
             continue
         w, d = _exact(rows(p)), _exact(rows(g, like=p))

@@ -12,7 +12,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Net(nn.Module):
-    """Two convolutions with BatchNorm and a linear layer; smooth, so that rounding stays rounding over many steps."""
+    """Two convolutions with BatchNorm and a linear layer; smooth, so that rounding errors stay small."""
 
     def __init__(self, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -26,7 +26,9 @@ class Net(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
-def make_net(seed: int = 0, dtype: torch.dtype = torch.float32, norm: type[nn.Module] = nn.BatchNorm2d) -> Net:
+def make_net(
+    seed: int = 0, dtype: torch.dtype = torch.float32, norm: type[nn.Module] = nn.BatchNorm2d
+) -> Net:
     torch.manual_seed(seed)
     return Net(norm).to(dtype)
 

@@ -1,4 +1,4 @@
-"""SAM, ASAM, RWP, m-RWP, ARWP and m-ARWP are what their papers say: against plain PyTorch, a tensor at a time."""
+"""SAM, ASAM, RWP, m-RWP, ARWP and m-ARWP are what their papers say: against plain PyTorch loops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BASES = {
 }
 
 
-# --- the definitions -----------------------------------------------------------------------------------------------------
+# --- the definitions -----------------------------------------------------------------------------------
 
 
 def noise_of(p, draw, index):
@@ -65,7 +65,7 @@ def ascent_offsets(params, grads, rho, adaptive=False):
 
 
 def gradients(model, batch, offsets=None, statistics=False):
-    """Gradients at w + offsets, on a copy; the model takes the copy's BatchNorm statistics over only if asked to."""
+    """Gradients at w + offsets, on a copy, whose BatchNorm statistics are taken over only if asked for."""
     twin = copy.deepcopy(model)
     twin.zero_grad()
     with torch.no_grad():
@@ -95,7 +95,10 @@ class Definition:
         else:
             lam = self.options.get("lam", 1.0)
             perturbed = gradients(
-                self.model, second, random_offsets(params, self.draw, fisher=self.fisher, **self.options), lam == 1
+                self.model,
+                second,
+                random_offsets(params, self.draw, fisher=self.fisher, **self.options),
+                lam == 1,
             )
             self.draw += 1
             for f, g in zip(self.fisher, perturbed):
@@ -109,7 +112,7 @@ class Definition:
         self.optimizer.step()
 
 
-# --- ways of driving ------------------------------------------------------------------------------------------------------
+# --- ways of driving -----------------------------------------------------------------------------------
 
 
 def two_passes(optimizer):
@@ -161,9 +164,9 @@ def two_steps(optimizer, model, first, second):
 DRIVES = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
 
 
-# --- equal to their definitions --------------------------------------------------------------------------------------------
+# --- equal to their definitions ------------------------------------------------------------------------
 
-# Relative to the largest weight of a tensor. A filter's scale and F are float32 also where weights are float64.
+# Relative to a tensor's largest weight. A filter's scale and F are float32 also for float64 weights.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
 
 
@@ -182,7 +185,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, drive):
-    """Weights and BatchNorm statistics after 20 steps are those of the definition, whatever drives the optimizer."""
+    """Weights and BatchNorm statistics after 20 steps are the definition's, whatever the way of driving."""
     base, base_options = BASES[base]
     model = make_net(dtype=dtype).to(memory_format=layout)
     definition = Definition(algorithm, copy.deepcopy(model), base, base_options)
@@ -198,16 +201,22 @@ def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, drive
         if name.endswith("num_batches_tracked"):
             assert ours.item() == theirs.item() == STEPS
         else:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item(), msg=name)
-    assert all((p - s).abs().max() > 100 * tolerance * s.abs().max() for p, s in zip(model.parameters(), start))
+            torch.testing.assert_close(
+                ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item(), msg=name
+            )
+    assert all(
+        (p - s).abs().max() > 100 * tolerance * s.abs().max() for p, s in zip(model.parameters(), start)
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["arwp", "marwp"])
 def test_one_number_a_filter_is_the_fisher(algorithm):
-    """F is beta F + g^2 of the perturbed gradient, summed over a filter, per element for tensors of one dimension."""
+    """F is beta F + g^2 of the perturbed gradient, summed over a filter, per element in one dimension."""
     model = make_net(dtype=torch.float64)
     definition = Definition(algorithm, copy.deepcopy(model), *BASES["sgd"])
-    optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, **ALGORITHMS[algorithm][1], **BASES["sgd"][1])
+    optimizer = flatops.RWP(
+        model.parameters(), torch.optim.SGD, **ALGORITHMS[algorithm][1], **BASES["sgd"][1]
+    )
     for i in range(5):
         explicit(optimizer, model, make_batch(i, torch.float64), make_batch(10 + i, torch.float64))
         definition.step(make_batch(i, torch.float64), make_batch(10 + i, torch.float64))
@@ -217,11 +226,13 @@ def test_one_number_a_filter_is_the_fisher(algorithm):
         torch.testing.assert_close(ours, expected.reshape(-1).float(), rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("restore", ["exact", "regenerate"])
 @pytest.mark.parametrize("stream", [0, 3])
-def test_every_pass_draws_the_noise_of_its_draw(stream):
+def test_every_pass_draws_the_noise_of_its_draw(stream, restore):
     """w + e has the bits of ops.perturb_ at draw 0, 1, 2, ..., whether or not a step lies between."""
     model = make_net()
-    optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, lr=0.1, sigma=0.1, seed=SEED, stream=stream)
+    optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, lr=0.1, sigma=0.1, seed=SEED, stream=stream,
+                             restore=restore)  # fmt: skip
     for draw in range(3):
         expected = [p.detach().clone() for p in model.parameters()]
         ops.perturb_(expected, 0.1, seed=SEED, draw=draw, stream=stream)
@@ -240,7 +251,7 @@ def test_no_gradient_no_ascent(algorithm):
         assert torch.equal(bits(p), before)
 
 
-# --- nothing but the base optimizer at zero ----------------------------------------------------------------------------------
+# --- nothing but the base optimizer at zero ------------------------------------------------------------
 
 ZEROS = {
     "sam": (flatops.SAM, {"rho": 0.0}),
@@ -257,7 +268,7 @@ ZEROS = {
 @pytest.mark.parametrize("drive", DRIVES)
 @pytest.mark.parametrize("zero", ZEROS)
 def test_zero_is_the_base_optimizer_to_the_bit(zero, drive, base):
-    """rho = 0, sigma = 0 or lam = 0: weights, BatchNorm statistics and the base optimizer's state keep its own bits."""
+    """rho = 0, sigma = 0 or lam = 0: weights, statistics and momentum have the base optimizer's bits."""
     base, base_options = BASES[base]
     flat, options = ZEROS[zero]
     model = make_net()
@@ -273,14 +284,18 @@ def test_zero_is_the_base_optimizer_to_the_bit(zero, drive, base):
     assert_same_bits(state_tensors(optimizer), state_tensors(reference))
 
 
-@pytest.mark.parametrize("algorithm, key", [("sam", "rho"), ("asam", "rho"), ("rwp", "sigma"), ("arwp", "sigma")])
+@pytest.mark.parametrize(
+    "algorithm, key", [("sam", "rho"), ("asam", "rho"), ("rwp", "sigma"), ("arwp", "sigma")]
+)
 def test_zero_in_one_group_leaves_that_group_alone(algorithm, key):
-    """A group with rho = 0 or sigma = 0 keeps its bits in the perturbed pass; the others get what they would anyway."""
+    """A group with rho = 0 or sigma = 0 keeps its bits in the perturbed pass; the others are as ever."""
     flat, options = ALGORITHMS[algorithm]
     model, whole = make_net(), make_net()
     head, features = list(model.head.parameters()), list(model.features.parameters())
     optimizer = flat([{"params": features, key: 0.0}, {"params": head}], torch.optim.SGD, lr=0.1, **options)
-    together = flat([*whole.features.parameters(), *whole.head.parameters()], torch.optim.SGD, lr=0.1, **options)
+    together = flat(
+        [*whole.features.parameters(), *whole.head.parameters()], torch.optim.SGD, lr=0.1, **options
+    )
     loss_of(model, make_batch(0)).backward()
     loss_of(whole, make_batch(0)).backward()
     before = all_bits(features)
@@ -289,7 +304,7 @@ def test_zero_in_one_group_leaves_that_group_alone(algorithm, key):
         assert_same_bits(head, whole.head.parameters())
 
 
-# --- regenerating ------------------------------------------------------------------------------------------------------------
+# --- regenerating --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["rwp", "mrwp", "arwp", "marwp"])
@@ -314,7 +329,7 @@ def test_regenerating_draws_the_same_and_drifts_no_more_than_stated(algorithm, d
     assert optimizers[1].state_dict()["param_groups"][0]["draw"] == STEPS
 
 
-# --- laws ---------------------------------------------------------------------------------------------------------------------
+# --- laws ----------------------------------------------------------------------------------------------
 
 shapes = st.lists(st.lists(st.integers(1, 5), max_size=4).map(tuple), min_size=2, max_size=5)
 
@@ -322,7 +337,7 @@ shapes = st.lists(st.lists(st.integers(1, 5), max_size=4).map(tuple), min_size=2
 @settings(max_examples=30, deadline=None)
 @given(shapes=shapes, seed=st.integers(0, 2**64 - 1), swap=st.randoms(use_true_random=False))
 def test_noise_is_a_function_of_the_position_alone(shapes, seed, swap):
-    """A parameter's noise depends on its position in the optimizer, not on groups, on the others, or on what is frozen."""
+    """Noise depends on the position in the optimizer, not on groups, on the others, on what is frozen."""
     torch.manual_seed(0)
     weights = [torch.randn(shape) for shape in shapes]
 

@@ -74,14 +74,14 @@ def everything(optimizer, model):
     return [*model.state_dict().values(), *state_tensors(optimizer), *fisher_of(optimizer)]
 
 
-# --- no overflow: the scale makes no difference --------------------------------------------------------------------------------
+# --- no overflow: the scale makes no difference --------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["", "clipped"])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_without_overflow_the_scale_makes_no_difference(algorithm, base, clip):
-    """Weights, statistics, momentum and F have the bits of the run without a scaler, unscaled for clipping or not."""
+    """Weights, statistics, momentum and F have the bits of the run without a scaler, clipped or not."""
     model, optimizer = make(algorithm, base)
     plain_model, plain = make(algorithm, base)
     scaler = scaler_of(2.0**12)
@@ -107,15 +107,16 @@ def test_float16_autocast_under_a_scaler(algorithm):
     assert not torch.equal(half, full)
 
 
-# --- overflow ------------------------------------------------------------------------------------------------------------------------
+# --- overflow ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    "algorithm, where", [*((a, "second") for a in ALGORITHMS), *((a, "first") for a in ALGORITHMS if a not in ONE_PASS)]
+    "algorithm, where",
+    [*((a, "second") for a in ALGORITHMS), *((a, "first") for a in ALGORITHMS if a not in ONE_PASS)],
 )
 def test_an_overflow_skips_the_step_and_backs_off(algorithm, base, where):
-    """In either pass: weights, momentum and F keep their bits, statistics count the clean pass, and training goes on."""
+    """In either pass: weights, momentum and F keep their bits, statistics count the clean pass alone."""
     model, optimizer = make(algorithm, base)
     scaler = scaler_of(2.0**12)
     train(optimizer, model, scaler, 2)
@@ -147,8 +148,23 @@ def test_an_overflow_skips_the_step_and_backs_off(algorithm, base, where):
 
 
 @pytest.mark.parametrize("base", BASES)
+def test_an_overflow_in_one_filter_leaves_the_fisher_of_all(base):
+    """A step that is skipped is skipped for all of F, also where a fused optimizer is called anyway."""
+    model, optimizer = make("arwp", base)
+    scaler = scaler_of(2.0**12)
+    train(optimizer, model, scaler, 2)
+    fisher = [f.clone() for f in fisher_of(optimizer)]
+    passes(optimizer, model, scaler, 2)
+    model.head.weight.grad[1, 2] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**11
+    assert_same_bits(fisher_of(optimizer), fisher)
+
+
+@pytest.mark.parametrize("base", BASES)
 def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(base):
-    """SAM, which draws nothing: a skipped step in between leaves no trace but the statistics of its clean pass."""
+    """SAM, which draws nothing: a skipped step leaves no trace in the weights and the momentum."""
     model, optimizer = make("sam", base)
     other, untouched = make("sam", base)
     scaler = scaler_of(2.0**12)
@@ -167,7 +183,7 @@ def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(base):
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_an_overflow_where_the_second_pass_does_not_look(adaptive, bad):
-    """Rows of an embedding that overflow in pass 1 and are not in pass 2: nothing climbs, and the step is skipped all the same."""
+    """Rows that overflow in pass 1 and are not in pass 2: nothing climbs, and the step is skipped."""
     torch.manual_seed(0)
     embedding = nn.Embedding(4, 3)
     optimizer = flatops.SAM(embedding.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, adaptive=adaptive)
@@ -185,7 +201,7 @@ def test_an_overflow_where_the_second_pass_does_not_look(adaptive, bad):
 
 
 def test_the_taint_reaches_every_later_reducer():
-    """NaN is in the gradient before hooks that run after accumulation, as DistributedDataParallel's all-reduce does."""
+    """NaN is in the gradient before hooks that run after accumulation, such as an all-reduce."""
     p = nn.Parameter(torch.ones(3))
     seen = []
     p.register_post_accumulate_grad_hook(lambda q: seen.append(q.grad.clone()))
@@ -210,20 +226,25 @@ def test_a_finite_first_pass_taints_nothing():
     assert_same_bits([p.grad], [torch.tensor([1.0, -0.0, 1e-40])])
 
 
-# --- autocast's cache -----------------------------------------------------------------------------------------------------------------
+# --- autocast's cache ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["sam", "rwp"])
 @pytest.mark.parametrize("enter", ["perturbed", "two steps"])
 def test_both_passes_in_one_autocast_block_see_their_own_weights(algorithm, enter):
-    """Autocast caches low-precision weights: the losses are those of separate blocks, before, within and after."""
+    """Autocast caches cast weights: the losses are those of separate blocks, before, within and after."""
     losses = {}
     for blocks in ("one", "three"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
         x = torch.randn(8, 16)
         flat = {"sam": flatops.SAM, "rwp": flatops.RWP}[algorithm]
-        optimizer = flat(model.parameters(), torch.optim.SGD, lr=0.1, **({"rho": 1.0} if algorithm == "sam" else {"sigma": 0.5}))
+        optimizer = flat(
+            model.parameters(),
+            torch.optim.SGD,
+            lr=0.1,
+            **({"rho": 1.0} if algorithm == "sam" else {"sigma": 0.5}),
+        )
 
         def loss():
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -249,7 +270,7 @@ def test_both_passes_in_one_autocast_block_see_their_own_weights(algorithm, ente
     assert clean == after != perturbed
 
 
-# --- closures ---------------------------------------------------------------------------------------------------------------------------
+# --- closures ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -294,7 +315,7 @@ def test_a_closure_works_next_to_a_scaler():
     assert optimizer.step(closure) > 0
 
 
-# --- ARWP's F ----------------------------------------------------------------------------------------------------------------------------
+# --- ARWP's F ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -314,7 +335,7 @@ def test_fisher_without_loss_scale_is_of_the_loss_weight(as_tensor):
 
 
 def test_the_clean_gradient_stays_out_of_fisher_and_comes_back():
-    """m-ARWP: F is of the perturbed gradient alone; p.grad after the pass is the sum of both, also if the body raises."""
+    """m-ARWP: F is of the perturbed gradient alone; p.grad is the sum of both, also if the body raises."""
     model, optimizer = make("marwp", "sgd")
     alone, other = make("marwp", "sgd")
     for p in model.parameters():

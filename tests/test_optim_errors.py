@@ -31,7 +31,7 @@ def rwp(params=None, base=SGD, **options):
     return flatops.RWP(weights() if params is None else params, base, **{"lr": 0.1, **options})
 
 
-# --- what the constructors and groups take -----------------------------------------------------------------------------------------------
+# --- what the constructors and groups take -------------------------------------------------------------
 
 OPTIONS = [
     *((sam, "rho", bad) for bad in (-0.1, NAN, INF, -INF, "0.1", None, True)),
@@ -94,9 +94,11 @@ def test_no_parameters(make, params):
 
 
 @pytest.mark.parametrize("make", [sam, rwp])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
 def test_parameters_of_other_dtypes(make, dtype):
-    """Integer and complex parameters, at the start or in a group added later: a TypeError with place and dtype."""
+    """Integer and complex ones, at the start or in a group added later: a TypeError with place and dtype."""
     bad = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)
     with pytest.raises(TypeError, match=rf"params\[1\] is {dtype}"):
         make([weights()[0], bad])
@@ -118,7 +120,7 @@ def test_parameters_that_are_none(make):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_regenerating_low_precision(dtype):
-    """Their low bits would be lost: a TypeError naming the option, at the start and in a group added later."""
+    """Their low bits would be lost: a TypeError naming the option, at the start and in a later group."""
     with pytest.raises(TypeError, match="restore='regenerate'"):
         rwp(weights(dtype), restore="regenerate")
     optimizer = rwp(restore="regenerate")
@@ -135,7 +137,7 @@ def test_options_that_nobody_has(make):
         make(sigmaa=0.1)
 
 
-# --- at the wrong moment --------------------------------------------------------------------------------------------------------------------
+# --- at the wrong moment -------------------------------------------------------------------------------
 
 WHILE_PERTURBED = {
     "perturbed": lambda o: o.perturbed().__enter__(),
@@ -188,9 +190,11 @@ def test_second_step_without_first_step(make):
     assert_same_bits(all_bits(optimizer.param_groups[0]["params"]), before)
 
 
-@pytest.mark.parametrize("enter", [lambda o: o.perturbed().__enter__(), lambda o: o.first_step()], ids=["perturbed", "first_step"])
+@pytest.mark.parametrize(
+    "enter", [lambda o: o.perturbed().__enter__(), lambda o: o.first_step()], ids=["perturbed", "first_step"]
+)
 def test_sam_without_gradients(enter):
-    """No direction to climb: a RuntimeError that says what to do first, and the optimizer works once it was done."""
+    """No direction to climb: a RuntimeError that says what to do first, and works once it was done."""
     optimizer = sam()
     params = optimizer.param_groups[0]["params"]
     before = all_bits(params)

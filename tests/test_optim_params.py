@@ -1,4 +1,4 @@
-"""Which parameters an optimizer takes, and what it does to each: frozen, without gradient, sparse, shared, moved, added."""
+"""Which parameters an optimizer takes: frozen, without gradient, sparse, shared, moved, added later."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def changes(optimizer, params):
     return changed
 
 
-# --- forms of passing them -------------------------------------------------------------------------------------------------------
+# --- forms of passing them -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
 def test_every_form_of_passing_parameters_is_the_same(kind):
-    """A list, a generator, groups, groups of generators and named parameters: the same weights after two steps."""
+    """Lists, generators, groups, groups of generators, named parameters: the same weights after two steps."""
     forms = {
         "list": lambda m: list(m.parameters()),
         "generator": lambda m: m.parameters(),
@@ -78,18 +78,22 @@ def test_groups_that_agree_are_one_operator_call(monkeypatch, operator, kind, ke
     """Three groups, two values: two calls, and lr does not count."""
     params, calls = some_params(), []
     original = getattr(ops, operator)
-    monkeypatch.setattr(ops, operator, lambda *args, **kwargs: (calls.append(len(args[0])), original(*args, **kwargs)))
-    optimizer = make(kind, [{"params": params[:1], "lr": 1.0}, {"params": params[1:2], key: 0.3}, {"params": params[2:]}])
+    monkeypatch.setattr(
+        ops, operator, lambda *args, **kwargs: (calls.append(len(args[0])), original(*args, **kwargs))
+    )
+    optimizer = make(
+        kind, [{"params": params[:1], "lr": 1.0}, {"params": params[1:2], key: 0.3}, {"params": params[2:]}]
+    )
     fill_gradients(params)
     assert all(changes(optimizer, params))
     assert sorted(calls) == [1, 3]
 
 
-# --- frozen, without gradient, sparse ---------------------------------------------------------------------------------------------
+# --- frozen, without gradient, sparse ------------------------------------------------------------------
 
 
 def test_frozen_parameters_stay_in_every_pass():
-    """Neither noise nor ascent reaches a parameter without requires_grad; it joins when it is set, and leaves again."""
+    """Neither noise nor ascent reaches a frozen parameter; it joins when it is thawed, and leaves again."""
     for kind in ("sam", "rwp"):
         params = some_params()
         optimizer = make(kind, params)
@@ -101,7 +105,7 @@ def test_frozen_parameters_stay_in_every_pass():
 
 
 def test_without_a_gradient_there_is_noise_but_no_ascent_and_no_step():
-    """A parameter that the loss does not reach: SAM leaves it alone, RWP perturbs it, the step and its state pass it by."""
+    """What the loss does not reach: SAM leaves it alone, RWP perturbs it, the step passes it by."""
     for kind, in_pass in (("sam", [True, False]), ("rwp", [True, True])):
         used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         optimizer = make(kind, [used, unused], momentum=0.9)
@@ -170,11 +174,11 @@ def test_rwp_steps_on_sparse_gradients(drive, lam):
     torch.testing.assert_close(weights[True], weights[False], rtol=1e-6, atol=1e-7)
 
 
-# --- groups ------------------------------------------------------------------------------------------------------------------------
+# --- groups --------------------------------------------------------------------------------------------
 
 
 def test_groups_have_their_own_sigma_eta_and_seed():
-    """w + e of every group is what ops.perturb_ makes with the group's values and the positions in the optimizer."""
+    """w + e of a group is what ops.perturb_ makes with its values and its positions in the optimizer."""
     params = some_params()
     own = [{"sigma": 0.2, "seed": 3}, {"sigma": 0.05, "eta": 2.0}]
     optimizer = make("rwp", [{"params": params[:2], **own[0]}, {"params": params[2:], **own[1]}], beta=0.5)
@@ -201,7 +205,7 @@ def test_groups_have_their_own_rho_under_one_norm():
 
 @pytest.mark.parametrize("kind, key", [("sam", "rho"), ("rwp", "sigma")])
 def test_a_group_added_later_is_like_one_from_the_start(kind, key):
-    """It takes the optimizer's values where it has none, its noise by position, and the draw where the others are."""
+    """It takes the optimizer's values where it has none, its noise by position, and the others' draw."""
     early, late = some_params(), some_params()
     whole = make(kind, [{"params": early[:2]}, {"params": early[2:], key: 0.2}])
     grown = make(kind, late[:2])
@@ -217,9 +221,10 @@ def test_a_group_added_later_is_like_one_from_the_start(kind, key):
         assert_same_bits(late, early)
     grown.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     assert grown.param_groups[2][key] == whole.defaults[key]
+    assert kind == "sam" or [group["draw"] for group in grown.state_dict()["param_groups"]] == [2, 2, 2]
 
 
-# --- shared memory -----------------------------------------------------------------------------------------------------------------
+# --- shared memory -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
@@ -246,7 +251,7 @@ def test_a_tied_parameter_is_one_parameter(kind):
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
 @pytest.mark.parametrize("how", ["same tensor", "same memory", "overlapping memory"])
 def test_memory_shared_between_parameters_never_costs_the_weights(kind, how):
-    """Perturbed twice, a weight could not come back: a clear error before anything changes, or it does come back."""
+    """A weight perturbed twice could be lost: a clear error before anything changes, or it comes back."""
     torch.manual_seed(0)
     a = nn.Parameter(torch.randn(4, 4))
     b = {"same tensor": lambda: a, "same memory": lambda: nn.Parameter(a.data),
@@ -261,7 +266,7 @@ def test_memory_shared_between_parameters_never_costs_the_weights(kind, how):
     assert torch.equal(bits(a), before)
 
 
-# --- parameters that change under the optimizer ----------------------------------------------------------------------------------------
+# --- parameters that change under the optimizer --------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
@@ -308,7 +313,7 @@ def test_regenerating_is_refused_where_it_became_impossible(how):
     assert not optimizer.is_perturbed
 
 
-# --- bases -------------------------------------------------------------------------------------------------------------------------------
+# --- bases ---------------------------------------------------------------------------------------------
 
 
 class OwnSGD(torch.optim.SGD):
@@ -339,9 +344,11 @@ BASES = [
 
 
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
-@pytest.mark.parametrize("base, options", BASES, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v))
+@pytest.mark.parametrize(
+    "base, options", BASES, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v)
+)
 def test_the_step_is_the_base_optimizers_own(kind, base, options):
-    """Given the gradient of the perturbed pass, the weights and the state are those of the base optimizer, to the bit."""
+    """Given the perturbed pass's gradient, weights and state are the base optimizer's, to the bit."""
     model, plain = make_net(), make_net()
     flat = {"sam": flatops.SAM, "rwp": flatops.RWP}[kind]
     optimizer = flat(model.parameters(), base, lr=0.01, **options)
@@ -371,7 +378,21 @@ class TemperedSGD(torch.optim.SGD):
         self.defaults["sigma"] = sigma
 
 
-@pytest.mark.parametrize("flat, base, name", [(flatops.SAM, torch.optim.Adadelta, "rho"), (flatops.RWP, TemperedSGD, "sigma")])
+class ForwardingAdadelta(torch.optim.Adadelta):
+    """A user's optimizer that passes its options on."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+
+
+@pytest.mark.parametrize(
+    "flat, base, name",
+    [
+        (flatops.SAM, torch.optim.Adadelta, "rho"),
+        (flatops.SAM, ForwardingAdadelta, "rho"),
+        (flatops.RWP, TemperedSGD, "sigma"),
+    ],
+)
 def test_a_base_with_a_hyper_parameter_of_our_name_is_refused(flat, base, name):
     """Adadelta's rho is a decay: one entry of param_groups cannot be both, and nobody would notice."""
     with pytest.raises(ValueError, match=name):

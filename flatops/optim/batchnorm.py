@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 @contextlib.contextmanager
@@ -26,10 +27,17 @@ def freeze_batchnorm_stats(model: nn.Module, enabled: bool = True) -> Iterator[N
     """
     # Momentum 0 would still count batches, and mix NaN into the statistics: 0 times NaN is NaN.
     layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats] if enabled else []
+    # InstanceNorm writes to its statistics whatever the flag says, so in training it is not to see them.
+    hidden = [(m, m.running_mean, m.running_var) for m in layers if isinstance(m, _InstanceNorm) and m.training]
+    layers = [m for m in layers if not isinstance(m, _InstanceNorm)]
     for layer in layers:
         layer.track_running_stats = False
+    for layer, _, _ in hidden:
+        layer.running_mean = layer.running_var = None
     try:
         yield
     finally:
         for layer in layers:
             layer.track_running_stats = True
+        for layer, mean, var in hidden:
+            layer.running_mean, layer.running_var = mean, var

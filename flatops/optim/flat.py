@@ -25,6 +25,7 @@ class Undo:
     how: dict[str, Any]  # what restore_ takes
     token: Tensor  # the perturbing operator writes to it last ...
     version: int  # ... and so moves its version on: an interrupt between two lines of Python cannot blur what was done
+    restored: int = -1  # the version that restoring gives the last parameter, for the same reason
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Run:
 
     perturbed: bool = False  # the weights are perturbed now
     ready: bool = False  # a perturbed pass has run since the last step
+    inside_step: bool = False  # step(closure) has perturbed the weights for its only evaluation
     warned: bool = False
     undo: list[Undo] = field(default_factory=list)
     backup: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -74,6 +76,8 @@ class Flat(torch.optim.Optimizer):
         self.run = Run()
         self.options = options
         self._check_group(options)
+        if taken := options.keys() & inspect.signature(self.base.__init__).parameters.keys():
+            raise ValueError(f"base {self.base.__name__} has a hyper-parameter {', '.join(sorted(taken))} of its own: use another")
         self.base.__init__(self, params, **base_kwargs)
         self.defaults.update(options)
 
@@ -110,33 +114,42 @@ class Flat(torch.optim.Optimizer):
         Raises:
             RuntimeError: inside itself.
         """
-        self._begin()
+        if self.run.inside_step:  # the pass that step(closure) has begun, by a closure that begins it itself
+            yield
+            return
+        self._check_clean()
         try:
-            with torch.no_grad():
-                self._perturb()
+            self._enter()
             yield
         finally:
-            self.restore()
-        self.run.ready = True
+            try:
+                self.restore()
+            except BaseException:  # an interrupt between two lines of it
+                self.restore()
+                raise
+        self._passed()
 
-    def _begin(self) -> None:
+    def _check_clean(self) -> None:
         if self.run.perturbed:
             raise RuntimeError("perturbed() or first_step() while the weights are perturbed: leave the first, or call restore()")
-        torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
+
+    def _enter(self) -> None:
         self.run.perturbed = True
+        torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
+        with torch.no_grad():
+            self._perturb()
+
+    def _passed(self) -> None:
+        """After a perturbed pass that ended well, with the weights back in place."""
+        self.run.ready |= torch.is_grad_enabled()  # or it was a look at the loss, and no gradient came of it
 
     def restore(self) -> None:
         """Takes the perturbation away, if there is one. perturbed() and second_step() do it for you."""
-        try:
-            self._restore()
-        except KeyboardInterrupt:  # it came before the kernel ran
-            self._restore()
-            raise
-
-    def _restore(self) -> None:
         run = self.run
         for undo in run.undo:
-            if undo.token._version != undo.version:
+            last = undo.params[-1]
+            if undo.token._version != undo.version and last._version != undo.restored:
+                undo.restored = last._version + 1
                 ops.restore_(undo.params, **undo.how)
         run.undo.clear()
         for hook in run.hooks:
@@ -211,11 +224,15 @@ class Flat(torch.optim.Optimizer):
                 loss = closure() if run.ready else self._evaluate(closure)
         self._before_step()
         self._base_step()
+        self._after_step()
         run.ready = False
         return loss
 
     def _before_step(self) -> None:
         """With the final, unscaled gradient in p.grad."""
+
+    def _after_step(self) -> None:
+        """When the base optimizer has made its state."""
 
     def _base_step(self) -> None:
         # torch wraps step() with hooks; ours is wrapped already, and hooks are to run once.
@@ -224,10 +241,9 @@ class Flat(torch.optim.Optimizer):
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturbs the weights, for loops written for davda54/sam; `second_step` restores them and steps."""
-        self._begin()
+        self._check_clean()
         try:
-            with torch.no_grad():
-                self._perturb()
+            self._enter()
         except BaseException:
             self.restore()
             raise
@@ -243,7 +259,7 @@ class Flat(torch.optim.Optimizer):
         if not self.run.perturbed:
             raise RuntimeError("second_step() without first_step()")
         self.restore()
-        self.run.ready = True
+        self._passed()
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -261,9 +277,10 @@ class Flat(torch.optim.Optimizer):
             ValueError, TypeError: for a hyper-parameter out of range or a parameter of an unsupported dtype; nothing is added.
         """
         self._not_while_perturbed("add_param_group()")
-        for key, value in self.options.items():
-            param_group.setdefault(key, value)
-        self._check_group(param_group)
+        if isinstance(param_group, dict):  # torch refuses what is none
+            for key, value in self.options.items():
+                param_group.setdefault(key, value)
+            self._check_group(param_group)
         super().add_param_group(param_group)
         for i, p in enumerate(self.param_groups[-1]["params"]):
             if p.dtype not in ops.DTYPES:
@@ -302,7 +319,8 @@ class Flat(torch.optim.Optimizer):
         return {**super().__getstate__(), "options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.run = Run()
+        if not hasattr(self, "run"):  # load_state_dict comes here too, and proxies know the run that there is
+            self.run = Run()
         super().__setstate__(state)
 
 

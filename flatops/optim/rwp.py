@@ -69,6 +69,8 @@ class RWP(Flat):
         **kwargs: Any,
     ):
         self.fisher: dict[Tensor, Tensor] = {}  # a parameter's F: one entry per slice along dim 0
+        self.aside: list[tuple[Tensor, Tensor]] = []  # gradients that are not to be taken for the perturbed pass's
+        self.loss_scale: float | Tensor | None = None
         self.stream = stream
         if not (isinstance(stream, int) and 0 <= stream < 2**31):
             raise ValueError(f"stream must be an integer in [0, 2**31), not {stream!r}")
@@ -88,13 +90,21 @@ class RWP(Flat):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["restore"] == "regenerate" and any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
+        try:
+            self._check_restores()
+        except TypeError:
             del self.param_groups[-1]
-            raise TypeError("restore='regenerate' would lose the low bits of bfloat16 and float16 weights: use 'exact'")
+            raise
         # The draw lives on the device and is advanced there, so that no step waits for the host; state_dict() reads it.
         draw = self.param_groups[0]["draw"]
         device = group["params"][0].device if group["params"] else "cpu"
         group["draw"] = torch.as_tensor(draw, dtype=torch.int64).to(device, copy=True)
+
+    def _check_restores(self) -> None:
+        for group in self.param_groups:
+            self._check_group(group)  # a user or a scheduler may have written to it
+            if group["restore"] == "regenerate" and any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
+                raise TypeError("restore='regenerate' would lose the low bits of bfloat16 and float16 weights: use 'exact'")
 
     @property
     def perturbed_weight(self) -> float:
@@ -117,21 +127,21 @@ class RWP(Flat):
         Raises:
             RuntimeError: inside itself.
         """
-        aside: list[tuple[Tensor, Tensor]] = []
-        with super().perturbed():
-            if self._mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
-                aside = [(p, _own(p.grad)) for group in self.param_groups for p in group["params"] if p.grad is not None]
-                for p, _ in aside:
-                    p.grad = None
-            try:
+        self.loss_scale = loss_scale
+        try:
+            with super().perturbed():
                 yield
-                if self._mixes_fisher():
-                    self._update_fisher(1.0 / (self.perturbed_weight if loss_scale is None else loss_scale))
-            finally:
-                for p, g in aside:
-                    p.grad = g if p.grad is None else p.grad.add_(g)
+        finally:
+            self._take_back()
 
     def _perturb(self) -> None:
+        self._check_restores()
+        if self._mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
+            self._take_back()
+            params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self.aside += [(p, _own(p.grad)) for p in params]
+            for p in params:
+                p.grad = None
         for (device, sigma, eta, seed, how), (params, index) in self._trainable(("sigma", "eta", "seed", "restore")).items():
             if sigma == 0:
                 continue
@@ -143,16 +153,30 @@ class RWP(Flat):
                 self._will_change(params, backup[-1], backup=backup)
                 ops.perturb_(params, sigma, backup=backup, **noise)
             else:
-                scales = ops.new_scales(params)
+                with torch.inference_mode(False):  # an inference tensor has no version
+                    scales = ops.new_scales(params)
                 self._will_change(params, scales, scales=scales, **noise)
                 ops.perturb_(params, sigma, scales=scales, **noise)
 
-    def _restore(self) -> None:
+    def _take_back(self) -> None:
+        while self.aside:
+            p, g = self.aside.pop()
+            p.grad = g if p.grad is None else p.grad.add_(g)
+
+    def restore(self) -> None:
         drawn = self.run.perturbed
-        super()._restore()
+        super().restore()
         if drawn:
             for group in self.param_groups:
                 group["draw"].add_(1)
+
+    def _passed(self) -> None:
+        super()._passed()
+        scale = self.perturbed_weight if self.loss_scale is None else self.loss_scale
+        self.loss_scale = None
+        if self._mixes_fisher():
+            self._update_fisher(1.0 / scale)
+        self._take_back()
 
     def _fisher(self, p: Tensor) -> Tensor:
         if p not in self.fisher:
@@ -160,7 +184,7 @@ class RWP(Flat):
         return self.fisher[p]
 
     def _mixes_fisher(self) -> bool:
-        return self.perturbed_weight < 1 and any(group["eta"] > 0 for group in self.param_groups)
+        return 0 < self.perturbed_weight < 1 and any(group["eta"] > 0 for group in self.param_groups)
 
     def _before_step(self) -> None:
         # With lam = 1 the gradient that steps is the perturbed one, by now unscaled. A fused base unscales it later itself.
@@ -178,54 +202,74 @@ class RWP(Flat):
             if eta > 0:
                 ops.filter_fisher_([self._fisher(p) for p in params], [p.grad for p in params], beta, scale=scale)
 
+    def _after_step(self) -> None:
+        self._keep_fisher()
+
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        with self.perturbed(loss_scale=1.0):
-            loss = closure()
         lam = self.perturbed_weight
         if lam == 1:
+            with self.perturbed():
+                self.run.inside_step = True
+                try:
+                    return closure()
+                finally:
+                    self.run.inside_step = False
+        loss = closure()
+        if self.run.ready:  # the closure went through perturbed() itself
             return loss
         params = [p for group in self.param_groups for p in group["params"]]
-        perturbed = {p: _own(p.grad) for p in params if p.grad is not None}
-        for p in perturbed:
+        clean = {p: _own(p.grad) for p in params if p.grad is not None}
+        for p in clean:
             p.grad = None
-        loss = closure()
+        with self.perturbed(loss_scale=1.0):
+            closure()
         for p in params:
-            g = perturbed.get(p)
+            g = clean.get(p)
             if p.grad is not None:
-                p.grad.mul_(1 - lam)
+                p.grad.mul_(lam)
             if g is not None:
-                p.grad = g.mul_(lam) if p.grad is None else p.grad.add_(g, alpha=lam)
+                p.grad = g.mul_(1 - lam) if p.grad is None else p.grad.add_(g, alpha=1 - lam)
         return loss
 
-    # --- checkpoints: draw as an integer, F beside the base optimizer's state -------------------------------------------------
+    # --- checkpoints: draw as an integer, F among the base optimizer's state -------------------------------------------------
+
+    def _keep_fisher(self) -> None:
+        """Puts F into `state`, where checkpoints look: beside what the base keeps there, for an entry of ours alone would
+        pass for its own, already made; or alone where the base keeps nothing at all."""
+        keeps_nothing = not any(entry.keys() - {"fisher"} for entry in self.state.values())
+        for group in self.param_groups:
+            for p in group["params"] if group["eta"] > 0 else []:
+                if p.requires_grad and (keeps_nothing or self.state.get(p)):
+                    self.state[p]["fisher"] = self._fisher(p)
 
     def state_dict(self) -> dict[str, Any]:
         packed = super().state_dict()
-        for group in packed["param_groups"]:
+        state = dict(packed["state"])
+        for group, ours in zip(packed["param_groups"], self.param_groups):
             group["draw"] = int(group["draw"])
-        if self.fisher:
-            params = [p for group in self.param_groups for p in group["params"]]
-            packed["state"] = dict(packed["state"])
-            for i, p in enumerate(params):
-                if p in self.fisher:
-                    packed["state"][i] = {**packed["state"].get(i, {}), "fisher": self.fisher[p]}
-        return packed
+            for i, p in zip(group["params"], ours["params"]):
+                if not packed["state"] and p in self.fisher:  # before the first step
+                    state[i] = {"fisher": self.fisher[p]}
+        return {**packed, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        # F comes out before the base sees it: it would cast it to the parameter's dtype, and take the entry for its own.
+        # F comes out before the base sees it, which would cast it to the parameter's dtype.
         state = {i: dict(entry) for i, entry in state_dict["state"].items()}
         fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
         draws = [group["draw"] for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
-        for group, draw in zip(self.param_groups, draws):
-            group["draw"] = draw.fill_(group["draw"])  # in place: a captured graph goes on reading it there
         self.fisher.clear()
-        for i, f in fisher.items():
-            self._fisher(params[i]).copy_(f)
+        for group, saved, draw in zip(self.param_groups, state_dict["param_groups"], draws):
+            group["draw"] = draw.fill_(group["draw"])  # in place: a captured graph goes on reading it there
+            for i, p in zip(saved["params"], group["params"]):
+                if i in fisher:
+                    self._fisher(p).copy_(fisher[i])
+        if any(self.state.values()):
+            self._keep_fisher()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fisher": self.fisher, "stream": self.stream}
+        ours = {"fisher": self.fisher, "stream": self.stream, "aside": self.aside, "loss_scale": None}
+        return {**super().__getstate__(), **ours}
 
 
 def _own(grad: Tensor) -> Tensor:

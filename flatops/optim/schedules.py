@@ -11,7 +11,8 @@ import torch
 class CosineRamp:
     """Moves one hyper-parameter of every group from `start` to `end` along half a cosine.
 
-    value(t) = end + (start - end) (1 + cos(pi t / T)) / 2, and `end` from T on. Groups where it is 0 stay at 0.
+    value(t) = end + (start - end) (1 + cos(pi t / T)) / 2, and `end` from T on. Single groups
+    where it is 0 stay at 0.
 
     Args:
         optimizer: whose param_groups are written to, here and at every step().
@@ -34,7 +35,8 @@ class CosineRamp:
         if total_steps <= 0:
             raise ValueError(f"total_steps must be > 0, not {total_steps}")
         self.optimizer, self.key, self.start, self.end, self.total_steps = optimizer, key, start, end, total_steps
-        self.frozen = [group[key] == 0 for group in optimizer.param_groups]
+        zero = [i for i, group in enumerate(optimizer.param_groups) if group[key] == 0]
+        self.frozen = zero if len(zero) < len(optimizer.param_groups) else []  # an optimizer at 0 is one to be ramped up
         self.t = 0
         self._write()
 
@@ -50,8 +52,8 @@ class CosineRamp:
         self._write()
 
     def _write(self) -> None:
-        for group, frozen in zip(self.optimizer.param_groups, self.frozen):
-            if not frozen:
+        for i, group in enumerate(self.optimizer.param_groups):
+            if i not in self.frozen:
                 group[self.key] = self.value
 
     def state_dict(self) -> dict[str, Any]:
