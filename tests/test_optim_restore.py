@@ -406,9 +406,7 @@ def test_interrupts_by_the_clock_leave_the_weights(kind):
                         pass
             except KeyboardInterrupt:
                 caught += 1
-                wrong += optimizer.is_perturbed or any(
-                    not torch.equal(bits(p), b) for p, b in zip(params, before)
-                )
+            wrong += optimizer.is_perturbed or any(not torch.equal(bits(p), b) for p, b in zip(params, before))
             torch.set_grad_enabled(True)  # torch.no_grad's own end may have been interrupted
             if optimizer.is_perturbed:
                 optimizer.restore()

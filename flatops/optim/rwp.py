@@ -127,6 +127,8 @@ class RWP(Flat):
         Raises:
             RuntimeError: inside itself.
         """
+        if not self.run.inside_step:
+            self._check_clean()
         self.loss_scale = loss_scale
         try:
             with super().perturbed():
