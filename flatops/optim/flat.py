@@ -76,9 +76,9 @@ class Flat(torch.optim.Optimizer):
         self.run = Run()
         self.options = options
         self._check_group(options)
-        if taken := options.keys() & inspect.signature(self.base.__init__).parameters.keys():
-            raise ValueError(f"base {self.base.__name__} has a hyper-parameter {', '.join(sorted(taken))} of its own: use another")
         self.base.__init__(self, params, **base_kwargs)
+        if taken := options.keys() & self.defaults.keys():
+            raise ValueError(f"base {self.base.__name__} has a hyper-parameter {', '.join(sorted(taken))} of its own: use another")
         self.defaults.update(options)
 
     # --- for the algorithms to say ---------------------------------------------------------------------------------------
