@@ -205,7 +205,7 @@ def show(result: dict[str, Any]) -> None:
         title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
         f"one thread of {result['machine']}, {result['simd']}, torch {result['torch']}",
         caption="floor: one read and one write of every weight by torch, here and now. by bytes: floors, if nothing "
-        "but the bytes that must move cost time. ops, reads: what PyTorch dispatches, what the host waits for.",
+        "but the bytes that must move cost time. must: at most. ops, reads: what PyTorch dispatches, numbers that the host waits for.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("operator", no_wrap=True)
@@ -218,7 +218,7 @@ def show(result: dict[str, Any]) -> None:
             f"  {row['name']}" if row["peer"] else row["name"] + level,
             f"{row['ms']:.2f}",
             f"{row['floors']:.2f}" if met else f"[red]{row['floors']:.2f}[/red]",
-            f"≤ {row['must']:.1f}" if row["must"] else "",
+            f"{row['must']:.1f}" if row["must"] else "",
             f"{row['floors_by_bytes']:.2f}" if row["floors_by_bytes"] else "",
             str(row["operations"]),
             str(row["host_reads"]),

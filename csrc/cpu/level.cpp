@@ -14,10 +14,10 @@ Level choose() {
   if (const char* wish = std::getenv("FLATOPS_SIMD"); wish && *wish) {
     for (Level l : {Level::portable, Level::avx2, Level::avx512})
       if (!std::strcmp(wish, NAMES[int(l)])) {
-        if (!supports(l)) throw std::runtime_error(std::string("FLATOPS_SIMD=") + wish + ": this machine cannot run it");
+        if (!supports(l)) throw std::invalid_argument(std::string("FLATOPS_SIMD=") + wish + ": this machine cannot run it");
         return l;
       }
-    throw std::runtime_error(std::string("FLATOPS_SIMD=") + wish + ": expected portable, avx2 or avx512");
+    throw std::invalid_argument(std::string("FLATOPS_SIMD=") + wish + ": expected portable, avx2 or avx512");
   }
   return supports(Level::avx512) ? Level::avx512 : supports(Level::avx2) ? Level::avx2 : Level::portable;
 }
