@@ -44,7 +44,7 @@ def _valid(name: str) -> str:
     return name
 
 
-_forced: str | None = _valid(os.environ["FLATOPS_BACKEND"]) if os.environ.get("FLATOPS_BACKEND") else None
+_forced: str | None = os.environ.get("FLATOPS_BACKEND") or None
 _warned: set[str] = set()
 
 
@@ -81,13 +81,13 @@ def choose(device: torch.device, name: str | None = None) -> str:
         ValueError: for an unknown name, or a backend that does not serve the device.
         RuntimeError: for a backend that was not compiled.
     """
-    name = _valid(name) if name is not None else _forced
+    name = name if name is not None else _forced
     if name is None:
         if device.type == "cpu" and _C is not None:
             return "cpp"
         _warn_slow(device.type)
         return "reference"
-    devices = BACKENDS[name][1]
+    devices = BACKENDS[_valid(name)][1]
     if devices is not None and device.type not in devices:
         raise ValueError(f"backend {name!r} does not serve {device.type} tensors: use 'reference' or move them")
     if name == "cpp" and _C is None:
