@@ -31,7 +31,15 @@ def compiled_core() -> dict:
         )
     # Contraction would change the noise's bits; the rest only lets loops vectorise. at::parallel_for needs OpenMP
     # in the extension itself, or it runs on one thread without a word; torch's own pool is the one it then joins.
-    flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+    ]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     return {
         "ext_modules": [
@@ -48,7 +56,9 @@ def compiled_core() -> dict:
     }
 
 
-wants_core = any(command in sys.argv for command in ("bdist_wheel", "build_ext", "develop", "editable_wheel", "install"))
+wants_core = any(
+    command in sys.argv for command in ("bdist_wheel", "build_ext", "develop", "editable_wheel", "install")
+)
 setup(
     packages=["flatops", "flatops.optim", "flatops.train", "flatops.benchmarks"],
     package_dir={"flatops": "flatops", "flatops.benchmarks": "benchmarks"},

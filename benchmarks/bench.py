@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flatops.benchmarks import seeds, step
+from flatops.benchmarks.measure import best_times, count, provenance
 
 from flatops import ops
 from flatops.backend import _C
-from flatops.benchmarks import seeds, step
-from flatops.benchmarks.measure import best_times, count, provenance
 from flatops.train import models
 
 
@@ -107,7 +107,11 @@ def operator_rows(shapes: list[tuple[int, ...]]) -> list[Row]:
         Row("the seeds' way", lambda: seeds.grad_norm(grads), peer=True),
         Row("ascend_, backup", ascend, 16, 3.3),
         Row("ascend_, backup, restore_", ascend_restore, 24),
-        Row("the seeds' way", lambda: seeds.copy_back(params, seeds.ascend(params, grads, rho, norm.float())), peer=True),
+        Row(
+            "the seeds' way",
+            lambda: seeds.copy_back(params, seeds.ascend(params, grads, rho, norm.float())),
+            peer=True,
+        ),
         Row("normals alone", lambda: torch.ops.flatops.normal_(noise, key, draw, 0), 4),
         Row("torch.Tensor.normal_", lambda: noise.normal_(), peer=True),
     ]
@@ -173,7 +177,13 @@ def measure(config: Config) -> dict[str, Any]:
         "rows": table,
         "steps": share,
         "checks": [
-            {"name": n, "sign": sign, "must": must, "value": v, "met": v >= must if sign == "≥" else v <= must}
+            {
+                "name": n,
+                "sign": sign,
+                "must": must,
+                "value": v,
+                "met": v >= must if sign == "≥" else v <= must,
+            }
             for n, sign, must, v in checks
         ],
     }
@@ -227,7 +237,10 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     for check in result["checks"]:
         mark = "[green]met[/green]" if check["met"] else "[red]missed[/red]"
-        console.print(f"{check['name']}: {check['value']:.2f}, must be {check['sign']} {check['must']:g}: {mark}", highlight=False)
+        console.print(
+            f"{check['name']}: {check['value']:.2f}, must be {check['sign']} {check['must']:g}: {mark}",
+            highlight=False,
+        )
 
 
 def main(config: Config) -> int:

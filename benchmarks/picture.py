@@ -36,7 +36,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("floors: reads and writes of all weights, one thread; less is better")
-    axes.set_title(f"{result['model']}, {result['weights'] / 1e6:.1f} million weights, {result['machine']}", fontsize=10)
+    axes.set_title(
+        f"{result['model']}, {result['weights'] / 1e6:.1f} million weights, {result['machine']}", fontsize=10
+    )
     axes.barh(0, 0, color="0.75", label="research scripts (noise: torch.normal_)")
     axes.barh(0, 0, color="tab:blue", label="flatops")
     axes.legend(frameon=False, loc="lower right")

@@ -22,7 +22,9 @@ try:
     from flatops import _C
 except ImportError as error:
     _C = None
-    WHY_NOT_COMPILED = str(error)  # "No module named ..." in a source tree, a missing symbol after torch has changed
+    WHY_NOT_COMPILED = str(
+        error
+    )  # "No module named ..." in a source tree, a missing symbol after torch has changed
 else:
     WHY_NOT_COMPILED = ""
     if _C.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
@@ -89,9 +91,13 @@ def choose(device: torch.device, name: str | None = None) -> str:
         return "reference"
     devices = BACKENDS[_valid(name)][1]
     if devices is not None and device.type not in devices:
-        raise ValueError(f"backend {name!r} does not serve {device.type} tensors: use 'reference' or move them")
+        raise ValueError(
+            f"backend {name!r} does not serve {device.type} tensors: use 'reference' or move them"
+        )
     if name == "cpp" and _C is None:
-        raise RuntimeError(f"backend 'cpp' was not compiled ({WHY_NOT_COMPILED}): run pip install flatops again")
+        raise RuntimeError(
+            f"backend 'cpp' was not compiled ({WHY_NOT_COMPILED}): run pip install flatops again"
+        )
     return name
 
 

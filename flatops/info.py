@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import flatops
-from flatops.backend import BACKENDS, WHY_NOT_COMPILED, _C, choose
+from flatops.backend import _C, BACKENDS, WHY_NOT_COMPILED, choose
 
 
 def cpu_name() -> str:
@@ -36,11 +36,17 @@ def report() -> dict[str, Any]:
             "simd_levels": list(_C.simd_levels()),
         }
     return {
-        "versions": {"flatops": flatops.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "flatops": flatops.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "core": core,
         "threads": torch.get_num_threads(),
         "backends": list(BACKENDS),
-        "devices": {name: {"name": what, "backend": choose(torch.device(name))} for name, what in devices.items()},
+        "devices": {
+            name: {"name": what, "backend": choose(torch.device(name))} for name, what in devices.items()
+        },
     }
 
 
@@ -57,7 +63,9 @@ def show(report: dict[str, Any]) -> None:
     core = report["core"]
     if core["built"]:
         table.add_row("core", f"compiled by {core['compiler']} for torch {core['torch']}")
-        table.add_row("SIMD", f"{core['simd']}  [dim](this machine runs {', '.join(core['simd_levels'])})[/dim]")
+        table.add_row(
+            "SIMD", f"{core['simd']}  [dim](this machine runs {', '.join(core['simd_levels'])})[/dim]"
+        )
     else:
         table.add_row("core", f"[red]not compiled[/red]: {core['why']}")
     table.add_row("threads", str(report["threads"]))

@@ -19,7 +19,17 @@ from torch import Tensor
 from flatops.backend import operators
 from flatops.schemas import filters
 
-__all__ = ["ascend_", "filter_fisher_", "filter_norms", "grad_norm", "new_backup", "new_scales", "normal", "perturb_", "restore_"]
+__all__ = [
+    "ascend_",
+    "filter_fisher_",
+    "filter_norms",
+    "grad_norm",
+    "new_backup",
+    "new_scales",
+    "normal",
+    "perturb_",
+    "restore_",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -47,7 +57,9 @@ def _check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None =
         if t.layout != torch.strided:
             raise TypeError(f"{name}[{i}] is {t.layout}: expected a dense tensor")
         if t.device != device:
-            raise ValueError(f"{name}[{i}] is on {t.device} and others are on {device}: one call serves one device")
+            raise ValueError(
+                f"{name}[{i}] is on {t.device} and others are on {device}: one call serves one device"
+            )
 
 
 def _check_writable(name: str, tensors: Sequence[Tensor]) -> None:
@@ -61,16 +73,22 @@ def _check_writable(name: str, tensors: Sequence[Tensor]) -> None:
 
 def _check_fisher(fisher: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     if len(fisher) != len(params):
-        raise ValueError(f"fisher has {len(fisher)} tensors and there are {len(params)} parameters: they must match")
+        raise ValueError(
+            f"fisher has {len(fisher)} tensors and there are {len(params)} parameters: they must match"
+        )
     for i, (f, p) in enumerate(zip(fisher, params)):
         if f.dtype != torch.float32 or f.numel() != (p.shape[0] if p.dim() else 1) or not f.is_contiguous():
-            raise ValueError(f"fisher[{i}] must be a contiguous float32 tensor with one entry per slice along dim 0")
+            raise ValueError(
+                f"fisher[{i}] must be a contiguous float32 tensor with one entry per slice along dim 0"
+            )
 
 
 def _check_scales(scales: Tensor, params: Sequence[Tensor]) -> None:
     count = sum(map(filters, params))
     if scales.shape != (count,) or scales.dtype != torch.float32:
-        raise ValueError(f"scales must be float32 of shape ({count},), not {scales.dtype} {tuple(scales.shape)}")
+        raise ValueError(
+            f"scales must be float32 of shape ({count},), not {scales.dtype} {tuple(scales.shape)}"
+        )
 
 
 def _non_negative(name: str, value: float | Tensor) -> None:
@@ -260,7 +278,9 @@ def restore_(
     if seed is None or draw is None:
         raise ValueError("restore_ by scales needs the seed and the draw that perturb_ had")
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
-        raise TypeError("bfloat16 and float16 weights cannot be restored by drawing again: give perturb_ a backup")
+        raise TypeError(
+            "bfloat16 and float16 weights cannot be restored by drawing again: give perturb_ a backup"
+        )
     if fisher is not None:
         _check_fisher(fisher, params)
     _check_scales(scales, params)
@@ -309,7 +329,9 @@ def filter_fisher_(
     operators(device, backend).filter_fisher_(fisher, grads, beta, _scalar(scale, device))
 
 
-def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None, *, backend: str | None = None) -> Tensor:
+def grad_norm(
+    grads: Sequence[Tensor], params: Sequence[Tensor] | None = None, *, backend: str | None = None
+) -> Tensor:
     """The Euclidean norm over all gradients together, ||g||_2; with `params` that of w g, for ASAM.
 
     Args:

@@ -108,7 +108,9 @@ def sum_squares(x: Tensor) -> Tensor:
 _M0, _M1, _W0, _W1, _WORD = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four int64 tensors of 32-bit words in, four out. `key` is an int64 scalar, low word first.
 
     Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
@@ -156,7 +158,9 @@ def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int) ->
     """
     block = torch.arange((length + 3) // 4, device=key.device)[None, :]
     filter = torch.arange(filters, device=key.device)[:, None]
-    counter = torch.broadcast_tensors(block, filter, torch.full_like(block, index), (draw & _WORD).reshape(1, 1))
+    counter = torch.broadcast_tensors(
+        block, filter, torch.full_like(block, index), (draw & _WORD).reshape(1, 1)
+    )
     x0, x1, x2, x3 = philox(counter, key)
     z = torch.stack([*box_muller(x0, x1), *box_muller(x2, x3)], dim=-1)
     return z.reshape(filters, 4 * block.numel())[:, :length]
@@ -178,7 +182,9 @@ def _per_filter(params: list[Tensor], values: Tensor) -> list[Tensor]:
     return list(values.split([0 if p.numel() == 0 else p.shape[0] if p.dim() > 1 else 1 for p in params]))
 
 
-def _add_noise(p: Tensor, scale: Tensor, key: Tensor, draw: Tensor, index: int, fisher: Tensor | None, eta: float) -> None:
+def _add_noise(
+    p: Tensor, scale: Tensor, key: Tensor, draw: Tensor, index: int, fisher: Tensor | None, eta: float
+) -> None:
     w = rows(p)
     z = normals(*w.shape, key, draw, index)
     scale = scale[:, None]

@@ -32,7 +32,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LEVELS = list(_C.simd_levels())
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, generator: torch.Generator, scale: float = 1.0
+) -> Tensor:
     """A tensor of random values, with zeros of both signs among them, that lies in memory as `layout` says."""
     t = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
     t = torch.where(torch.rand(shape, generator=generator) < 0.05, 0.0, t)
@@ -83,7 +85,9 @@ def assert_same_bits(actual: list[Tensor] | Tensor, expected: list[Tensor] | Ten
         actual, expected = [actual], [expected]
     assert len(actual) == len(expected)
     for i, (a, b) in enumerate(zip(actual, expected)):
-        assert same_bits(a, b), f"tensor {i} of shape {tuple(a.shape)}: {(a != b).sum().item()} elements differ"
+        assert same_bits(a, b), (
+            f"tensor {i} of shape {tuple(a.shape)}: {(a != b).sum().item()} elements differ"
+        )
 
 
 @pytest.fixture(params=LEVELS)

@@ -14,7 +14,11 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
     )
 
 
@@ -32,7 +36,9 @@ def test_the_sdist_holds_what_a_build_needs(tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout")
-    wanted = [f for f in tracked if f.startswith(("csrc/", "flatops/", "benchmarks/", "tests/")) or f == "setup.py"]
+    wanted = [
+        f for f in tracked if f.startswith(("csrc/", "flatops/", "benchmarks/", "tests/")) or f == "setup.py"
+    ]
     assert [f for f in wanted if f not in names] == []
 
 
@@ -49,7 +55,9 @@ def test_flatops_simd_forces_a_level(level):
 
     if level not in _C.simd_levels():
         pytest.skip("this machine cannot run it")
-    assert json.loads(run("-m", "flatops", "info", "--json", FLATOPS_SIMD=level).stdout)["core"]["simd"] == level
+    assert (
+        json.loads(run("-m", "flatops", "info", "--json", FLATOPS_SIMD=level).stdout)["core"]["simd"] == level
+    )
 
 
 @pytest.mark.parametrize("variable, value", [("FLATOPS_SIMD", "mmx"), ("FLATOPS_BACKEND", "metal")])

@@ -32,7 +32,9 @@ def signed(x: int) -> int:
 @pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, expected):
     low, high = words(key)
-    out = reference.philox(tuple(torch.tensor([c]) for c in words(counter)), torch.tensor(signed(high << 32 | low)))
+    out = reference.philox(
+        tuple(torch.tensor([c]) for c in words(counter)), torch.tensor(signed(high << 32 | low))
+    )
     assert [int(x) for x in out] == words(expected)
 
 
@@ -50,7 +52,8 @@ def test_compiled_normals_come_from_the_known_words(counter, key, expected, leve
 
 @settings(max_examples=40, deadline=None)
 @given(
-    shape=st.lists(st.integers(0, 40), min_size=0, max_size=3).map(tuple) | st.tuples(st.integers(1, 3), st.integers(1, 5000)),
+    shape=st.lists(st.integers(0, 40), min_size=0, max_size=3).map(tuple)
+    | st.tuples(st.integers(1, 3), st.integers(1, 5000)),
     seed=st.integers(0, 2**64 - 1),
     draw=st.integers(0, 2**32 - 1),
     tensor=st.integers(0, 2**31 - 1),
@@ -59,7 +62,9 @@ def test_compiled_normals_come_from_the_known_words(counter, key, expected, leve
 def test_compiled_bits_equal_the_reference(shape, seed, draw, tensor, stream):
     """For any shape and any place in the noise."""
     where = {"seed": seed, "draw": draw, "tensor": tensor, "stream": stream}
-    assert_same_bits(flatops.ops.normal(shape, **where), flatops.ops.normal(shape, **where, backend="reference"))
+    assert_same_bits(
+        flatops.ops.normal(shape, **where), flatops.ops.normal(shape, **where, backend="reference")
+    )
 
 
 def test_bits_do_not_depend_on_level_or_threads(level, threads):  # noqa: F811
@@ -130,7 +135,10 @@ def test_nothing_is_correlated(sample):
         "tensor": (base, flatops.ops.normal(sample.shape, **here, tensor=1).numpy().ravel()),
         "draw": (base, flatops.ops.normal(sample.shape, seed=here["seed"], draw=6).numpy().ravel()),
         "seed": (base, flatops.ops.normal(sample.shape, seed=here["seed"] + 1, draw=5).numpy().ravel()),
-        "seed, high": (base, flatops.ops.normal(sample.shape, seed=here["seed"] + 2**33, draw=5).numpy().ravel()),
+        "seed, high": (
+            base,
+            flatops.ops.normal(sample.shape, seed=here["seed"] + 2**33, draw=5).numpy().ravel(),
+        ),
         "stream": (base, flatops.ops.normal(sample.shape, **here, stream=1).numpy().ravel()),
     }
     for name, (x, y) in others.items():

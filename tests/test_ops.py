@@ -107,7 +107,10 @@ def test_regenerating(dtype, eta, level):  # noqa: F811
 
 
 def test_threads_change_nothing(threads):  # noqa: F811
-    ours, theirs = make_list(torch.float32, "contiguous", seed=10), make_list(torch.float32, "contiguous", seed=10)
+    ours, theirs = (
+        make_list(torch.float32, "contiguous", seed=10),
+        make_list(torch.float32, "contiguous", seed=10),
+    )
     grads = make_list(torch.float32, "contiguous", seed=11)
     assert_same_bits(ops.grad_norm(grads), ops.grad_norm(grads, backend="reference"))
     ops.perturb_(ours, 0.1, **NOISE)
@@ -130,7 +133,18 @@ def test_mixed_dtypes_in_one_call(level):  # noqa: F811
 def test_special_values(dtype, level):  # noqa: F811
     """Infinities, NaN, subnormals and the largest numbers: equal to the reference, and restored to the bit."""
     info = torch.finfo(dtype)
-    values = [float("inf"), -float("inf"), float("nan"), info.max, -info.max, info.tiny, info.tiny / 4, 0.0, -0.0, 1.0]
+    values = [
+        float("inf"),
+        -float("inf"),
+        float("nan"),
+        info.max,
+        -info.max,
+        info.tiny,
+        info.tiny / 4,
+        0.0,
+        -0.0,
+        1.0,
+    ]
     for value in values:
         w = torch.full((3, 37), 0.5, dtype=dtype)
         w[1, 5] = value
@@ -148,7 +162,9 @@ def test_special_values(dtype, level):  # noqa: F811
 @settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
-    shape=st.lists(st.integers(0, 70), min_size=0, max_size=4).map(tuple).filter(lambda s: torch.Size(s).numel() < 20000),
+    shape=st.lists(st.integers(0, 70), min_size=0, max_size=4)
+    .map(tuple)
+    .filter(lambda s: torch.Size(s).numel() < 20000),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
     sigma=st.floats(0, 10),
@@ -365,7 +381,9 @@ def test_backend_precedence(monkeypatch):
     """Argument over context manager over environment over what is best."""
     cpu = torch.device("cpu")
     assert choose(cpu) == "cpp"
-    monkeypatch.setattr(sys.modules["flatops.backend"], "_forced", "reference")  # as FLATOPS_BACKEND does at import
+    monkeypatch.setattr(
+        sys.modules["flatops.backend"], "_forced", "reference"
+    )  # as FLATOPS_BACKEND does at import
     assert choose(cpu) == "reference"
     with flatops.backend("cpp"):
         assert choose(cpu) == "cpp"

@@ -60,6 +60,7 @@ def test_a_hyper_parameter_out_of_range(make, name, bad):
 
 @pytest.mark.parametrize("bad", [-1, 2**31, 0.5, None])
 def test_a_stream_out_of_range(bad):
+    """A ValueError with its name: streams are integers of 31 bits."""
     with pytest.raises(ValueError, match="stream"):
         rwp(stream=bad)
 
@@ -89,6 +90,7 @@ def test_a_base_that_is_no_optimizer_class(make, base):
 @pytest.mark.parametrize("make", [sam, rwp])
 @pytest.mark.parametrize("params", [[], (), iter(())], ids=["list", "tuple", "iterator"])
 def test_no_parameters(make, params):
+    """An empty list, or a generator that is used up: a ValueError about parameters."""
     with pytest.raises(ValueError, match="parameter"):
         make(params)
 
@@ -183,6 +185,7 @@ def test_what_perturbed_weights_do_not_allow(kind, what, way):
 
 @pytest.mark.parametrize("make", [sam, rwp])
 def test_second_step_without_first_step(make):
+    """A RuntimeError that names first_step(), and no step."""
     optimizer = make()
     before = all_bits(optimizer.param_groups[0]["params"])
     with pytest.raises(RuntimeError, match=r"first_step\(\)"):

@@ -266,6 +266,22 @@ def test_memory_shared_between_parameters_never_costs_the_weights(kind, how):
     assert torch.equal(bits(a), before)
 
 
+@pytest.mark.parametrize("kind, key", [("sam", "rho"), ("rwp", "sigma")])
+def test_memory_shared_between_groups_never_costs_the_weights(kind, key):
+    """Two operator calls change the same weights: undone in the reverse order, or refused, they come back."""
+    torch.manual_seed(0)
+    a = nn.Parameter(torch.randn(4, 4))
+    b = nn.Parameter(a.data)
+    before = bits(a)
+    fill_gradients([a, b])
+    try:
+        with make(kind, [{"params": [a]}, {"params": [b], key: 0.3}]).perturbed():
+            pass
+    except ValueError as error:
+        assert "memory" in str(error)
+    assert torch.equal(bits(a), before)
+
+
 # --- parameters that change under the optimizer --------------------------------------------------------
 
 

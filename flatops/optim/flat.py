@@ -44,7 +44,11 @@ class Run:
 @functools.cache
 def _combine(flat: type[Flat], base: type[torch.optim.Optimizer]) -> type[Flat]:
     """The class whose instances are both: isinstance, fused steps, GradScaler's attributes and schedulers all work."""
-    return type(flat.__name__ + base.__name__, (flat, base), {"base": base, "flat": flat, "__module__": flat.__module__})
+    return type(
+        flat.__name__ + base.__name__,
+        (flat, base),
+        {"base": base, "flat": flat, "__module__": flat.__module__},
+    )
 
 
 def _rebuild(flat: type[Flat], base: type[torch.optim.Optimizer]) -> Flat:
@@ -78,7 +82,9 @@ class Flat(torch.optim.Optimizer):
         self._check_group(options)
         self.base.__init__(self, params, **base_kwargs)
         if taken := options.keys() & self.defaults.keys():
-            raise ValueError(f"base {self.base.__name__} has a hyper-parameter {', '.join(sorted(taken))} of its own: use another")
+            raise ValueError(
+                f"base {self.base.__name__} has a hyper-parameter {', '.join(sorted(taken))} of its own: use another"
+            )
         self.defaults.update(options)
 
     # --- for the algorithms to say ---------------------------------------------------------------------------------------
@@ -131,7 +137,9 @@ class Flat(torch.optim.Optimizer):
 
     def _check_clean(self) -> None:
         if self.run.perturbed:
-            raise RuntimeError("perturbed() or first_step() while the weights are perturbed: leave the first, or call restore()")
+            raise RuntimeError(
+                "perturbed() or first_step() while the weights are perturbed: leave the first, or call restore()"
+            )
 
     def _enter(self) -> None:
         self.run.perturbed = True
@@ -164,7 +172,13 @@ class Flat(torch.optim.Optimizer):
         with torch.inference_mode(False):  # an inference tensor has no version
             for p in params:
                 b = kept.get(p)
-                if b is None or b.shape != p.shape or b.dtype != p.dtype or b.device != p.device or b.stride() != p.stride():
+                if (
+                    b is None
+                    or b.shape != p.shape
+                    or b.dtype != p.dtype
+                    or b.device != p.device
+                    or b.stride() != p.stride()
+                ):
                     kept[p] = ops.new_backup([p])[0]
         return [kept[p] for p in params]
 
@@ -172,7 +186,9 @@ class Flat(torch.optim.Optimizer):
         """Announces a change of `params`, before it is made, and how to undo it."""
         self.run.undo.append(Undo(params, how, token, token._version))
 
-    def _trainable(self, keys: tuple[str, ...], with_grad: bool = False) -> dict[tuple, tuple[list[Tensor], list[int]]]:
+    def _trainable(
+        self, keys: tuple[str, ...], with_grad: bool = False
+    ) -> dict[tuple, tuple[list[Tensor], list[int]]]:
         """(device, *values of keys) -> parameters and their positions: one operator call each, groups that agree merged."""
         parts: dict[tuple, tuple[list[Tensor], list[int]]] = {}
         position = 0
@@ -203,7 +219,9 @@ class Flat(torch.optim.Optimizer):
         """
         run = self.run
         if run.perturbed:
-            raise RuntimeError("step() while the weights are perturbed: leave perturbed() first, or call second_step()")
+            raise RuntimeError(
+                "step() while the weights are perturbed: leave perturbed() first, or call second_step()"
+            )
         if closure is None:
             if not run.ready and not run.warned:
                 run.warned = True
@@ -338,7 +356,11 @@ def _called_by(module: str) -> bool:
 def _user_frame() -> int:
     """How far up the first caller outside flatops and torch is, for warnings."""
     frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("flatops", "torch", "contextlib"):
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "flatops",
+        "torch",
+        "contextlib",
+    ):
         frame, level = frame.f_back, level + 1
     return level
 
@@ -362,7 +384,11 @@ def unwrap(optimizer: Any) -> Flat:
     while not isinstance(inner, Flat) or not hasattr(inner, "run"):
         seen.add(id(inner))
         inner = next(
-            (o for o in (getattr(inner, name, None) for name in ("optimizer", "_optimizer")) if o is not None and id(o) not in seen),
+            (
+                o
+                for o in (getattr(inner, name, None) for name in ("optimizer", "_optimizer"))
+                if o is not None and id(o) not in seen
+            ),
             None,
         )
         if inner is None:

@@ -69,12 +69,22 @@ class RWP(Flat):
         **kwargs: Any,
     ):
         self.fisher: dict[Tensor, Tensor] = {}  # a parameter's F: one entry per slice along dim 0
-        self.aside: list[tuple[Tensor, Tensor]] = []  # gradients that are not to be taken for the perturbed pass's
+        self.aside: list[
+            tuple[Tensor, Tensor]
+        ] = []  # gradients that are not to be taken for the perturbed pass's
         self.loss_scale: float | Tensor | None = None
         self.stream = stream
         if not (isinstance(stream, int) and 0 <= stream < 2**31):
             raise ValueError(f"stream must be an integer in [0, 2**31), not {stream!r}")
-        options = {"sigma": sigma, "lam": lam, "eta": eta, "beta": beta, "seed": seed, "restore": restore, "draw": 0}
+        options = {
+            "sigma": sigma,
+            "lam": lam,
+            "eta": eta,
+            "beta": beta,
+            "seed": seed,
+            "restore": restore,
+            "draw": 0,
+        }
         self._construct(params, options, kwargs)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -103,8 +113,12 @@ class RWP(Flat):
     def _check_restores(self) -> None:
         for group in self.param_groups:
             self._check_group(group)  # a user or a scheduler may have written to it
-            if group["restore"] == "regenerate" and any(p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]):
-                raise TypeError("restore='regenerate' would lose the low bits of bfloat16 and float16 weights: use 'exact'")
+            if group["restore"] == "regenerate" and any(
+                p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]
+            ):
+                raise TypeError(
+                    "restore='regenerate' would lose the low bits of bfloat16 and float16 weights: use 'exact'"
+                )
 
     @property
     def perturbed_weight(self) -> float:
@@ -144,10 +158,17 @@ class RWP(Flat):
             self.aside += [(p, _own(p.grad)) for p in params]
             for p in params:
                 p.grad = None
-        for (device, sigma, eta, seed, how), (params, index) in self._trainable(("sigma", "eta", "seed", "restore")).items():
+        for (device, sigma, eta, seed, how), (params, index) in self._trainable(
+            ("sigma", "eta", "seed", "restore")
+        ).items():
             if sigma == 0:
                 continue
-            noise = {"seed": seed, "draw": self.param_groups[0]["draw"].to(device), "stream": self.stream, "index": index}
+            noise = {
+                "seed": seed,
+                "draw": self.param_groups[0]["draw"].to(device),
+                "stream": self.stream,
+                "index": index,
+            }
             if eta > 0:
                 noise |= {"eta": eta, "fisher": [self._fisher(p) for p in params]}
             if how == "exact":
@@ -182,7 +203,9 @@ class RWP(Flat):
 
     def _fisher(self, p: Tensor) -> Tensor:
         if p not in self.fisher:
-            self.fisher[p] = torch.zeros(p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device)
+            self.fisher[p] = torch.zeros(
+                p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device
+            )
         return self.fisher[p]
 
     def _mixes_fisher(self) -> bool:
@@ -202,7 +225,9 @@ class RWP(Flat):
     def _update_fisher(self, scale: float | Tensor) -> None:
         for (_, eta, beta), (params, _) in self._trainable(("eta", "beta"), with_grad=True).items():
             if eta > 0:
-                ops.filter_fisher_([self._fisher(p) for p in params], [p.grad for p in params], beta, scale=scale)
+                ops.filter_fisher_(
+                    [self._fisher(p) for p in params], [p.grad for p in params], beta, scale=scale
+                )
 
     def _after_step(self) -> None:
         self._keep_fisher()

@@ -46,7 +46,15 @@ class SAM(Flat):
         Kwon et al.: ASAM: Adaptive Sharpness-Aware Minimization. arXiv 2102.11600.
     """
 
-    def __init__(self, params: Any, base: type[torch.optim.Optimizer], *, rho: float = 0.05, adaptive: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        params: Any,
+        base: type[torch.optim.Optimizer],
+        *,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ):
         self._construct(params, {"rho": rho, "adaptive": adaptive}, kwargs)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -69,11 +77,15 @@ class SAM(Flat):
     def _perturb(self) -> None:
         parts = self._trainable(("rho", "adaptive"), with_grad=True)
         if not parts:
-            raise RuntimeError("no parameter has a gradient: run a backward at the weights themselves before perturbed()")
+            raise RuntimeError(
+                "no parameter has a gradient: run a backward at the weights themselves before perturbed()"
+            )
         grads = {key: [p.grad for p in params] for key, (params, _) in parts.items()}
         for g in itertools.chain(*grads.values()):
             if g.layout != torch.strided:
-                raise TypeError(f"a gradient of shape {tuple(g.shape)} is {g.layout}: SAM needs dense gradients")
+                raise TypeError(
+                    f"a gradient of shape {tuple(g.shape)} is {g.layout}: SAM needs dense gradients"
+                )
         norm = self._norm(parts, grads)
         for (device, rho, adaptive), (params, _) in parts.items():
             if rho == 0:
