@@ -34,11 +34,11 @@ def freeze_batchnorm_stats(model: nn.Module, enabled: bool = True) -> Iterator[N
         (m, m.running_mean, m.running_var) for m in layers if isinstance(m, _InstanceNorm) and m.training
     ]
     layers = [m for m in layers if not isinstance(m, _InstanceNorm)]
-    for layer in layers:
-        layer.track_running_stats = False
-    for layer, _, _ in hidden:
-        layer.running_mean = layer.running_var = None
     try:
+        for layer in layers:
+            layer.track_running_stats = False
+        for layer, _, _ in hidden:
+            layer.running_mean = layer.running_var = None
         yield
     finally:
         for layer in layers:

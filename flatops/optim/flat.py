@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flatops import ops
+from flatops.backend import _C
 
 
 @dataclass
@@ -39,6 +40,44 @@ class Run:
     undo: list[Undo] = field(default_factory=list)
     backup: dict[Tensor, Tensor] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+
+
+class _Exit:
+    """`__exit__` of a Pass: compiled where there is a compiled core. Python code can be interrupted before its first line."""
+
+    def __get__(self, instance: Pass | None, owner: type) -> Callable[..., Any]:
+        if instance is None:  # contextlib.ExitStack asks the class
+            return lambda instance, *exception: instance.manager.__exit__(*exception)
+        return _C.insist(instance.manager.__exit__) if _C is not None else instance.manager.__exit__
+
+
+class Pass:
+    """A perturbed pass as a context manager: contextlib's, and no moment at which an interrupt leaves the weights perturbed."""
+
+    __exit__ = _Exit()
+
+    def __init__(self, optimizer: Flat, manager: contextlib.AbstractContextManager) -> None:
+        self.optimizer, self.manager = optimizer, manager
+
+    def __enter__(self) -> None:
+        clean = not self.optimizer.is_perturbed
+        try:
+            self.manager.__enter__()
+        except BaseException:
+            if clean:
+                self.optimizer.restore()
+            raise
+
+
+def perturbed_pass(generator: Callable[..., Iterator[None]]) -> Callable[..., Pass]:
+    """Makes a method that perturbs, yields once and restores into one that returns a Pass."""
+    manager = contextlib.contextmanager(generator)
+
+    @functools.wraps(generator)
+    def begin(self: Flat, *args: Any, **kwargs: Any) -> Pass:
+        return Pass(self, manager(self, *args, **kwargs))
+
+    return begin
 
 
 @functools.cache
@@ -108,7 +147,7 @@ class Flat(torch.optim.Optimizer):
         """Whether the weights are perturbed now; for closures, which run in both passes."""
         return self.run.perturbed
 
-    @contextlib.contextmanager
+    @perturbed_pass
     def perturbed(self) -> Iterator[None]:
         """Perturbs the weights in place for the forward and backward within; they come back bit for bit, whatever happens.
 
@@ -154,7 +193,7 @@ class Flat(torch.optim.Optimizer):
     def restore(self) -> None:
         """Takes the perturbation away, if there is one. perturbed() and second_step() do it for you."""
         run = self.run
-        for undo in run.undo:
+        for undo in reversed(run.undo):  # two groups may hold the same memory
             last = undo.params[-1]
             if undo.token._version != undo.version and last._version != undo.restored:
                 undo.restored = last._version + 1
@@ -235,6 +274,8 @@ class Flat(torch.optim.Optimizer):
             if not callable(closure):
                 raise TypeError(f"closure must be callable, not {closure!r}")
             if _called_by("torch.amp.grad_scaler"):
+                for name in ("grad_scale", "found_inf"):  # a fused base would apply what the scaler left there to its next step
+                    self.__dict__.pop(name, None)
                 raise RuntimeError(
                     "scaler.step(optimizer, closure) would step on scaled gradients: use perturbed() and scaler.step(optimizer)"
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flatops import ops
-from flatops.optim.flat import Flat, check_range
+from flatops.optim.flat import Flat, check_range, perturbed_pass
 
 
 class RWP(Flat):
@@ -19,7 +18,7 @@ class RWP(Flat):
     eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0).
     m-RWP (lam < 1): the gradient is lam g(w + eps; B2) + (1 - lam) g(w; B1), on two different batches.
     ARWP (eta > 0): eps_f is divided by sqrt(1 + eta F_f), where F <- beta F + g^2 from the gradient at the perturbed weights;
-    one number a filter is kept.
+    one number a filter is kept. With lam = 1 that is the gradient that steps, clipped if it is clipped.
 
     Args:
         params: parameters or groups, which may set their own sigma, eta and beta.
@@ -102,7 +101,9 @@ class RWP(Flat):
         group = self.param_groups[-1]
         try:
             self._check_restores()
-        except TypeError:
+            if group["lam"] != self.perturbed_weight:
+                raise ValueError(f"lam weighs the whole loss: {group['lam']} in a group and {self.perturbed_weight} in another")
+        except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
         # The draw lives on the device and is advanced there, so that no step waits for the host; state_dict() reads it.
@@ -130,7 +131,7 @@ class RWP(Flat):
         """What to multiply the clean pass's loss by: 1 - lam."""
         return 1.0 - self.param_groups[0]["lam"]
 
-    @contextlib.contextmanager
+    @perturbed_pass
     def perturbed(self, loss_scale: float | Tensor | None = None) -> Iterator[None]:
         """Adds the noise in place for the forward and backward within; it is gone at the end, bit for bit, whatever happens.
 
@@ -140,9 +141,12 @@ class RWP(Flat):
 
         Raises:
             RuntimeError: inside itself.
+            ValueError: for a loss_scale that is not positive.
         """
         if not self.run.inside_step:
             self._check_clean()
+        if isinstance(loss_scale, (int, float)) and not loss_scale > 0:
+            raise ValueError(f"loss_scale must be > 0, not {loss_scale}")
         self.loss_scale = loss_scale
         try:
             with super().perturbed():

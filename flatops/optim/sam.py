@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatops import ops
-from flatops.optim.flat import Flat, check_range
+from flatops.optim.flat import Flat, check_range, perturbed_pass
 
 
 class SAM(Flat):
@@ -59,8 +58,12 @@ class SAM(Flat):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_range("rho", group["rho"])
+        if not isinstance(group["adaptive"], bool):
+            raise ValueError(f"adaptive must be True or False, not {group['adaptive']!r}")
+        if group.get("maximize"):
+            raise ValueError("maximize=True would climb the wrong way: minimise the negated loss")
 
-    @contextlib.contextmanager
+    @perturbed_pass
     def perturbed(self) -> Iterator[None]:
         """Climbs to w + e along p.grad and zeroes the gradients; the weights come back bit for bit, whatever happens.
 
@@ -75,6 +78,8 @@ class SAM(Flat):
             yield
 
     def _perturb(self) -> None:
+        for group in self.param_groups:
+            self._check_group(group)  # a user or a scheduler may have written to it
         parts = self._trainable(("rho", "adaptive"), with_grad=True)
         if not parts:
             raise RuntimeError(
