@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
-
-from flatops.backend import _C
 
 # Odd lengths, lengths around the SIMD widths and the 1024 of a sum, filters too long for one block, empty and scalar ones.
 SHAPES = [
@@ -29,7 +26,6 @@ SHAPES = [
 ]
 LAYOUTS = ["contiguous", "channels_last", "transposed", "strided"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LEVELS = list(_C.simd_levels())
 
 
 def make(
@@ -88,21 +84,3 @@ def assert_same_bits(actual: list[Tensor] | Tensor, expected: list[Tensor] | Ten
         assert same_bits(a, b), (
             f"tensor {i} of shape {tuple(a.shape)}: {(a != b).sum().item()} elements differ"
         )
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    """Every SIMD level that the machine runs, in turn."""
-    best = _C.simd()
-    _C.set_simd(request.param)
-    yield request.param
-    _C.set_simd(best)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    """Several thread counts, in turn."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import DTYPES, LAYOUTS, SHAPES, assert_same_bits, level, make_list, same_bits, threads, twin  # noqa: F401
+from cases import DTYPES, LAYOUTS, SHAPES, assert_same_bits, make, make_list, same_bits, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,14 +30,14 @@ def fisher_of(params: list[Tensor]) -> list[Tensor]:
 
 
 @cases
-def test_filter_norms(dtype, layout, level):  # noqa: F811
+def test_filter_norms(dtype, layout, level):
     params = make_list(dtype, layout, seed=1)
     assert_same_bits(ops.filter_norms(params), ops.filter_norms(params, backend="reference"))
 
 
 @cases
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_perturb(dtype, layout, eta, level):  # noqa: F811
+def test_perturb(dtype, layout, eta, level):
     ours, theirs = make_list(dtype, layout, seed=2), make_list(dtype, layout, seed=2)
     how = {**NOISE, "eta": eta, "fisher": fisher_of(ours) if eta else None}
     backup = ops.new_backup(ours)
@@ -53,7 +53,7 @@ def test_perturb(dtype, layout, eta, level):  # noqa: F811
 
 @cases
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_grad_norm_and_ascend(dtype, layout, adaptive, level):  # noqa: F811
+def test_grad_norm_and_ascend(dtype, layout, adaptive, level):
     ours, theirs = make_list(dtype, layout, seed=3), make_list(dtype, layout, seed=3)
     grads = make_list(dtype, layout, seed=4, scale=0.01)
     norm = ops.grad_norm(grads, ours if adaptive else None)
@@ -81,7 +81,7 @@ def test_gradients_may_lie_otherwise_than_their_parameters(dtype, layout):
 
 
 @cases
-def test_filter_fisher(dtype, layout, level):  # noqa: F811
+def test_filter_fisher(dtype, layout, level):
     grads = make_list(dtype, layout, seed=8)
     ours, theirs = fisher_of(grads), fisher_of(grads)
     ops.filter_fisher_(ours, grads, 0.99, scale=0.5)
@@ -91,7 +91,7 @@ def test_filter_fisher(dtype, layout, level):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_regenerating(dtype, eta, level):  # noqa: F811
+def test_regenerating(dtype, eta, level):
     """Equal to the reference to the bit, and to the weights within rounding."""
     ours, theirs = make_list(dtype, "contiguous", seed=9), make_list(dtype, "contiguous", seed=9)
     before = twin(ours)
@@ -106,7 +106,7 @@ def test_regenerating(dtype, eta, level):  # noqa: F811
         assert ((a - b).abs() <= bound).all()
 
 
-def test_threads_change_nothing(threads):  # noqa: F811
+def test_threads_change_nothing(threads):
     ours, theirs = (
         make_list(torch.float32, "contiguous", seed=10),
         make_list(torch.float32, "contiguous", seed=10),
@@ -118,7 +118,7 @@ def test_threads_change_nothing(threads):  # noqa: F811
     assert_same_bits(ours, theirs)
 
 
-def test_mixed_dtypes_in_one_call(level):  # noqa: F811
+def test_mixed_dtypes_in_one_call(level):
     def params():
         return [make_list(d, "contiguous", seed=12)[i] for i, d in zip((10, 11, 12, 4), DTYPES)]
 
@@ -130,7 +130,7 @@ def test_mixed_dtypes_in_one_call(level):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values(dtype, level):  # noqa: F811
+def test_special_values(dtype, level):
     """Infinities, NaN, subnormals and the largest numbers: equal to the reference, and restored to the bit."""
     info = torch.finfo(dtype)
     values = [
@@ -176,16 +176,13 @@ def test_restore_is_exact_for_any_bits(data, shape, dtype, layout, sigma):
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[torch.empty((), dtype=dtype).element_size()]
     limit = torch.iinfo(ints)
     bits = torch.randint(limit.min, limit.max, shape, generator=generator, dtype=ints)
-    from cases import make
-
     w = make(shape, dtype, layout, generator)
     w.copy_(bits.view(dtype))
     before = twin([w])
     backup = ops.new_backup([w])
     ops.perturb_([w], sigma, seed=seed, draw=1, backup=backup)
     ops.restore_([w], backup=backup)
-    ints_of = lambda t: t.contiguous().view(ints)  # noqa: E731
-    assert torch.equal(ints_of(w), ints_of(before[0]))
+    assert torch.equal(w.contiguous().view(ints), before[0].contiguous().view(ints))
 
 
 # --- definitions ---------------------------------------------------------------------------------------------------------
@@ -287,8 +284,9 @@ def test_compile_over_a_perturb_restore_pair(backend):
         expected = step(w, x, sigma, draw)
         torch.testing.assert_close(compiled(w, x, sigma, draw), expected)
         assert torch.equal(w, saved)
-        once = graphs.frame_count if i == 0 else once
-    assert graphs.frame_count == once
+        if i == 0:
+            once = graphs.frame_count
+        assert graphs.frame_count == once
 
 
 def test_compile_notices_another_backend():

@@ -274,7 +274,10 @@ class Flat(torch.optim.Optimizer):
             if not callable(closure):
                 raise TypeError(f"closure must be callable, not {closure!r}")
             if _called_by("torch.amp.grad_scaler"):
-                for name in ("grad_scale", "found_inf"):  # a fused base would apply what the scaler left there to its next step
+                for name in (
+                    "grad_scale",
+                    "found_inf",
+                ):  # a fused base would apply what the scaler left there to its next step
                     self.__dict__.pop(name, None)
                 raise RuntimeError(
                     "scaler.step(optimizer, closure) would step on scaled gradients: use perturbed() and scaler.step(optimizer)"

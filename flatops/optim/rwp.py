@@ -102,7 +102,9 @@ class RWP(Flat):
         try:
             self._check_restores()
             if group["lam"] != self.perturbed_weight:
-                raise ValueError(f"lam weighs the whole loss: {group['lam']} in a group and {self.perturbed_weight} in another")
+                raise ValueError(
+                    f"lam weighs the whole loss: {group['lam']} in a group and {self.perturbed_weight} in another"
+                )
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise

@@ -60,8 +60,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # torch.load raises whatever the zip reader or the unpickler met
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{file} is damaged or not a checkpoint: {reason}") from error
+        raise ValueError(f"{file} is damaged or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{file} is not a checkpoint of flatops train")
     if state["version"] != VERSION:
