@@ -354,6 +354,14 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 # Comparison
 
 
+def test_compare_says_whom_its_schedule_favours():
+    """In words, where the schedule is the one that does: the default."""
+    from flatops.train.compare import caveat
+
+    assert "favours the flat-minima methods" in caveat(CompareConfig(seeds=5))
+    assert "favours" not in caveat(CompareConfig(epochs=10))
+
+
 def test_compare_writes_every_number_and_a_plot(tmp_path):
     console = quiet()
     config = CompareConfig(methods=("sgd", "mrwp"), seeds=2, epochs=1, sigma=0.03, output=tmp_path)
@@ -364,7 +372,7 @@ def test_compare_writes_every_number_and_a_plot(tmp_path):
     assert saved["summary"][1]["options"] == {"sigma": 0.03, "lam": 0.5}
     assert len(saved["runs"]) == 4 and saved["machine"]
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert "m-RWP" in text(console) and "favours the flat-minima methods" in text(console)
+    assert "m-RWP" in text(console) and "One schedule for all" in text(console)
     alone = train_whole(TrainConfig(method="mrwp", epochs=1, sigma=0.03, label_noise=0.3, seed=1))
     assert timeless(result["runs"][3]["history"]) == timeless(alone.history)
 
