@@ -133,7 +133,7 @@ class Flat(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _perturb(self) -> None:
-        """Changes the weights, by calls of `_change`."""
+        """Changes the weights, each list announced by `_will_change`."""
         raise NotImplementedError
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
