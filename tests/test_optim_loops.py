@@ -419,7 +419,7 @@ def test_a_compiled_model_in_the_loop(kind):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step():
-    """torch.compile of optimizer.step gives the weights of the eager step."""
+    """torch.compile of optimizer.step gives the weights of the eager step, within rounding."""
     torch._dynamo.reset()
     model, twin = make_net(), make_net()
     optimizer, eager = make("rwp", model), make("rwp", twin)
@@ -430,4 +430,6 @@ def test_a_compiled_step():
                 loss_of(network, make_batch(i)).backward()
             step()
             o.zero_grad()
-    assert_same_bits(model.parameters(), twin.parameters())
+    # torch 2.11 compiles SGD itself to foreach operations, which round otherwise.
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
