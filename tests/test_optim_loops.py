@@ -226,7 +226,7 @@ def test_loops_written_for_davda54_sam_run_unchanged(form):
         else:
 
             def closure():
-                loss = loss_function(model(input), answer)  # noqa: B023
+                loss = loss_function(model(input), answer)
                 loss.backward()
                 return loss
 

@@ -6,12 +6,12 @@
 
 template <class T>
 static void sum_block_of(const Tensor& t, const Block& b, bool product, double* filter_sums, double* part_sums) {
-  const T* x = (const T*)t.data + b.filter * b.length + b.start;
   if (b.part) {
     const int64_t at = b.filter * t.length + b.start;
     sum_tiles<true>((const T*)t.data + at, product ? (const T*)t.grad + at : nullptr, b.length, part_sums + b.first_sum);
     return;
   }
+  const T* x = (const T*)t.data + b.filter * b.length;
   for (int64_t f = 0; f < b.filters; ++f, x += b.length) filter_sums[t.first_filter + b.filter + f] = sum_filter<true>(x, b.length);
 }
 
@@ -28,7 +28,8 @@ static void sum_block(const Tensor& t, const Block& b, bool product, double* fil
 
 namespace flatops::cpu {
 
-void fold_parts(const TensorList& list, double* part_sums, double* filter_sums) {
+// Adds up the parts of each long filter.
+static void fold_parts(const TensorList& list, double* part_sums, double* filter_sums) {
   const auto sum_sums = FLATOPS_BEST(sum_sums);
   for (size_t i = 0; i < list.blocks.size(); ++i) {
     const Block& b = list.blocks[i];

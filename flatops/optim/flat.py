@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import inspect
@@ -128,17 +129,22 @@ class Flat(torch.optim.Optimizer):
 
     # --- for the algorithms to say ---------------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises for a hyper-parameter out of range."""
-        raise NotImplementedError
 
+    def _check_groups(self) -> None:
+        """Raises for a group that no pass can run with: a user or a scheduler may have written to it since it was added."""
+        for group in self.param_groups:
+            self._check_group(group)
+
+    @abc.abstractmethod
     def _perturb(self) -> None:
         """Changes the weights, each list announced by `_will_change`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """The whole algorithm up to the step: leaves the gradient in p.grad and returns the loss to report."""
-        raise NotImplementedError
 
     # --- the perturbed pass ------------------------------------------------------------------------------------------------
 
@@ -183,6 +189,7 @@ class Flat(torch.optim.Optimizer):
     def _enter(self) -> None:
         self.run.perturbed = True
         torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
+        self._check_groups()
         with torch.no_grad():
             self._perturb()
 

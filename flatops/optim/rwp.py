@@ -100,7 +100,7 @@ class RWP(Flat):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_restores()
+            self._check_groups()
             if group["lam"] != self.perturbed_weight:
                 raise ValueError(
                     f"lam weighs the whole loss: {group['lam']} in a group and {self.perturbed_weight} in another"
@@ -113,9 +113,9 @@ class RWP(Flat):
         device = group["params"][0].device if group["params"] else "cpu"
         group["draw"] = torch.as_tensor(draw, dtype=torch.int64).to(device, copy=True)
 
-    def _check_restores(self) -> None:
+    def _check_groups(self) -> None:
+        super()._check_groups()
         for group in self.param_groups:
-            self._check_group(group)  # a user or a scheduler may have written to it
             if group["restore"] == "regenerate" and any(
                 p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]
             ):
@@ -157,7 +157,6 @@ class RWP(Flat):
             self._take_back()
 
     def _perturb(self) -> None:
-        self._check_restores()
         if self._mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
             self._take_back()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

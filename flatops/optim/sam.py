@@ -78,8 +78,6 @@ class SAM(Flat):
             yield
 
     def _perturb(self) -> None:
-        for group in self.param_groups:
-            self._check_group(group)  # a user or a scheduler may have written to it
         parts = self._trainable(("rho", "adaptive"), with_grad=True)
         if not parts:
             raise RuntimeError(
