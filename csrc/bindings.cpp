@@ -251,6 +251,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.attr("compiler") = "GCC " __VERSION__;
 #endif
+  m.attr("cuda_archs") = pybind11::list();
   m.def("insist", [](pybind11::function f) {
     return pybind11::cpp_function([f](const pybind11::args& args) {
       try {

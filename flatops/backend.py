@@ -6,6 +6,8 @@ variable FLATOPS_BACKEND, and then the best backend that the tensors' device has
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import warnings
 
@@ -13,10 +15,26 @@ import torch
 
 from flatops import reference, schemas
 
+
+def _triton_kernel(name: str):
+    """The Triton operator `name`, imported when it is first called: not everybody has Triton, and it takes its time."""
+
+    def kernel(*args):
+        from flatops import kernels
+
+        return getattr(kernels, name)(*args)
+
+    return kernel
+
+
 schemas.define("flatops")
-_library = schemas.define("flatops_ref")
-for _name in schemas.SCHEMAS:
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _namespace, _kernel in (
+    ("flatops_ref", lambda name: getattr(reference, name)),
+    ("flatops_triton", _triton_kernel),
+):
+    _library = schemas.define(_namespace)
+    for _name in schemas.SCHEMAS:
+        _library.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
 
 try:
     from flatops import _C
@@ -33,11 +51,50 @@ else:
             "install flatops again, with --no-cache-dir --force-reinstall --no-deps"
         )
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 # name -> (namespace of its operators, the device types it serves; None for every type)
 BACKENDS: dict[str, tuple[str, frozenset[str] | None]] = {
     "reference": ("flatops_ref", None),
     "cpp": ("flatops", frozenset({"cpu"})),
+    "cuda": ("flatops", frozenset({"cuda"})),
+    "triton": ("flatops_triton", frozenset({"cuda", "cpu"})),  # cpu: in Triton's interpreter alone
 }
+
+
+@torch.compiler.assume_constant_result
+def why_not(name: str, device: torch.device) -> str:
+    """Why a backend cannot serve a device here, and what to do about it; empty if it can."""
+    devices = BACKENDS[name][1]
+    if devices is not None and device.type not in devices:
+        return f"it does not serve {device.type} tensors: use 'reference' or move them"
+    if name in ("cpp", "cuda") and _C is None:
+        return f"it was not compiled ({WHY_NOT_COMPILED}): run pip install flatops again"
+    if name == "cuda":
+        return _why_not_cuda(device)
+    if name == "triton":
+        if not HAS_TRITON:
+            return "Triton is not installed: run pip install triton"
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "on a CPU it runs in Triton's interpreter alone: set TRITON_INTERPRET=1 before Python starts"
+    return ""
+
+
+def _why_not_cuda(device: torch.device) -> str:
+    if not _C.cuda_archs:
+        return "it was not compiled: there was no nvcc, so install a CUDA toolkit and run pip install flatops again"
+    major, minor = torch.cuda.get_device_capability(device)
+    here = 10 * major + minor
+    # Machine code runs on its own major version from its minor version on; PTX on everything later.
+    if any(
+        (arch // 10 == major and arch <= here) or (ptx and arch <= here)
+        for arch, ptx in ((int(a.split("_")[1]), a.startswith("compute")) for a in _C.cuda_archs)
+    ):
+        return ""
+    return (
+        f"it was compiled for {' '.join(_C.cuda_archs)} and {torch.cuda.get_device_name(device)} is sm_{here}: "
+        f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and run pip install flatops again"
+    )
 
 
 def _valid(name: str) -> str:
@@ -47,14 +104,13 @@ def _valid(name: str) -> str:
 
 
 _forced: str | None = os.environ.get("FLATOPS_BACKEND") or None
-_warned: set[str] = set()
 
 
 class backend:  # noqa: N801 - a context manager, spelled like torch.no_grad
     """Runs the operators within it on one backend.
 
     Args:
-        name: 'reference' or 'cpp'.
+        name: 'reference', 'cpp', 'cuda' or 'triton'.
 
     Raises:
         ValueError: for a name that is no backend.
@@ -81,39 +137,37 @@ def choose(device: torch.device, name: str | None = None) -> str:
 
     Raises:
         ValueError: for an unknown name, or a backend that does not serve the device.
-        RuntimeError: for a backend that was not compiled.
+        RuntimeError: for a backend that was not compiled, or not for this GPU.
     """
     name = name if name is not None else _forced
     if name is None:
-        if device.type == "cpu" and _C is not None:
-            return "cpp"
-        _warn_slow(device.type)
-        return "reference"
-    devices = BACKENDS[_valid(name)][1]
-    if devices is not None and device.type not in devices:
-        raise ValueError(
-            f"backend {name!r} does not serve {device.type} tensors: use 'reference' or move them"
-        )
-    if name == "cpp" and _C is None:
-        raise RuntimeError(
-            f"backend 'cpp' was not compiled ({WHY_NOT_COMPILED}): run pip install flatops again"
-        )
+        return _best(device)
+    if why := why_not(_valid(name), device):
+        serves = BACKENDS[name][1]
+        error = ValueError if serves is not None and device.type not in serves else RuntimeError
+        raise error(f"backend {name!r} cannot be used: {why}")
     return name
 
 
-@torch.compiler.disable
-def _warn(device_type: str) -> None:
-    _warned.add(device_type)
-    why = f": {WHY_NOT_COMPILED}" if device_type == "cpu" else ""
-    warnings.warn(
-        f"flatops has no compiled kernels for {device_type} tensors here and falls back on its slow reference{why}",
-        stacklevel=5,
+@torch.compiler.assume_constant_result
+def _best(device: torch.device) -> str:
+    """The fastest backend for a device, with a warning, once, where it is not the one that was meant for it."""
+    wanted = ("cuda", "triton") if device.type == "cuda" else ("cpp",)
+    reasons = []
+    for name in wanted:
+        if not (why := why_not(name, device)):
+            return name
+        reasons.append(f"{name}: {why}")
+    _warn(
+        f"flatops has no compiled kernels for {device.type} tensors here and falls back on its slow reference. "
+        + "; ".join(reasons)
     )
+    return "reference"
 
 
-def _warn_slow(device_type: str) -> None:
-    if device_type not in _warned:
-        _warn(device_type)
+@functools.cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=6)
 
 
 def operators(device: torch.device, name: str | None = None):
