@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -16,44 +18,85 @@ if importlib.util.find_spec("torch") is None:
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # one binary runs on later minor versions too
+
+
+def find_cuda(wanted: str | None) -> Path | None:
+    """A CUDA toolkit that can compile for a torch built with CUDA `wanted`, or None, saying why."""
+    if wanted is None:
+        print("flatops: this torch knows no CUDA: building for the CPU alone")
+        return None
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc:  # /usr/local/bin/nvcc may be a link, or a script that calls /usr/local/cuda/bin/nvcc
+        homes += [Path(nvcc).resolve().parent.parent, Path(nvcc).parent.parent, Path(nvcc).parent.parent / "cuda"]
+    for home in map(Path, filter(None, homes)):
+        if not ((home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists()):
+            continue
+        version = nvcc_says(home, "--version", r"release (\d+\.\d+)")[0]
+        if version.split(".")[0] == wanted.split(".")[0]:
+            return home
+        print(f"flatops: {home} is CUDA {version} and torch was built with {wanted}: not used")
+    print("flatops: no usable nvcc: building for the CPU alone")
+    return None
+
+
+def nvcc_says(home: Path, option: str, pattern: str) -> list[str]:
+    """What of nvcc's answer to an option matches."""
+    done = subprocess.run([home / "bin/nvcc", option], capture_output=True, text=True, check=True)
+    return re.findall(pattern, done.stdout)
 
 
 def compiled_core() -> dict:
     """The extension module and how to build it."""
-    from torch.utils import cpp_extension
-
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
             f"flatops: no C++ compiler: '{compiler}' is not on PATH. Install one that knows C++20 "
             "(Debian: apt-get install g++; macOS: xcode-select --install) or point the variable CXX at it."
         )
+    import torch
+
+    cuda = find_cuda(torch.version.cuda)
+    if cuda:  # to be known before cpp_extension is imported, which guesses
+        os.environ["CUDA_HOME"] = str(cuda)
+        known = nvcc_says(cuda, "--list-gpu-code", r"sm_(\d+)")
+        ours = [a for a in ARCHITECTURES if a.replace(".", "") in known]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ours) + "+PTX")
+    from torch.utils import cpp_extension
+
     # Contraction would change the noise's bits; the rest only lets loops vectorise. at::parallel_for needs OpenMP
     # in the extension itself, or it runs on one thread without a word; torch's own pool is the one it then joins.
-    flags = [
-        "-O3",
-        "-g0",
-        "-std=c++20",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fvisibility=hidden",
-    ]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    return {
-        "ext_modules": [
-            cpp_extension.CppExtension(
-                "flatops._C",
-                SOURCES,
-                include_dirs=[str(Path("csrc").absolute())],
-                depends=HEADERS,
-                extra_compile_args=flags + openmp,
-                extra_link_args=openmp,
-            )
+    flags = {
+        "cxx": [
+            "-O3",
+            "-g0",
+            "-std=c++20",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fvisibility=hidden",
+            *openmp,
         ],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "nvcc": ["-O3", "-std=c++20", "-fmad=false", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"],
     }
+    how = {"sources": SOURCES, "include_dirs": [str(Path("csrc").absolute())], "extra_link_args": openmp}
+    if cuda:
+        codes = sorted(re.search(r",code=(\w+)", flag)[1] for flag in cpp_extension._get_cuda_arch_flags())
+        version = nvcc_says(cuda, "--version", r"release (\d+\.\d+)")[0]
+        names = ",".join(f'"{code}"' for code in codes)
+        flags["cxx"] += [f'-DFLATOPS_CUDA="{version}"', f"-DFLATOPS_CUDA_ARCHS={names}"]
+        how["sources"] = SOURCES + CUDA_SOURCES
+        how["include_dirs"] += [str(cuda / "include")]
+        how["library_dirs"] = [str(cuda / "lib64"), str(cuda / "lib")]
+        # CUDA's runtime goes in whole: torch brings its own, of which only the driver's side has to agree with ours.
+        how["libraries"] = ["c10_cuda"]
+        how["extra_link_args"] = [*openmp, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    extension = cpp_extension.CppExtension("flatops._C", depends=HEADERS, extra_compile_args=flags, **how)
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
 wants_core = any(

@@ -1,5 +1,5 @@
-// What every operator looks like to the binding. Scalars that change from step to step come by address, because on a
-// GPU they live there and reading them would stop the host.
+// What every operator looks like to the binding, CPU and GPU alike. Scalars that change from step to step come by address,
+// because on a GPU they live there and reading them would stop the host.
 #pragma once
 #include <functional>
 
@@ -7,8 +7,14 @@
 
 namespace flatops {
 
-// Runs task(0) ... task(n - 1), in any order, on as many threads as the caller has.
+// On a CPU: runs task(0) ... task(n - 1), in any order, on as many threads as the caller has.
 using Parallel = std::function<void(int64_t n, const std::function<void(int64_t)>& task)>;
+
+// On a GPU: the stream to launch on, and memory there that is free again when the launches on it have run.
+struct Gpu {
+  void* stream;  // cudaStream_t
+  std::function<void*(int64_t bytes)> scratch;
+};
 
 // Which numbers a perturbation draws: key = seed ^ (stream << 32), draw the count of perturbations.
 struct Noise {
@@ -16,28 +22,29 @@ struct Noise {
   const int64_t* draw;
 };
 
-namespace cpu {
+// Each operator is specialised for Where = Parallel in csrc/cpu/ and for Where = Gpu in csrc/cuda/.
 
 // out[f] = ||w_f||_2                                                                      out: [list.filters]
-void filter_norms(TensorList& list, float* out, const Parallel& parallel);
+template <class Where> void filter_norms(TensorList& list, float* out, const Where& where);
 
 // w_f += scale_f z_f / sqrt(1 + eta F_f),  scale_f = sigma ||w_f||_2                      scales: [list.filters]
-void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Parallel& parallel);
+template <class Where>
+void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Where& where);
 
 // w_f = backup_f where there is a backup, else w_f -= scale_f z_f / sqrt(1 + eta F_f)
-void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Parallel& parallel);
+template <class Where> void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Where& where);
 
 // out_f = z_f; float32 only
-void normal_(TensorList& list, Noise noise, const Parallel& parallel);
+template <class Where> void normal_(TensorList& list, Noise noise, const Where& where);
 
 // F_f = beta F_f + scale^2 sum(g_f^2); a sum that is not finite leaves F_f as it was. The gradients are `data`.
-void filter_fisher_(TensorList& list, double beta, const double* scale, const Parallel& parallel);
+template <class Where> void filter_fisher_(TensorList& list, double beta, const double* scale, const Where& where);
 
 // *out = ||g||_2 over the whole list, or with `adaptive` the norm of w g                   out: [1]
-void grad_norm(TensorList& list, bool adaptive, double* out, const Parallel& parallel);
+template <class Where> void grad_norm(TensorList& list, bool adaptive, double* out, const Where& where);
 
 // w += s g, or with `adaptive` w += s w^2 g;  s = rho / norm, 0 where norm is 0 or not finite
-void ascend_(TensorList& list, const double* rho, const double* norm, bool adaptive, const Parallel& parallel);
+template <class Where>
+void ascend_(TensorList& list, const double* rho, const double* norm, bool adaptive, const Where& where);
 
-}  // namespace cpu
 }  // namespace flatops

@@ -43,9 +43,9 @@ static void ascend_block(const Tensor& t, const Block& b, double step, bool adap
 
 #else
 
-namespace flatops::cpu {
+namespace flatops {
 
-void ascend_(TensorList& list, const double* rho, const double* norm, bool adaptive, const Parallel& parallel) {
+template <> void ascend_(TensorList& list, const double* rho, const double* norm, bool adaptive, const Parallel& parallel) {
   list.cut(/*whole=*/true);
   const double step = *norm > 0 && std::isfinite(*norm) ? *rho / *norm : 0.0;
   const auto ascend_block = FLATOPS_BEST(ascend_block);
@@ -53,5 +53,5 @@ void ascend_(TensorList& list, const double* rho, const double* norm, bool adapt
            [&](int64_t i) { ascend_block(list.tensors[list.blocks[i].tensor], list.blocks[i], step, adaptive); });
 }
 
-}  // namespace flatops::cpu
+}  // namespace flatops
 #endif

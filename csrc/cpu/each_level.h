@@ -63,12 +63,12 @@ namespace flatops::cpu::avx2 {
 #pragma GCC pop_options
 #endif
 
-#define FLATOPS_BEST(kernel)                                                  \
-  (::flatops::cpu::level() == ::flatops::cpu::Level::avx512 ? avx512::kernel  \
-   : ::flatops::cpu::level() == ::flatops::cpu::Level::avx2 ? avx2::kernel    \
-                                                            : portable::kernel)
+#define FLATOPS_BEST(kernel)                                                                 \
+  (::flatops::cpu::level() == ::flatops::cpu::Level::avx512 ? ::flatops::cpu::avx512::kernel  \
+   : ::flatops::cpu::level() == ::flatops::cpu::Level::avx2 ? ::flatops::cpu::avx2::kernel    \
+                                                            : ::flatops::cpu::portable::kernel)
 #else
-#define FLATOPS_BEST(kernel) portable::kernel
+#define FLATOPS_BEST(kernel) ::flatops::cpu::portable::kernel
 #endif
 
 #define FLATOPS_LEVEL 128

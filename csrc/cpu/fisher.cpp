@@ -33,16 +33,19 @@ double element(const Tensor& t, int64_t i) {
 }
 
 }  // namespace
+}  // namespace flatops::cpu
 
-void filter_fisher_(TensorList& list, double beta, const double* scale, const Parallel& parallel) {
-  const std::vector<double> sums = filter_sums(list, parallel);
+namespace flatops {
+
+template <> void filter_fisher_(TensorList& list, double beta, const double* scale, const Parallel& parallel) {
+  const std::vector<double> sums = cpu::filter_sums(list, parallel);
   const double square_scale = *scale * *scale;
   for (const Tensor& t : list.tensors) {
     if (t.one_dim)
-      for (int64_t i = 0; i < t.length; ++i) update(t.fisher[i], element(t, i) * element(t, i), beta, square_scale);
+      for (int64_t i = 0; i < t.length; ++i) cpu::update(t.fisher[i], cpu::element(t, i) * cpu::element(t, i), beta, square_scale);
     else
-      for (int64_t f = 0; f < t.filters; ++f) update(t.fisher[f], sums[t.first_filter + f], beta, square_scale);
+      for (int64_t f = 0; f < t.filters; ++f) cpu::update(t.fisher[f], sums[t.first_filter + f], beta, square_scale);
   }
 }
 
-}  // namespace flatops::cpu
+}  // namespace flatops

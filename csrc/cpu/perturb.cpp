@@ -98,13 +98,16 @@ static void normal_block(const Tensor& t, const Block& b, Noise noise) {
 
 #include "cpu/filter_sums.h"
 
-namespace flatops::cpu {
+namespace flatops {
 
+using cpu::PerturbArgs;
+
+template <>
 void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Parallel& parallel) {
   list.cut();
   if (list.sums) {  // a long filter's norm has to be known before any part of it changes
     std::vector<double> sums(list.filters);
-    long_filter_sums(list, sums.data(), parallel);
+    cpu::long_filter_sums(list, sums.data(), parallel);
     for (const Block& b : list.blocks) {
       const int64_t f = list.tensors[b.tensor].first_filter + b.filter;
       if (b.part) scales[f] = float(*sigma) * std::sqrt(float(sums[f]));
@@ -115,7 +118,7 @@ void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise,
   parallel(list.blocks.size(), [&](int64_t i) { perturb_block(list.tensors[list.blocks[i].tensor], list.blocks[i], args); });
 }
 
-void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Parallel& parallel) {
+template <> void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Parallel& parallel) {
   if (!scales) {
     list.cut(/*whole=*/true);
     const auto copy_block = FLATOPS_BEST(copy_block);
@@ -128,11 +131,11 @@ void restore_(TensorList& list, const float* scales, Noise noise, double eta, co
   parallel(list.blocks.size(), [&](int64_t i) { perturb_block(list.tensors[list.blocks[i].tensor], list.blocks[i], args); });
 }
 
-void normal_(TensorList& list, Noise noise, const Parallel& parallel) {
+template <> void normal_(TensorList& list, Noise noise, const Parallel& parallel) {
   list.cut();
   const auto normal_block = FLATOPS_BEST(normal_block);
   parallel(list.blocks.size(), [&](int64_t i) { normal_block(list.tensors[list.blocks[i].tensor], list.blocks[i], noise); });
 }
 
-}  // namespace flatops::cpu
+}  // namespace flatops
 #endif

@@ -65,12 +65,16 @@ std::vector<double> filter_sums(TensorList& list, const Parallel& parallel) {
   return sums;
 }
 
-void filter_norms(TensorList& list, float* out, const Parallel& parallel) {
-  const std::vector<double> sums = filter_sums(list, parallel);
+}  // namespace flatops::cpu
+
+namespace flatops {
+
+template <> void filter_norms(TensorList& list, float* out, const Parallel& parallel) {
+  const std::vector<double> sums = cpu::filter_sums(list, parallel);
   for (size_t f = 0; f < sums.size(); ++f) out[f] = std::sqrt(float(sums[f]));
 }
 
-void grad_norm(TensorList& list, bool adaptive, double* out, const Parallel& parallel) {
+template <> void grad_norm(TensorList& list, bool adaptive, double* out, const Parallel& parallel) {
   list.cut(/*whole=*/true);
   for (size_t i = 0; i < list.tensors.size(); ++i) list.tensors[i].first_filter = int64_t(i);
   const auto sum_block = FLATOPS_BEST(sum_block);
@@ -80,9 +84,9 @@ void grad_norm(TensorList& list, bool adaptive, double* out, const Parallel& par
     sum_block(list.tensors[b.tensor], b, adaptive, nullptr, part_sums.get());
   });
   std::vector<double> sums(list.tensors.size());
-  fold_parts(list, part_sums.get(), sums.data());
+  cpu::fold_parts(list, part_sums.get(), sums.data());
   *out = std::sqrt(FLATOPS_BEST(sum_sums)(sums.data(), int64_t(sums.size())));
 }
 
-}  // namespace flatops::cpu
+}  // namespace flatops
 #endif

@@ -1,0 +1,241 @@
+// From PyTorch's tensors to the kernels, for any place where they run; only this file and bindings.cpp know torch. Schemas stand
+// in flatops/schemas.py, what a user may pass is checked in flatops/ops.py for all backends; here only what memory safety needs.
+#pragma once
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <numeric>
+
+#include "ops.h"
+
+namespace flatops {
+namespace {
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    case at::kDouble: return DType::f64;
+    default: TORCH_CHECK(false, "flatops: unsupported dtype ", t.scalar_type());
+  }
+}
+
+// Dimension 0, then the others as they lie in memory: storage order within a filter.
+at::DimVector storage_order(const at::Tensor& t) {
+  at::DimVector order(t.dim());
+  std::iota(order.begin(), order.end(), 0);
+  if (t.dim() > 2)
+    std::stable_sort(order.begin() + 1, order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  return order;
+}
+
+// Tensors as the kernels see them. What does not lie filter after filter is copied so that it does, and put back.
+class Operands {
+ public:
+  explicit Operands(const at::TensorList& tensors) : tensors_(tensors) {}
+
+  // What a kernel may read (and, until write_back, change) in place of tensor i.
+  void* data(size_t i) { return at(tensors_, i, tensors_[i], copies_); }
+
+  // The same elements of another tensor of the same shape, in the order of tensor i.
+  void* like(size_t i, const at::Tensor& other, std::vector<std::pair<at::Tensor, at::Tensor>>& copies) {
+    TORCH_CHECK(other.sizes() == tensors_[i].sizes() && other.device() == tensors_[i].device(),
+                "flatops: tensors ", i, " differ in shape or device");
+    return at(tensors_, i, other, copies);
+  }
+
+  static void write_back(const std::vector<std::pair<at::Tensor, at::Tensor>>& copies) {
+    for (const auto& [view, copy] : copies) const_cast<at::Tensor&>(view).copy_(copy);
+  }
+  void write_back() { write_back(copies_); }
+
+ private:
+  static void* at(const at::TensorList& tensors, size_t i, const at::Tensor& t,
+                  std::vector<std::pair<at::Tensor, at::Tensor>>& copies) {
+    const at::Tensor& order_of = tensors[i];
+    if (t.is_contiguous() && order_of.is_contiguous() && t.scalar_type() == order_of.scalar_type()) return t.data_ptr();
+    const at::Tensor view = t.permute(storage_order(order_of));
+    if (view.is_contiguous() && t.scalar_type() == order_of.scalar_type()) return t.data_ptr();
+    at::Tensor copy = at::empty(view.sizes(), view.options().dtype(order_of.scalar_type()).memory_format(std::nullopt));
+    copy.copy_(view);
+    copies.emplace_back(view, copy);
+    return copy.data_ptr();
+  }
+
+  at::TensorList tensors_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
+};
+
+// Everything a launch needs of its tensors, and the copies that odd layouts cost. Place says where it runs:
+//     Place(at::Device), Place::type: a device type, place.where: what the operators of ops.h take as `where`
+template <class Place>
+struct Launch {
+  at::Device device;
+  Place place;
+  at::AutoDispatchBelowADInplaceOrView below_autograd;  // copies of odd layouts are no business of autograd's
+  Operands operands;
+  std::vector<std::pair<at::Tensor, at::Tensor>> others;
+  TensorList list;
+
+  Launch(const at::TensorList& data, const at::TensorList& grads, const at::TensorList& backup,
+         const at::TensorList& fisher, at::IntArrayRef index)
+      : device(data.empty() ? at::Device(Place::type) : data[0].device()), place(device), operands(data) {
+    const size_t n = data.size();
+    TORCH_CHECK(device.type() == Place::type, "flatops: tensors are on ", device, ", expected ", Place::type);
+    const auto fits = [n](size_t m) { return m == 0 || m == n; };
+    TORCH_CHECK(fits(grads.size()) && fits(backup.size()) && fits(fisher.size()) && fits(index.size()),
+                "flatops: lists differ in length");
+    list.tensors.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      const at::Tensor& t = data[i];
+      TORCH_CHECK(t.device() == device, "flatops: tensor ", i, " is on ", t.device(), ", expected ", device);
+      const bool one_dim = t.dim() <= 1;
+      const int64_t filters = t.numel() == 0 ? 0 : one_dim ? 1 : t.size(0);
+      float* f = nullptr;
+      if (!fisher.empty()) {
+        const at::Tensor& q = fisher[i];
+        TORCH_CHECK(q.scalar_type() == at::kFloat && q.is_contiguous() && q.numel() == (t.dim() ? t.size(0) : 1) &&
+                        q.device() == device,
+                    "flatops: fisher ", i, " must be a contiguous float32 tensor with one entry per slice along dim 0, on ", device);
+        f = q.data_ptr<float>();
+      }
+      list.tensors.push_back({operands.data(i), grads.empty() ? nullptr : operands.like(i, grads[i], others),
+                              backup.empty() ? nullptr : operands.like(i, backup[i], backups_), f, filters,
+                              filters ? t.numel() / filters : 0, list.filters,
+                              uint32_t(index.empty() ? i : index[i]), dtype_of(t), one_dim});
+      list.filters += filters;
+    }
+  }
+
+  // Two tensors over the same memory would be changed twice and backed up in between: no backup could undo that.
+  void check_disjoint(const char* name) const {
+    std::vector<std::pair<const char*, size_t>> starts;
+    for (size_t i = 0; i < list.tensors.size(); ++i)
+      if (list.tensors[i].filters) starts.emplace_back((const char*)list.tensors[i].data, i);
+    std::sort(starts.begin(), starts.end());
+    for (size_t k = 1; k < starts.size(); ++k) {
+      const Tensor& t = list.tensors[starts[k - 1].second];
+      const int64_t size = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2;
+      TORCH_CHECK_VALUE(starts[k - 1].first + t.numel() * size <= starts[k].first, name, "[", starts[k - 1].second, "] and ",
+                        name, "[", starts[k].second, "] share memory: pass it once");
+    }
+  }
+
+  // Numbers that the kernels read where they run.
+  template <class T> T* scalar(const at::Tensor& t, const char* name) const { return array<T>(t, 1, name); }
+  Noise noise(const at::Tensor& key, const at::Tensor& draw) const {
+    return {scalar<int64_t>(key, "key"), scalar<int64_t>(draw, "draw")};
+  }
+  float* per_filter(const at::Tensor& scales) const { return array<float>(scales, list.filters, "scales"); }
+  template <class T> T* array(const at::Tensor& t, int64_t n, const char* name) const {
+    constexpr at::ScalarType dtype = c10::CppTypeToScalarType<T>::value;
+    TORCH_CHECK(t.numel() == n && t.scalar_type() == dtype && t.is_contiguous() && t.device() == device, "flatops: ", name,
+                " must be ", n, " contiguous ", dtype, " on ", device);
+    return t.data_ptr<T>();
+  }
+
+  at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype) const {
+    return at::empty(size, at::TensorOptions().dtype(dtype).device(device));
+  }
+
+  // Puts back what was copied and tells autograd.
+  void wrote(const at::TensorList& tensors) {
+    operands.write_back();
+    Operands::write_back(backups_);
+    bump(tensors);
+  }
+  static void bump(const at::TensorList& tensors) {
+    for (const at::Tensor& t : tensors)
+      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  }
+
+ private:
+  std::vector<std::pair<at::Tensor, at::Tensor>> backups_;
+};
+
+template <class Place>
+at::Tensor filter_norms(at::TensorList params) {
+  Launch<Place> launch(params, {}, {}, {}, {});
+  at::Tensor out = launch.empty({launch.list.filters}, at::kFloat);
+  flatops::filter_norms(launch.list, out.data_ptr<float>(), launch.place.where);
+  return out;
+}
+
+template <class Place>
+void perturb_(at::TensorList params, at::Tensor scales, at::TensorList backup, const at::Tensor& sigma,
+              const at::Tensor& key, const at::Tensor& draw, at::IntArrayRef index, at::TensorList fisher, double eta) {
+  Launch<Place> launch(params, {}, backup, fisher, index);
+  launch.check_disjoint("params");
+  flatops::perturb_(launch.list, launch.per_filter(scales), launch.template scalar<double>(sigma, "sigma"),
+                    launch.noise(key, draw), eta, launch.place.where);
+  launch.wrote(params);
+  Launch<Place>::bump(backup);
+  Launch<Place>::bump({scales});
+}
+
+template <class Place>
+void restore_(at::TensorList params, at::TensorList backup, const std::optional<at::Tensor>& scales,
+              const std::optional<at::Tensor>& key, const std::optional<at::Tensor>& draw, at::IntArrayRef index,
+              at::TensorList fisher, double eta) {
+  Launch<Place> launch(params, {}, backup, fisher, index);
+  if (scales) {
+    TORCH_CHECK(backup.empty() && key && draw, "flatops: restore_ takes a backup, or scales, key and draw");
+    flatops::restore_(launch.list, launch.per_filter(*scales), launch.noise(*key, *draw), eta, launch.place.where);
+  } else {
+    TORCH_CHECK(backup.size() == params.size(), "flatops: restore_ takes a backup, or scales, key and draw");
+    flatops::restore_(launch.list, nullptr, {}, eta, launch.place.where);
+  }
+  launch.wrote(params);
+}
+
+template <class Place>
+void normal_(at::Tensor out, const at::Tensor& key, const at::Tensor& draw, int64_t index) {
+  TORCH_CHECK(out.scalar_type() == at::kFloat, "flatops: normal_ fills float32");
+  const std::vector<at::Tensor> outs{out};
+  Launch<Place> launch(outs, {}, {}, {}, {index});
+  flatops::normal_(launch.list, launch.noise(key, draw), launch.place.where);
+  launch.wrote(outs);
+}
+
+template <class Place>
+void filter_fisher_(at::TensorList fisher, at::TensorList grads, double beta, const at::Tensor& scale) {
+  Launch<Place> launch(grads, {}, {}, fisher, {});
+  flatops::filter_fisher_(launch.list, beta, launch.template scalar<double>(scale, "scale"), launch.place.where);
+  Launch<Place>::bump(fisher);
+}
+
+template <class Place>
+at::Tensor grad_norm(at::TensorList grads, at::TensorList params) {
+  Launch<Place> launch(params.empty() ? grads : params, params.empty() ? at::TensorList{} : grads, {}, {}, {});
+  at::Tensor out = launch.empty({}, at::kDouble);
+  flatops::grad_norm(launch.list, !params.empty(), out.data_ptr<double>(), launch.place.where);
+  return out;
+}
+
+template <class Place>
+void ascend_(at::TensorList params, at::TensorList grads, at::TensorList backup, const at::Tensor& rho,
+             const at::Tensor& norm, bool adaptive) {
+  TORCH_CHECK(grads.size() == params.size(), "flatops: lists differ in length");
+  Launch<Place> launch(params, grads, backup, {}, {});
+  launch.check_disjoint("params");
+  flatops::ascend_(launch.list, launch.template scalar<double>(rho, "rho"), launch.template scalar<double>(norm, "norm"),
+                   adaptive, launch.place.where);
+  launch.wrote(params);
+  Launch<Place>::bump(backup);
+}
+
+// Registers every operator for one place.
+template <class Place> void implement(torch::Library& m) {
+  m.impl("filter_norms", filter_norms<Place>);
+  m.impl("perturb_", perturb_<Place>);
+  m.impl("restore_", restore_<Place>);
+  m.impl("normal_", normal_<Place>);
+  m.impl("filter_fisher_", filter_fisher_<Place>);
+  m.impl("grad_norm", grad_norm<Place>);
+  m.impl("ascend_", ascend_<Place>);
+}
+
+}  // namespace
+}  // namespace flatops

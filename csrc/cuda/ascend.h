@@ -1,0 +1,9 @@
+// restore_'s copy, which perturb.cu asks for.
+#pragma once
+#include "ops.h"
+
+namespace flatops::cuda {
+
+void copy_back(const TensorList& list, const Gpu& gpu);  // data = backup
+
+}  // namespace flatops::cuda

@@ -1,0 +1,66 @@
+// Four neighbours of a filter: one thread's share of a step, moved at once where they are aligned, and computed on in float32
+// (float64 for itself). Included by .cu files alone.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "tensor_list.h"
+
+namespace flatops::cuda {
+
+struct Bf16 { uint16_t u; };
+struct F16 { uint16_t u; };
+
+template <class T> struct Wide_ { using type = float; };
+template <> struct Wide_<double> { using type = double; };
+template <class T> using Compute = typename Wide_<T>::type;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(Bf16 x) { return __uint_as_float(uint32_t(x.u) << 16); }
+__device__ inline float widen(F16 x) { return __half2float(__ushort_as_half(x.u)); }
+
+__device__ inline void narrow(float x, float& out) { out = x; }
+__device__ inline void narrow(double x, double& out) { out = x; }
+__device__ inline void narrow(float x, Bf16& out) { out.u = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ inline void narrow(float x, F16& out) { out.u = __half_as_ushort(__float2half_rn(x)); }
+
+template <class T> struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
+  T x[4];
+};
+
+// n: how many of the four there are, or more; what is not there is zero.
+template <class T> __device__ inline Four<T> load(const T* p, int n, bool aligned) {
+  if (aligned && n >= 4) return *reinterpret_cast<const Four<T>*>(p);
+  Four<T> v{};
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+    if (c < n) v.x[c] = p[c];
+  return v;
+}
+
+template <class T> __device__ inline void store(T* p, const Four<T>& v, int n, bool aligned) {
+  if (aligned && n >= 4) {
+    *reinterpret_cast<Four<T>*>(p) = v;
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+    if (c < n) p[c] = v.x[c];
+}
+
+// kernel<T> for the dtype's T: calls f with a null pointer to T.
+template <class F> void by_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f((float*)nullptr);
+    case DType::bf16: return f((Bf16*)nullptr);
+    case DType::f16: return f((F16*)nullptr);
+    case DType::f64: return f((double*)nullptr);
+  }
+}
+constexpr DType DTYPES[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
+
+}  // namespace flatops::cuda

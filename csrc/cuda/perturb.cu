@@ -1,0 +1,119 @@
+// perturb_, restore_ and normal_: a filter waits in registers while its norm is made, then its noise is added.
+#include "ascend.h"
+#include "long_filters.h"
+#include "noise.h"
+#include "sum.h"
+
+namespace flatops::cuda {
+namespace {
+
+struct PerturbArgs {
+  float* scales;        // [list.filters]; written for sigma, read where the norm is known or the noise is taken away
+  const double* sigma;
+  Noise noise;
+  float eta;
+};
+
+enum class Mode { perturb, take_away, normal };
+
+__device__ float adapted(float scale, float eta, float fisher) {
+  return __fdiv_rn(scale, __fsqrt_rn(__fmaf_rn(eta, fisher, 1.0f)));
+}
+
+__device__ float add(float scale, float z, float w) { return __fmaf_rn(scale, z, w); }
+__device__ double add(float scale, float z, double w) { return __dadd_rn(w, __dmul_rn(double(scale), double(z))); }
+
+template <class T, Mode MODE, int N>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
+    perturb(const __grid_constant__ Table<N> table, const PerturbArgs args) {
+  __shared__ double sums[WARPS];
+  const Entry& e = table.find(blockIdx.x);
+  const bool split = e.length > TILE, aligned = e.aligned;
+  const Share s = share(e, blockIdx.x - e.first_block, split);
+  const int64_t at = s.filter * int64_t(e.length) + s.offset;
+  T* w = (T*)e.data + at;
+
+  Four<T> x[STEPS];
+  if constexpr (MODE != Mode::normal) {
+    T* backup = e.backup ? (T*)e.backup + at : nullptr;
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k)
+      if (k * LANES < s.left) x[k] = load(w + k * LANES, s.left - k * LANES, aligned);
+    if (backup)
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k)
+        if (k * LANES < s.left) store(backup + k * LANES, x[k], s.left - k * LANES, aligned);
+  }
+
+  float scale = 1.0f;
+  bool adapt_each = false;
+  if constexpr (MODE != Mode::normal) {
+    float* stored = args.scales + e.first_filter + s.filter;
+    if (MODE == Mode::perturb && !split) {
+      scale = __fmul_rn(float(*args.sigma), __fsqrt_rn(float(sum_filter(x, s, sums))));
+      if (s.left > 0 && s.first()) *stored = scale;
+    } else if (s.left > 0) {
+      scale = *stored;
+    }
+    if (MODE == Mode::take_away) scale = -scale;
+    adapt_each = e.other && e.one_dim;
+    if (e.other && !e.one_dim && s.left > 0) scale = adapted(scale, args.eta, e.fisher()[s.filter]);
+  }
+
+  const uint64_t key = uint64_t(*args.noise.key);
+  const PhiloxKeys keys = philox_keys(key);
+  const PhiloxFilter filter = philox_filter(key, uint32_t(s.filter), e.index, uint32_t(*args.noise.draw));
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k) {
+    const int left = s.left - k * LANES;
+    if (left <= 0) break;
+    float z[4];
+    normals(keys, filter, uint32_t(s.offset / 4) + k * (LANES / 4), z);
+    if constexpr (MODE == Mode::normal) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[k].x[c] = z[c];
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float each = scale;
+        if (adapt_each && c < left) each = adapted(scale, args.eta, e.fisher()[s.offset + k * LANES + c]);
+        narrow(add(each, z[c], widen(x[k].x[c])), x[k].x[c]);
+      }
+    }
+    store(w + k * LANES, x[k], left, aligned);
+  }
+}
+
+template <Mode MODE> void launch_perturb(const TensorList& list, const PerturbArgs& args, const Gpu& gpu) {
+  for (DType dtype : DTYPES) {
+    Work work;
+    for (const Tensor& t : list.tensors)
+      if (t.dtype == dtype && t.filters) work.add(entry(t), blocks_for(t.filters, t.length));
+    if constexpr (MODE == Mode::normal)
+      launch(work, gpu, [](auto n) { return perturb<float, MODE, n.value>; }, args);
+    else
+      by_dtype(dtype, [&]<class T>(T*) { launch(work, gpu, [](auto n) { return perturb<T, MODE, n.value>; }, args); });
+  }
+}
+
+}  // namespace
+}  // namespace flatops::cuda
+
+namespace flatops {
+
+template <>
+void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Gpu& gpu) {
+  cuda::long_filters(list, {cuda::Finish::scale, scales, sigma}, gpu);  // before any part of one changes
+  cuda::launch_perturb<cuda::Mode::perturb>(list, {scales, sigma, noise, float(eta)}, gpu);
+}
+
+template <> void normal_(TensorList& list, Noise noise, const Gpu& gpu) {
+  cuda::launch_perturb<cuda::Mode::normal>(list, {nullptr, nullptr, noise, 0.0f}, gpu);
+}
+
+template <> void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Gpu& gpu) {
+  if (scales) cuda::launch_perturb<cuda::Mode::take_away>(list, {const_cast<float*>(scales), nullptr, noise, float(eta)}, gpu);
+  else cuda::copy_back(list, gpu);
+}
+
+}  // namespace flatops

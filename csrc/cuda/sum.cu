@@ -1,0 +1,210 @@
+// Sums of squares by filter and over the whole list: filter_norms, filter_fisher_, grad_norm, and the norms of long filters.
+#include "sum.h"
+
+#include "long_filters.h"
+
+namespace flatops::cuda {
+namespace {
+
+__device__ void update(float& fisher, double sum, const Finish& finish) {
+  const double added = __dmul_rn(__dmul_rn(*finish.scalar, *finish.scalar), sum);
+  if (isfinite(added)) fisher = float(__dadd_rn(__dmul_rn(finish.beta, fisher), added));
+}
+
+__device__ void finish_filter(const Entry& e, int64_t filter, double sum, const Finish& finish) {
+  if (finish.kind == Finish::fisher) return update(((float*)e.other)[filter], sum, finish);
+  const float norm = __fsqrt_rn(float(sum));
+  finish.out[e.first_filter + filter] = finish.kind == Finish::norm ? norm : __fmul_rn(float(*finish.scalar), norm);
+}
+
+// Filters that are not long. For fisher, a tensor of one dimension has one number an element instead.
+template <class T, int N>
+__global__ void __launch_bounds__(THREADS) filter_sums(const __grid_constant__ Table<N> table, const Finish finish) {
+  __shared__ double sums[WARPS];
+  const Entry& e = table.find(blockIdx.x);
+  const bool each = finish.kind == Finish::fisher && e.one_dim;
+  const Share s = share(e, blockIdx.x - e.first_block, each);
+  const T* w = (const T*)e.data + s.filter * int64_t(e.length) + s.offset;
+  Four<T> x[STEPS];
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
+    if (k * LANES < s.left) x[k] = load(w + k * LANES, s.left - k * LANES, e.aligned);
+  if (each) {
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (k * LANES + c < s.left) {
+          const double g = widen(x[k].x[c]);
+          update(((float*)e.other)[s.offset + k * LANES + c], __dmul_rn(g, g), finish);
+        }
+    return;
+  }
+  const double sum = sum_filter(x, s, sums);
+  if (s.left > 0 && s.first()) finish_filter(e, s.filter, sum, finish);
+}
+
+// The sums of n REDUCEs take this much room: as much again as they come to is spare (see total).
+__host__ __device__ int64_t room(int64_t reduces) { return reduces + ceil_div(reduces, REDUCE); }
+
+// The sum of each REDUCE of filters that are split over blocks; with PRODUCT, of (w g)^2. Clears the ticket that fold may take.
+template <class T, bool PRODUCT, int N>
+__global__ void __launch_bounds__(THREADS)
+    part_sums(const __grid_constant__ Table<N> table, double* const sums, uint32_t* const ticket) {
+  if (ticket && blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
+  const Entry& e = table.find(blockIdx.x);
+  const Share s = share(e, blockIdx.x - e.first_block, true);
+  const int64_t at = s.filter * int64_t(e.length) + s.offset;
+  const T *w = (const T*)e.data + at, *g = (const T*)e.other + at;
+  Compute<T> lanes[4] = {};
+  if constexpr (PRODUCT) {
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k)
+      if (k * LANES < s.left) {
+        const Four<T> x = load(w + k * LANES, s.left - k * LANES, e.aligned), y = load(g + k * LANES, s.left - k * LANES, e.aligned);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) lanes[c] = add_square(lanes[c], widen(x.x[c]) * widen(y.x[c]));
+      }
+  } else {
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k)
+      if (k * LANES < s.left) {
+        const Four<T> x = load(w + k * LANES, s.left - k * LANES, e.aligned);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) lanes[c] = add_square(lanes[c], widen(x.x[c]));
+      }
+  }
+  const double sum = fold(lanes, WARP);
+  if (threadIdx.x % WARP == 0 && s.left > 0)
+    sums[e.index + s.filter * room(ceil_div(e.length, REDUCE)) + s.offset / REDUCE] = sum;
+}
+
+// Adds up n sums, REDUCE by REDUCE, back and forth between `sums` and the spare room behind them. The whole block comes here.
+__device__ double total(double* sums, int64_t n) {
+  double* from = sums;
+  double* to = sums + n;
+  while (n > 1) {
+    const int64_t groups = ceil_div(n, REDUCE);
+    for (int64_t g = threadIdx.x / WARP; g < groups; g += WARPS) {
+      const int64_t end = min(n, (g + 1) * REDUCE);
+      double lanes[4] = {};
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        for (int64_t i = g * REDUCE + threadIdx.x % WARP + c * WARP; i < end; i += LANES) lanes[c] += from[i];
+      double sum = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+#pragma unroll
+      for (int half = WARP / 2; half >= 1; half /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, half);
+      if (threadIdx.x % WARP == 0) to[g] = sum;
+    }
+    __syncthreads();
+    double* const next = from;
+    from = to, to = next, n = groups;
+  }
+  return n ? from[0] : 0.0;
+}
+
+// A block a filter: its parts' sums become one, and the filter is finished.
+template <int N>
+__global__ void __launch_bounds__(THREADS)
+    fold_filters(const __grid_constant__ Table<N> table, double* const sums, const Finish finish) {
+  const Entry& e = table.find(blockIdx.x);
+  const int64_t filter = blockIdx.x - e.first_block, reduces = ceil_div(e.length, REDUCE);
+  const double sum = total(sums + e.index + filter * room(reduces), reduces);
+  if (threadIdx.x == 0) finish_filter(e, filter, sum, finish);
+}
+
+// A block a tensor; the last of all to be done adds up the tensors.
+template <int N>
+__global__ void __launch_bounds__(THREADS)
+    fold_tensors(const __grid_constant__ Table<N> table, double* const sums, double* const tensor_sums, uint32_t* const ticket,
+                 const uint32_t tensors, double* const norm) {
+  __shared__ bool last;
+  const Entry& e = table.find(blockIdx.x);
+  const double sum = total(sums + e.index, ceil_div(e.length, REDUCE));
+  if (threadIdx.x == 0) {
+    tensor_sums[e.first_filter] = sum;
+    __threadfence();
+    last = atomicAdd(ticket, 1u) == tensors - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  const double square = total(tensor_sums, tensors);
+  if (threadIdx.x == 0) *norm = __dsqrt_rn(square);
+}
+
+// The launch of part_sums for those entries that are of one dtype.
+template <class T> void launch_part_sums(const Work& work, bool product, double* sums, uint32_t* ticket, const Gpu& gpu) {
+  if (product) launch(work, gpu, [](auto n) { return part_sums<T, true, n.value>; }, sums, ticket);
+  else launch(work, gpu, [](auto n) { return part_sums<T, false, n.value>; }, sums, ticket);
+}
+
+}  // namespace
+
+void long_filters(const TensorList& list, const Finish& finish, const Gpu& gpu) {
+  Work parts[std::size(DTYPES)], all;
+  int64_t sums = 0;
+  for (const Tensor& t : list.tensors) {
+    if (!t.filters || t.length <= TILE || (finish.kind == Finish::fisher && t.one_dim)) continue;
+    Entry e = entry(t);
+    e.index = uint32_t(sums);
+    sums += t.filters * room(ceil_div(t.length, REDUCE));
+    parts[int(t.dtype)].add(e, blocks_for(t.filters, t.length));
+    all.add(e, t.filters);
+  }
+  if (!sums) return;
+  double* const scratch = (double*)gpu.scratch(sums * sizeof(double));
+  for (DType dtype : DTYPES)
+    by_dtype(dtype, [&]<class T>(T*) { launch_part_sums<T>(parts[int(dtype)], false, scratch, nullptr, gpu); });
+  launch(all, gpu, [](auto n) { return fold_filters<n.value>; }, scratch, finish);
+}
+
+static void finish_filters(const TensorList& list, const Finish& finish, const Gpu& gpu) {
+  for (DType dtype : DTYPES) {
+    Work work;
+    for (const Tensor& t : list.tensors) {
+      if (t.dtype != dtype || !t.filters) continue;
+      if (finish.kind == Finish::fisher && t.one_dim) work.add(entry(t), ceil_div(t.length, TILE));
+      else if (t.length <= TILE) work.add(entry(t), blocks_for(t.filters, t.length));
+    }
+    by_dtype(dtype, [&]<class T>(T*) { launch(work, gpu, [](auto n) { return filter_sums<T, n.value>; }, finish); });
+  }
+  long_filters(list, finish, gpu);
+}
+
+}  // namespace flatops::cuda
+
+namespace flatops {
+
+template <> void filter_norms(TensorList& list, float* out, const Gpu& gpu) {
+  cuda::finish_filters(list, {cuda::Finish::norm, out}, gpu);
+}
+
+template <> void filter_fisher_(TensorList& list, double beta, const double* scale, const Gpu& gpu) {
+  cuda::finish_filters(list, {cuda::Finish::fisher, nullptr, scale, beta}, gpu);
+}
+
+template <> void grad_norm(TensorList& list, bool adaptive, double* out, const Gpu& gpu) {
+  using namespace cuda;
+  Work parts[std::size(DTYPES)], all;
+  int64_t sums = 0;
+  for (size_t i = 0; i < list.tensors.size(); ++i) {
+    const Tensor& t = list.tensors[i];
+    Entry e = flat(t);
+    e.index = uint32_t(sums);
+    e.first_filter = uint32_t(i);
+    const int64_t reduces = ceil_div(t.numel(), REDUCE);
+    sums += room(reduces);
+    parts[int(t.dtype)].add(e, std::max<int64_t>(1, ceil_div(t.numel(), TILE)));  // 1: somebody has to clear the ticket
+    all.add(e, 1);
+  }
+  const int64_t tensors = int64_t(list.tensors.size());
+  double* const scratch = (double*)gpu.scratch((sums + room(tensors) + 1) * sizeof(double));
+  double* const tensor_sums = scratch + sums;
+  uint32_t* const ticket = (uint32_t*)(tensor_sums + room(tensors));
+  for (DType dtype : DTYPES)
+    by_dtype(dtype, [&]<class T>(T*) { launch_part_sums<T>(parts[int(dtype)], adaptive, scratch, ticket, gpu); });
+  launch(all, gpu, [](auto n) { return fold_tensors<n.value>; }, scratch, tensor_sums, ticket, uint32_t(tensors), out);
+}
+
+}  // namespace flatops

@@ -1,0 +1,52 @@
+// Sums of squares in the one order that every backend follows (reference.py: sum_squares, total). Included by .cu files alone.
+//
+// REDUCE elements belong to a warp: LANES running sums, four neighbouring ones a thread, then folded by halves. The sums of
+// several REDUCEs are added up in float64 by the same rule.
+#pragma once
+#include "four.h"
+#include "table.h"
+
+namespace flatops::cuda {
+
+__device__ inline float add_square(float sum, float x) { return __fmaf_rn(x, x, sum); }
+__device__ inline double add_square(double sum, double x) { return __dadd_rn(sum, __dmul_rn(x, x)); }
+
+// The sum over a warp's REDUCE elements, or over a group's filter. All threads of a warp come here.
+template <class X> __device__ inline X fold(X (&lanes)[4], int group) {
+#pragma unroll
+  for (int half = WARP / 2; half >= 1; half /= 2)
+    if (half < group)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) lanes[c] += __shfl_xor_sync(0xffffffffu, lanes[c], half);
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// The sum of squares of the elements that a warp, or a group of its threads, holds.
+template <class T> __device__ inline Compute<T> sum_squares(const Four<T> (&x)[STEPS], const Share& s) {
+  Compute<T> lanes[4] = {};
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
+    if (k * LANES < s.left)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) lanes[c] = add_square(lanes[c], widen(x[k].x[c]));
+  return fold(lanes, s.group);
+}
+
+// The sum of squares of a filter that a block holds. All threads of the block come here; `sums` is theirs to share.
+template <class T>
+__device__ inline double sum_filter(const Four<T> (&x)[STEPS], const Share& s, double (&sums)[WARPS]) {
+  const double sum = sum_squares(x, s);
+  if (s.warps == 1) return sum;
+  if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = sum;
+  __syncthreads();
+  double lanes[WARPS];
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) lanes[i] = i < s.warps && s.warp + i < WARPS ? sums[s.warp + i] : 0.0;
+#pragma unroll
+  for (int half = WARPS / 2; half >= 1; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+}  // namespace flatops::cuda

@@ -1,0 +1,176 @@
+// The tensor table that a launch takes by value, how a list of tensors becomes tables, and which block serves what.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "ops.h"
+
+namespace flatops::cuda {
+
+constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
+constexpr int STEPS = REDUCE / LANES;         // a warp's lanes take four neighbours each, LANES a step, REDUCE in all
+constexpr int64_t TILE = WARPS * REDUCE;      // what a block holds in its registers; a longer filter is split
+
+// A tensor in a table. Small, because kernel parameters end at 32,764 bytes.
+struct Entry {
+  void* data;
+  const void* other;      // the gradient, or ARWP's Fisher
+  void* backup;           // or null
+  uint64_t length : 62;   // of a filter
+  uint64_t aligned : 1;   // four neighbours can be moved at once
+  uint64_t one_dim : 1;
+  uint32_t filters;
+  uint32_t first_filter;  // where the tensor's values begin in per-filter arrays
+  uint32_t index;         // the noise's `tensor`; for sums over parts of filters, where they begin
+  uint32_t first_block;
+
+  __device__ const float* fisher() const { return (const float*)other; }
+};
+static_assert(sizeof(Entry) == 48);
+
+template <int N>
+struct Table {
+  int32_t count;
+  Entry entries[N];
+
+  __device__ const Entry& find(uint32_t block) const {
+    int low = 0, high = count - 1;
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (entries[middle].first_block <= block) low = middle;
+      else high = middle - 1;
+    }
+    return entries[low];
+  }
+};
+
+// A table is copied at every launch, so a short list gets a short one.
+constexpr int SHORT_TABLE = 168, LONG_TABLE = 680;
+
+// Threads that share a filter of up to TILE elements: a power of two within a warp, or whole warps.
+__host__ __device__ inline int threads_per_filter(int64_t length) {
+  if (length > LANES) return WARP * int((length + REDUCE - 1) / REDUCE);
+  int threads = 1;
+  while (4 * threads < length) threads *= 2;
+  return threads;
+}
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks that serve `filters` filters: several filters a block, or several blocks a filter.
+inline int64_t blocks_for(int64_t filters, int64_t length) {
+  if (length > TILE) return filters * ceil_div(length, TILE);
+  return ceil_div(filters, THREADS / threads_per_filter(length));
+}
+
+// What one thread has to do: `left` elements of a filter from `offset` on, in steps of LANES, four of them each.
+struct Share {
+  int64_t filter, offset;
+  int left;     // to the filter's end, and at most TILE; not above 0 where there is nothing to do
+  int group;    // threads of this warp that share the filter
+  int warps;    // warps of this block that share the filter ...
+  int warp;     // ... and the first of them
+
+  __device__ bool first() const { return threadIdx.x % group == 0 && int(threadIdx.x) / WARP == warp; }
+};
+
+// `part`: the filter is split over blocks even if it is not long.
+__device__ inline Share share(const Entry& e, uint32_t block, bool part) {
+  const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+  const int64_t length = e.length;
+  Share s;
+  s.warps = WARPS, s.warp = 0, s.group = WARP;
+  if (part) {
+    const uint32_t parts = uint32_t(ceil_div(length, TILE));
+    s.filter = parts ? block / parts : 0;
+    s.offset = int64_t(block - s.filter * parts) * TILE + warp * REDUCE + 4 * lane;
+  } else {
+    const int threads = threads_per_filter(length), filters = THREADS / threads, f = thread / threads;
+    s.filter = int64_t(block) * filters + f;
+    s.group = min(threads, WARP);
+    s.warps = max(threads / WARP, 1);
+    s.warp = f * threads / WARP;
+    s.offset = (warp - s.warp) * REDUCE + 4 * (lane % s.group);
+    if (f >= filters || s.filter >= e.filters) s.offset = length;  // more threads, or filters in a block, than there is work for
+  }
+  s.left = int(min(length - s.offset, TILE));
+  return s;
+}
+
+// --- on the host -------------------------------------------------------------------------------------------------------
+
+inline void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::string message = std::string("flatops: a CUDA launch failed: ") + cudaGetErrorString(error);
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver < 12010)
+    message += "; the driver knows CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10) +
+               " and tables of tensors need 12.1 or later: update it to version 530 or later";
+  else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    message += "; flatops info lists the architectures that it was compiled for: set TORCH_CUDA_ARCH_LIST and install it again";
+  throw std::runtime_error(message);
+}
+
+inline Entry entry(const Tensor& t) {
+  if (t.filters > int64_t(UINT32_MAX) || t.first_filter + t.filters > int64_t(UINT32_MAX))
+    throw std::invalid_argument("flatops: more than 2^32 filters in one list: pass fewer tensors a call");
+  const uintptr_t size = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2, four = size < 4 ? 4 * size : 16;
+  const auto at = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % four == 0; };
+  const bool aligned = at(t.data) && at(t.grad) && at(t.backup) && (t.length % 4 == 0 || t.filters == 1);
+  return {t.data, t.grad ? t.grad : t.fisher, t.backup, uint64_t(t.length), aligned, t.one_dim,
+          uint32_t(t.filters), uint32_t(t.first_filter), t.index, 0};
+}
+
+// The same tensor with all its elements as one filter, for what knows no filters.
+inline Entry flat(const Tensor& t) {
+  Tensor whole = t;
+  whole.length = t.numel();
+  whole.filters = 1;
+  return entry(whole);
+}
+
+// Entries for one kernel, with the number of blocks that each needs.
+struct Work {
+  std::vector<Entry> entries;
+  std::vector<int64_t> blocks;
+
+  void add(const Entry& e, int64_t n) {
+    if (n) entries.push_back(e), blocks.push_back(n);
+  }
+};
+
+template <int N, class KernelOf, class... Args>
+void launch_tables(const Work& work, const Gpu& gpu, KernelOf kernel_of, const Args&... args) {
+  const auto kernel = kernel_of(std::integral_constant<int, N>{});
+  for (size_t i = 0; i < work.entries.size();) {
+    Table<N> table;
+    int64_t blocks = 0;
+    table.count = 0;
+    for (; i < work.entries.size() && table.count < N && blocks + work.blocks[i] <= INT32_MAX; ++i) {
+      table.entries[table.count] = work.entries[i];
+      table.entries[table.count++].first_block = uint32_t(blocks);
+      blocks += work.blocks[i];
+    }
+    if (!table.count) throw std::invalid_argument("flatops: a tensor needs more than 2^31 blocks");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(THREADS);
+    config.stream = (cudaStream_t)gpu.stream;
+    check(cudaLaunchKernelEx(&config, kernel, table, args...));
+  }
+}
+
+// Launches kernel_of(capacity)(table, args...) on all of the work: once, unless it does not fit a table.
+template <class KernelOf, class... Args>
+void launch(const Work& work, const Gpu& gpu, KernelOf kernel_of, const Args&... args) {
+  if (work.entries.size() <= SHORT_TABLE) launch_tables<SHORT_TABLE>(work, gpu, kernel_of, args...);
+  else launch_tables<LONG_TABLE>(work, gpu, kernel_of, args...);
+}
+
+}  // namespace flatops::cuda

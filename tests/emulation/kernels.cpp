@@ -1,0 +1,4 @@
+// The CUDA kernels, compiled for the host.
+#include "cuda/ascend.cu"
+#include "cuda/perturb.cu"
+#include "cuda/sum.cu"
