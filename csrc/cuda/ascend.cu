@@ -7,8 +7,8 @@
 namespace flatops::cuda {
 namespace {
 
-constexpr int FOURS = 4;  // that a thread has on their way at once
-constexpr int64_t SPAN = int64_t(FOURS) * 4 * THREADS;  // a block's elements
+constexpr int FOURS = 4, STEP = 4 * THREADS;  // a thread has FOURS fours on their way at once, STEP apart
+constexpr int64_t SPAN = FOURS * STEP;        // a block's elements
 
 Work spans(const TensorList& list, DType dtype) {
   Work work;
@@ -17,12 +17,14 @@ Work spans(const TensorList& list, DType dtype) {
   return work;
 }
 
-// Where a thread's elements begin, and how many there are from there on; its next four lie 4 THREADS further on.
+// Where a thread's elements begin, and what is left from there on.
 struct Place {
   int64_t start;
-  int left;
-  __device__ Place(const Entry& e)
-      : start((blockIdx.x - e.first_block) * SPAN + 4 * threadIdx.x), left(int(min(int64_t(e.length) - start, SPAN))) {}
+  Left left;
+  __device__ Place(const Entry& e) : start(int64_t(blockIdx.x - e.first_block) * SPAN + 4 * threadIdx.x) {
+    left.elements = int(min(int64_t(e.length) - start, SPAN));
+    left.vector = e.aligned ? left.elements : 0;
+  }
 };
 
 __device__ float climb(double step, float w, float g, bool adaptive) {
@@ -41,41 +43,27 @@ __global__ void __launch_bounds__(THREADS)
   const Entry& e = table.find(blockIdx.x);
   const Place place(e);
   T* const w = (T*)e.data + place.start;
-  const T* const g = (const T*)e.other + place.start;
-  Four<T> x[FOURS], d[FOURS];
-#pragma unroll
-  for (int k = 0; k < FOURS; ++k)
-    if (const int left = place.left - k * 4 * THREADS; left > 0) {
-      x[k] = load(w + k * 4 * THREADS, left, e.aligned);
-      d[k] = load(g + k * 4 * THREADS, left, e.aligned);
-    }
+  Four<T> x[FOURS], g[FOURS];
+  load<STEP>(x, w, place.left);
+  load<STEP>(g, (const T*)e.other + place.start, place.left);
   __syncthreads();
   const double step = shared_step;
-  T* const backup = e.backup ? (T*)e.backup + place.start : nullptr;
+  if (e.backup) store<STEP>((T*)e.backup + place.start, x, place.left);
+  if (step == 0) return;  // not even 0 times an infinite gradient
 #pragma unroll
   for (int k = 0; k < FOURS; ++k)
-    if (const int left = place.left - k * 4 * THREADS; left > 0) {
-      if (backup) store(backup + k * 4 * THREADS, x[k], left, e.aligned);
-      if (step == 0) continue;  // not even 0 times an infinite gradient
 #pragma unroll
-      for (int c = 0; c < 4; ++c) narrow(climb(step, widen(x[k].x[c]), widen(d[k].x[c]), adaptive), x[k].x[c]);
-      store(w + k * 4 * THREADS, x[k], left, e.aligned);
-    }
+    for (int c = 0; c < 4; ++c) narrow(climb(step, widen(x[k].x[c]), widen(g[k].x[c]), adaptive), x[k].x[c]);
+  store<STEP>(w, x, place.left);
 }
 
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) copy(const __grid_constant__ Table<N> table) {
   const Entry& e = table.find(blockIdx.x);
   const Place place(e);
-  T* const w = (T*)e.data + place.start;
-  const T* const backup = (const T*)e.backup + place.start;
   Four<T> x[FOURS];
-#pragma unroll
-  for (int k = 0; k < FOURS; ++k)
-    if (const int left = place.left - k * 4 * THREADS; left > 0) x[k] = load(backup + k * 4 * THREADS, left, e.aligned);
-#pragma unroll
-  for (int k = 0; k < FOURS; ++k)
-    if (const int left = place.left - k * 4 * THREADS; left > 0) store(w + k * 4 * THREADS, x[k], left, e.aligned);
+  load<STEP>(x, (const T*)e.backup + place.start, place.left);
+  store<STEP>((T*)e.data + place.start, x, place.left);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "tensor_list.h"
+#include "table.h"
 
 namespace flatops::cuda {
 
@@ -32,24 +32,36 @@ template <class T> struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
   T x[4];
 };
 
-// n: how many of the four there are, or more; what is not there is zero.
-template <class T> __device__ inline Four<T> load(const T* p, int n, bool aligned) {
-  if (aligned && n >= 4) return *reinterpret_cast<const Four<T>*>(p);
+// Of the four, those that are left; what is not there is zero.
+template <class T> __device__ inline Four<T> load(const T* p, Left left) {
+  if (left.vector >= 4) return *reinterpret_cast<const Four<T>*>(p);
   Four<T> v{};
 #pragma unroll
   for (int c = 0; c < 4; ++c)
-    if (c < n) v.x[c] = p[c];
+    if (c < left.elements) v.x[c] = p[c];
   return v;
 }
 
-template <class T> __device__ inline void store(T* p, const Four<T>& v, int n, bool aligned) {
-  if (aligned && n >= 4) {
+template <class T> __device__ inline void store(T* p, const Four<T>& v, Left left) {
+  if (left.vector >= 4) {
     *reinterpret_cast<Four<T>*>(p) = v;
     return;
   }
 #pragma unroll
   for (int c = 0; c < 4; ++c)
-    if (c < n) p[c] = v.x[c];
+    if (c < left.elements) p[c] = v.x[c];
+}
+
+// A thread's fours, STEP elements apart.
+template <int STEP, class T, int K> __device__ inline void load(Four<T> (&x)[K], const T* p, Left left) {
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (k * STEP < left.elements) x[k] = load(p + k * STEP, left - k * STEP);
+}
+template <int STEP, class T, int K> __device__ inline void store(T* p, const Four<T> (&x)[K], Left left) {
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (k * STEP < left.elements) store(p + k * STEP, x[k], left - k * STEP);
 }
 
 // kernel<T> for the dtype's T: calls f with a null pointer to T.

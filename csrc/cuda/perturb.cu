@@ -28,59 +28,52 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
     perturb(const __grid_constant__ Table<N> table, const PerturbArgs args) {
   __shared__ double sums[WARPS];
   const Entry& e = table.find(blockIdx.x);
-  const bool split = e.length > TILE, aligned = e.aligned;
+  const bool split = e.length > TILE;
   const Share s = share(e, blockIdx.x - e.first_block, split);
   const int64_t at = s.filter * int64_t(e.length) + s.offset;
-  T* w = (T*)e.data + at;
+  T* const w = (T*)e.data + at;
 
   Four<T> x[STEPS];
-  if constexpr (MODE != Mode::normal) {
-    T* backup = e.backup ? (T*)e.backup + at : nullptr;
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k)
-      if (k * LANES < s.left) x[k] = load(w + k * LANES, s.left - k * LANES, aligned);
-    if (backup)
-#pragma unroll
-      for (int k = 0; k < STEPS; ++k)
-        if (k * LANES < s.left) store(backup + k * LANES, x[k], s.left - k * LANES, aligned);
-  }
-
   float scale = 1.0f;
-  bool adapt_each = false;
+  const float* fisher = nullptr;  // where each element has its own
   if constexpr (MODE != Mode::normal) {
-    float* stored = args.scales + e.first_filter + s.filter;
+    load<LANES>(x, w, s.left);
+    if (e.backup) store<LANES>((T*)e.backup + at, x, s.left);
+    float* const stored = args.scales + e.first_filter + s.filter;
     if (MODE == Mode::perturb && !split) {
       scale = __fmul_rn(float(*args.sigma), __fsqrt_rn(float(sum_filter(x, s, sums))));
-      if (s.left > 0 && s.first()) *stored = scale;
-    } else if (s.left > 0) {
+      if (s.first && s.left.elements > 0) *stored = scale;
+    } else if (s.left.elements > 0) {
       scale = *stored;
     }
     if (MODE == Mode::take_away) scale = -scale;
-    adapt_each = e.other && e.one_dim;
-    if (e.other && !e.one_dim && s.left > 0) scale = adapted(scale, args.eta, e.fisher()[s.filter]);
+    if (e.other && e.one_dim) fisher = e.fisher() + s.offset;
+    else if (e.other && s.left.elements > 0) scale = adapted(scale, args.eta, e.fisher()[s.filter]);
   }
 
   const uint64_t key = uint64_t(*args.noise.key);
   const PhiloxKeys keys = philox_keys(key);
   const PhiloxFilter filter = philox_filter(key, uint32_t(s.filter), e.index, uint32_t(*args.noise.draw));
+  const uint32_t block = uint32_t(uint64_t(s.offset) / 4);
 #pragma unroll
   for (int k = 0; k < STEPS; ++k) {
-    const int left = s.left - k * LANES;
-    if (left <= 0) break;
+    const Left left = s.left - k * LANES;
+    if (left.elements <= 0) break;
     float z[4];
-    normals(keys, filter, uint32_t(s.offset / 4) + k * (LANES / 4), z);
+    normals(keys, filter, block + k * (LANES / 4), z);
     if constexpr (MODE == Mode::normal) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) x[k].x[c] = z[c];
     } else {
+      float scales[4] = {scale, scale, scale, scale};
+      if (fisher)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float each = scale;
-        if (adapt_each && c < left) each = adapted(scale, args.eta, e.fisher()[s.offset + k * LANES + c]);
-        narrow(add(each, z[c], widen(x[k].x[c])), x[k].x[c]);
-      }
+        for (int c = 0; c < 4; ++c)
+          if (c < left.elements) scales[c] = adapted(scale, args.eta, fisher[k * LANES + c]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) narrow(add(scales[c], z[c], widen(x[k].x[c])), x[k].x[c]);
     }
-    store(w + k * LANES, x[k], left, aligned);
+    store(w + k * LANES, x[k], left);
   }
 }
 

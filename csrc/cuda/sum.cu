@@ -24,24 +24,21 @@ __global__ void __launch_bounds__(THREADS) filter_sums(const __grid_constant__ T
   const Entry& e = table.find(blockIdx.x);
   const bool each = finish.kind == Finish::fisher && e.one_dim;
   const Share s = share(e, blockIdx.x - e.first_block, each);
-  const T* w = (const T*)e.data + s.filter * int64_t(e.length) + s.offset;
   Four<T> x[STEPS];
-#pragma unroll
-  for (int k = 0; k < STEPS; ++k)
-    if (k * LANES < s.left) x[k] = load(w + k * LANES, s.left - k * LANES, e.aligned);
+  load<LANES>(x, (const T*)e.data + s.filter * int64_t(e.length) + s.offset, s.left);
   if (each) {
 #pragma unroll
     for (int k = 0; k < STEPS; ++k)
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        if (k * LANES + c < s.left) {
+        if (k * LANES + c < s.left.elements) {
           const double g = widen(x[k].x[c]);
           update(((float*)e.other)[s.offset + k * LANES + c], __dmul_rn(g, g), finish);
         }
     return;
   }
   const double sum = sum_filter(x, s, sums);
-  if (s.left > 0 && s.first()) finish_filter(e, s.filter, sum, finish);
+  if (s.first && s.left.elements > 0) finish_filter(e, s.filter, sum, finish);
 }
 
 // The sums of n REDUCEs take this much room: as much again as they come to is spare (see total).
@@ -55,27 +52,11 @@ __global__ void __launch_bounds__(THREADS)
   const Entry& e = table.find(blockIdx.x);
   const Share s = share(e, blockIdx.x - e.first_block, true);
   const int64_t at = s.filter * int64_t(e.length) + s.offset;
-  const T *w = (const T*)e.data + at, *g = (const T*)e.other + at;
-  Compute<T> lanes[4] = {};
-  if constexpr (PRODUCT) {
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k)
-      if (k * LANES < s.left) {
-        const Four<T> x = load(w + k * LANES, s.left - k * LANES, e.aligned), y = load(g + k * LANES, s.left - k * LANES, e.aligned);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) lanes[c] = add_square(lanes[c], widen(x.x[c]) * widen(y.x[c]));
-      }
-  } else {
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k)
-      if (k * LANES < s.left) {
-        const Four<T> x = load(w + k * LANES, s.left - k * LANES, e.aligned);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) lanes[c] = add_square(lanes[c], widen(x.x[c]));
-      }
-  }
-  const double sum = fold(lanes, WARP);
-  if (threadIdx.x % WARP == 0 && s.left > 0)
+  Four<T> x[STEPS], y[STEPS];
+  load<LANES>(x, (const T*)e.data + at, s.left);
+  if (PRODUCT) load<LANES>(y, (const T*)e.other + at, s.left);
+  const double sum = PRODUCT ? sum_squares(x, y, s) : sum_squares(x, s);
+  if (threadIdx.x % WARP == 0 && s.left.elements > 0)
     sums[e.index + s.filter * room(ceil_div(e.length, REDUCE)) + s.offset / REDUCE] = sum;
 }
 

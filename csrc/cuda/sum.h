@@ -21,15 +21,22 @@ template <class X> __device__ inline X fold(X (&lanes)[4], int group) {
   return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
-// The sum of squares of the elements that a warp, or a group of its threads, holds.
-template <class T> __device__ inline Compute<T> sum_squares(const Four<T> (&x)[STEPS], const Share& s) {
-  Compute<T> lanes[4] = {};
+// The sum over the elements that a warp, or a group of its threads, holds, of what `term` makes of element (k, c).
+template <class X, class Term> __device__ inline X sum_squares_of(const Share& s, const Term& term) {
+  X lanes[4] = {};
 #pragma unroll
   for (int k = 0; k < STEPS; ++k)
-    if (k * LANES < s.left)
+    if (k * LANES < s.left.elements)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) lanes[c] = add_square(lanes[c], widen(x[k].x[c]));
+      for (int c = 0; c < 4; ++c) lanes[c] = add_square(lanes[c], term(k, c));
   return fold(lanes, s.group);
+}
+template <class T> __device__ inline Compute<T> sum_squares(const Four<T> (&x)[STEPS], const Share& s) {
+  return sum_squares_of<Compute<T>>(s, [&](int k, int c) { return widen(x[k].x[c]); });
+}
+template <class T>
+__device__ inline Compute<T> sum_squares(const Four<T> (&x)[STEPS], const Four<T> (&y)[STEPS], const Share& s) {
+  return sum_squares_of<Compute<T>>(s, [&](int k, int c) { return widen(x[k].x[c]) * widen(y[k].x[c]); });
 }
 
 // The sum of squares of a filter that a block holds. All threads of the block come here; `sums` is theirs to share.
@@ -39,9 +46,10 @@ __device__ inline double sum_filter(const Four<T> (&x)[STEPS], const Share& s, d
   if (s.warps == 1) return sum;
   if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = sum;
   __syncthreads();
+  const int first = threadIdx.x / WARP & -s.warps;
   double lanes[WARPS];
 #pragma unroll
-  for (int i = 0; i < WARPS; ++i) lanes[i] = i < s.warps && s.warp + i < WARPS ? sums[s.warp + i] : 0.0;
+  for (int i = 0; i < WARPS; ++i) lanes[i] = i < s.warps ? sums[first + i] : 0.0;
 #pragma unroll
   for (int half = WARPS / 2; half >= 1; half /= 2)
 #pragma unroll

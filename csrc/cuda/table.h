@@ -52,53 +52,55 @@ struct Table {
 // A table is copied at every launch, so a short list gets a short one.
 constexpr int SHORT_TABLE = 168, LONG_TABLE = 680;
 
-// Threads that share a filter of up to TILE elements: a power of two within a warp, or whole warps.
-__host__ __device__ inline int threads_per_filter(int64_t length) {
-  if (length > LANES) return WARP * int((length + REDUCE - 1) / REDUCE);
-  int threads = 1;
-  while (4 * threads < length) threads *= 2;
-  return threads;
-}
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// log2 of the threads that share a filter of up to TILE elements: a part of a warp, a warp, or several.
+__host__ __device__ inline int share_log2(int64_t length) {
+  const int64_t shares = length <= LANES ? ceil_div(length, 4) : WARP * ceil_div(length, REDUCE);
+  int log2 = 0;
+  while (1 << log2 < shares) ++log2;
+  return log2;
+}
 
 // Blocks that serve `filters` filters: several filters a block, or several blocks a filter.
 inline int64_t blocks_for(int64_t filters, int64_t length) {
   if (length > TILE) return filters * ceil_div(length, TILE);
-  return ceil_div(filters, THREADS / threads_per_filter(length));
+  return ceil_div(filters, THREADS >> share_log2(length));
 }
 
-// What one thread has to do: `left` elements of a filter from `offset` on, in steps of LANES, four of them each.
-struct Share {
-  int64_t filter, offset;
-  int left;     // to the filter's end, and at most TILE; not above 0 where there is nothing to do
-  int group;    // threads of this warp that share the filter
-  int warps;    // warps of this block that share the filter ...
-  int warp;     // ... and the first of them
-
-  __device__ bool first() const { return threadIdx.x % group == 0 && int(threadIdx.x) / WARP == warp; }
+// How many elements there are from some place on, and how many of them may be moved four at a time: all or none.
+struct Left {
+  int elements, vector;
+  __device__ Left operator-(int n) const { return {elements - n, vector - n}; }
 };
 
-// `part`: the filter is split over blocks even if it is not long.
+// What one thread has to do: the elements of a filter from `offset` on, in steps of LANES, four of them each.
+struct Share {
+  int64_t filter, offset;
+  Left left;       // to the filter's end, at most TILE; not above 0 where there is nothing to do
+  int group;       // threads of this warp that share the filter
+  int warps;       // warps that share the filter
+  bool first;      // of the filter's threads
+};
+
+// With `part`, a filter is split over blocks even if it is not long.
 __device__ inline Share share(const Entry& e, uint32_t block, bool part) {
-  const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+  const int thread = threadIdx.x;
   const int64_t length = e.length;
   Share s;
-  s.warps = WARPS, s.warp = 0, s.group = WARP;
   if (part) {
     const uint32_t parts = uint32_t(ceil_div(length, TILE));
     s.filter = parts ? block / parts : 0;
-    s.offset = int64_t(block - s.filter * parts) * TILE + warp * REDUCE + 4 * lane;
+    s.group = WARP, s.warps = WARPS, s.first = thread == 0;
+    s.offset = int64_t(block - uint32_t(s.filter) * parts) * TILE + thread / WARP * REDUCE + thread % WARP * 4;
   } else {
-    const int threads = threads_per_filter(length), filters = THREADS / threads, f = thread / threads;
-    s.filter = int64_t(block) * filters + f;
-    s.group = min(threads, WARP);
-    s.warps = max(threads / WARP, 1);
-    s.warp = f * threads / WARP;
-    s.offset = (warp - s.warp) * REDUCE + 4 * (lane % s.group);
-    if (f >= filters || s.filter >= e.filters) s.offset = length;  // more threads, or filters in a block, than there is work for
+    const int log2 = share_log2(length), threads = 1 << log2, mine = thread & (threads - 1);
+    s.filter = (int64_t(block) * THREADS + thread) >> log2;
+    s.group = min(threads, WARP), s.warps = max(threads / WARP, 1), s.first = mine == 0;
+    s.offset = s.filter < e.filters ? mine / WARP * REDUCE + mine % WARP * 4 : length;
   }
-  s.left = int(min(length - s.offset, TILE));
+  s.left.elements = int(min(length - s.offset, TILE));
+  s.left.vector = e.aligned ? s.left.elements : 0;
   return s;
 }
 
