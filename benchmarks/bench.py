@@ -1,24 +1,27 @@
 """How many floors does each operator cost? The table of `flatops bench`.
 
 A floor is one read and one write of every weight, by torch's own in-place add on one flat tensor, there and then.
+This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from flatops.benchmarks import seeds, step
 from flatops.benchmarks.measure import best_times, count, provenance
+from torch import Tensor
 
 from flatops import ops
-from flatops.backend import _C
+from flatops.backend import _C, operators
 from flatops.train import models
 
 
@@ -29,9 +32,29 @@ class Config:
     model: str = "resnet50"
     """Whose list of parameters: any name of timm's."""
     rounds: int = 25
-    """How often each contender runs; the fastest counts."""
+    """How often each contender runs; the fastest counts, on a GPU the median."""
+    device: str = "cpu"
+    """What to measure on: cpu or cuda. A GPU is measured with every backend that it has."""
     json: Path | None = None
     """Also write the rows to this file."""
+
+
+# Floors, at most. What a CPU must do depends on the width of its registers.
+MUST = {
+    "avx512": {
+        "perturb_": 3.0,
+        "perturb_, backup, restore_": 4.5,
+        "grad_norm": 0.9,
+        "ascend_, backup": 3.3,
+    },
+    "avx2": {"perturb_": 6.5, "grad_norm": 0.9, "ascend_, backup": 3.3},
+    "cuda": {
+        "perturb_": 1.25,
+        "perturb_, backup, restore_": 2.9,
+        "grad_norm": 0.6,
+        "ascend_, backup": 2.3,
+    },
+}
 
 
 @dataclass
@@ -40,10 +63,22 @@ class Row:
 
     name: str
     call: Callable[[], Any]
-    bytes: int | None = None  # per float32 weight, at best
-    must: float | None = None  # floors, at most
+    bytes: int | None = None  # a weight, at best
     level: str | None = None  # the SIMD level, if not the machine's best
     peer: bool = False  # not ours: what the row above is to be compared with
+
+
+@dataclass
+class Buffers:
+    """Everything that one call of an operator touches."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    backup: list[Tensor]
+    scales: Tensor
+    fisher: list[Tensor]
+    flat: Tensor  # as many weights as the parameters, in one piece
+    noise: Tensor  # float32
 
 
 @contextmanager
@@ -63,58 +98,109 @@ def parameter_shapes(model: str) -> list[tuple[int, ...]]:
         return [tuple(p.shape) for p in models.create(model, classes=1000, channels=3).parameters()]
 
 
-def operator_rows(shapes: list[tuple[int, ...]]) -> list[Row]:
-    """Every operator on tensors of these shapes, the floor first; nothing that they do adds up over rounds."""
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(s, generator=generator) * 0.05 for s in shapes]
-    grads = [torch.randn(s, generator=generator) * 1e-3 for s in shapes]
-    weights = sum(p.numel() for p in params)
-    flat, noise = torch.ones(weights), torch.empty(weights // 512, 512)
-    backup, scales = ops.new_backup(params), ops.new_scales(params)
-    fisher = [torch.zeros(p.shape[0]) for p in params]
-    norm, sigma, rho = ops.grad_norm(grads), 1e-7, 1e-7
-    key, draw = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+def new_buffers(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Buffers:
+    """Parameters of these shapes with all that belongs to them, filled as in the middle of training."""
+    generator = torch.Generator(device).manual_seed(0)
 
-    def perturb(backup=None):
-        ops.perturb_(params, sigma, seed=0, draw=1, backup=backup, scales=scales)
+    def normal(scale: float) -> list[Tensor]:
+        return [torch.randn(s, generator=generator, device=device).mul_(scale).to(dtype) for s in shapes]
+
+    params, grads = normal(0.05), normal(1e-3)
+    weights = sum(p.numel() for p in params)
+    return Buffers(
+        params,
+        grads,
+        backup=ops.new_backup(params),
+        scales=ops.new_scales(params).zero_(),
+        fisher=[torch.zeros(p.shape[0], device=device) for p in params],
+        flat=torch.ones(weights, dtype=dtype, device=device),
+        noise=torch.empty(weights // 512, 512, device=device),
+    )
+
+
+def operator_rows(
+    shapes: list[tuple[int, ...]],
+    device: torch.device,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    copies: int = 1,
+) -> list[Row]:
+    """Every operator on tensors of these shapes, the floor first; nothing that they do adds up over rounds.
+
+    With several copies each call takes the next one's turn, so that it finds nothing of its own in a cache.
+    """
+    turn = itertools.cycle([new_buffers(shapes, device, dtype) for _ in range(copies)])
+    namespace = operators(device, backend)
+    norm, sigma, rho = torch.ones((), dtype=torch.float64, device=device), 1e-7, 1e-7
+    peer_norm = norm.float()
+    key, draw = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+
+    def floor():
+        next(turn).flat.add_(1e-9)
+
+    def perturb():
+        b = next(turn)
+        ops.perturb_(b.params, sigma, seed=0, draw=draw, scales=b.scales, backend=backend)
 
     def perturb_restore():
-        perturb(backup)
-        ops.restore_(params, backup=backup)
+        b = next(turn)
+        ops.perturb_(b.params, sigma, seed=0, draw=draw, backup=b.backup, scales=b.scales, backend=backend)
+        ops.restore_(b.params, backup=b.backup, backend=backend)
+
+    def seeds_perturb_restore():
+        b = next(turn)
+        seeds.remove(b.params, seeds.perturb(b.params, sigma))
+
+    def regenerate():
+        b = next(turn)
+        ops.restore_(b.params, scales=b.scales, seed=0, draw=draw, backend=backend)
 
     def ascend():
-        ops.ascend_(params, grads, rho, norm=norm, backup=backup)
+        b = next(turn)
+        ops.ascend_(b.params, b.grads, rho, norm=norm, backup=b.backup, backend=backend)
 
     def ascend_restore():
-        ascend()
-        ops.restore_(params, backup=backup)
+        b = next(turn)
+        ops.ascend_(b.params, b.grads, rho, norm=norm, backup=b.backup, backend=backend)
+        ops.restore_(b.params, backup=b.backup, backend=backend)
 
-    avx512 = _C.simd() == "avx512"
+    def seeds_ascend_restore():
+        b = next(turn)
+        seeds.copy_back(b.params, seeds.ascend(b.params, b.grads, rho, peer_norm))
+
+    def filter_fisher():
+        b = next(turn)
+        ops.filter_fisher_(b.fisher, b.grads, 0.99, backend=backend)
+
+    size = dtype.itemsize
     rows = [
-        Row("floor", lambda: flat.add_(1e-9), 8),
-        Row("perturb_", perturb, 8, 3.0 if avx512 else 6.5),
-    ]
-    if avx512:
-        rows.append(Row("perturb_", perturb, 8, 6.5, level="avx2"))
-    return rows + [
-        Row("perturb_, backup, restore_", perturb_restore, 20, 4.5 if avx512 else None),
-        Row("the seeds' way", lambda: seeds.remove(params, seeds.perturb(params, sigma)), peer=True),
-        Row("restore_, regenerating", lambda: ops.restore_(params, scales=scales, seed=0, draw=1), 8),
-        Row("filter_norms", lambda: ops.filter_norms(params), 4),
-        Row("filter_fisher_", lambda: ops.filter_fisher_(fisher, grads, 0.99), 4),
-        Row("grad_norm", lambda: ops.grad_norm(grads), 4, 0.9),
-        Row("torch._foreach_norm", lambda: torch.stack(torch._foreach_norm(grads)).norm(), peer=True),
-        Row("the seeds' way", lambda: seeds.grad_norm(grads), peer=True),
-        Row("ascend_, backup", ascend, 16, 3.3),
-        Row("ascend_, backup, restore_", ascend_restore, 24),
+        Row("floor", floor, 2 * size),
+        Row("perturb_", perturb, 2 * size),
+        Row("perturb_, backup, restore_", perturb_restore, 5 * size),
+        Row("the seeds' way", seeds_perturb_restore, peer=True),
+        Row("restore_, regenerating", regenerate, 2 * size),
+        Row("filter_norms", lambda: ops.filter_norms(next(turn).params, backend=backend), size),
+        Row("filter_fisher_", filter_fisher, size),
+        Row("grad_norm", lambda: ops.grad_norm(next(turn).grads, backend=backend), size),
         Row(
-            "the seeds' way",
-            lambda: seeds.copy_back(params, seeds.ascend(params, grads, rho, norm.float())),
+            "torch._foreach_norm",
+            lambda: torch.stack(torch._foreach_norm(next(turn).grads)).norm(),
             peer=True,
         ),
-        Row("normals alone", lambda: torch.ops.flatops.normal_(noise, key, draw, 0), 4),
-        Row("torch.Tensor.normal_", lambda: noise.normal_(), peer=True),
+        Row("the seeds' way", lambda: seeds.grad_norm(next(turn).grads), peer=True),
+        Row("ascend_, backup", ascend, 4 * size),
+        Row("ascend_, backup, restore_", ascend_restore, 6 * size),
+        Row("the seeds' way", seeds_ascend_restore, peer=True),
+        Row("normals alone", lambda: namespace.normal_(next(turn).noise, key, draw, 0), 4),
+        Row("torch.Tensor.normal_", lambda: next(turn).noise.normal_(), peer=True),
     ]
+    if dtype != torch.float32:  # noise is float32, and 16 bits are not restored by drawing again
+        return [
+            row
+            for row in rows
+            if row.name not in ("restore_, regenerating", "normals alone", "torch.Tensor.normal_")
+        ]
+    return rows
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -123,7 +209,10 @@ def measure(config: Config) -> dict[str, Any]:
 
     shapes = parameter_shapes(config.model)
     weights = sum(torch.Size(s).numel() for s in shapes)
-    rows = operator_rows(shapes)
+    rows = operator_rows(shapes, torch.device("cpu"), "cpp")
+    if _C.simd() == "avx512":
+        rows.insert(2, replace(rows[1], level="avx2"))
+    must = lambda row: MUST.get(row.level or _C.simd(), MUST["avx2"]).get(row.name)
 
     def call_of(row: Row) -> Callable[[], Any]:
         def call() -> None:
@@ -152,7 +241,7 @@ def measure(config: Config) -> dict[str, Any]:
             "simd": row.level or _C.simd(),
             "ms": seconds * 1e3,
             "floors": seconds / floor,
-            "must": row.must,
+            "must": must(row),
             "bytes_per_weight": row.bytes,
             "floors_by_bytes": row.bytes / 8 if row.bytes else None,
             "operations": operations,
@@ -245,11 +334,20 @@ def show(result: dict[str, Any]) -> None:
 
 def main(config: Config) -> int:
     """Measures and prints; writes JSON if asked."""
+    if torch.device(config.device).type != "cpu":
+        from flatops.benchmarks import bench_gpu
+
+        return bench_gpu.main(config)
     if _C is None:
         raise ValueError("there is no compiled core to measure: see flatops info")
     result = measure(config)
     show(result)
     if config.json:
-        config.json.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"rows written to {config.json}")
+        write(result, config.json)
     return 0
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Writes a result as JSON."""
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"rows written to {path}")

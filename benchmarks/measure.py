@@ -1,26 +1,53 @@
-"""How everything here is measured: contenders in turn in one process, the best of many rounds, ratios and not times.
+"""How everything here is measured: contenders in turn in one process, many rounds, ratios and not times.
 
 A shared machine drifts by tens of per cent within minutes, but it drifts for all contenders of a round alike. On a CPU the
-figure is one thread's CPU time: the wall times of two threads flip between two levels.
+figure is one thread's CPU time, the best of all rounds: the wall times of two threads flip between two levels. On a GPU it is
+the time between two events, the median of all rounds, with the host kept out of the way.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import json
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatops
 from flatops.backend import _C
 from flatops.info import cpu_name
+
+T = TypeVar("T")
+
+
+def in_turn(
+    contenders: dict[str, Callable[[], T]], rounds: int, progress: Callable[[], Any] = lambda: None
+) -> dict[str, list[T]]:
+    """What each contender returned; one call each, a round, after one round that does not count."""
+    results: dict[str, list[T]] = {name: [] for name in contenders}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds + 1):
+            for name, call in contenders.items():
+                result = call()
+                if i:
+                    results[name].append(result)
+            progress()
+    finally:
+        gc.enable()
+    return results
 
 
 def best_times(
@@ -29,22 +56,107 @@ def best_times(
     clock: Callable[[], float] = time.thread_time,
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
-    """Seconds of each contender's fastest call; one call each, a round, after one round that does not count."""
-    best = dict.fromkeys(contenders, float("inf"))
-    gc.collect()
-    gc.disable()
-    try:
-        for i in range(rounds + 1):
-            for name, call in contenders.items():
-                start = clock()
-                call()
-                seconds = clock() - start
-                if i:
-                    best[name] = min(best[name], seconds)
-            progress()
-    finally:
-        gc.enable()
-    return best
+    """Seconds of each contender's fastest call."""
+
+    def timed(call: Callable[[], Any]) -> Callable[[], float]:
+        def run() -> float:
+            start = clock()
+            call()
+            return clock() - start
+
+        return run
+
+    times = in_turn({name: timed(call) for name, call in contenders.items()}, rounds, progress)
+    return {name: min(seconds) for name, seconds in times.items()}
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value that `share` of the others lie below; 0.5 is the median."""
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was told; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- batches: one short call is lost in the time that it takes to launch -------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """What a batch of calls took, in seconds a call."""
+
+    device: float  # from the first kernel's start to the last one's end
+    host: float  # until the last call returned
+    wall: float  # until the device was done, with nothing done to keep the host from being the slower one
+    queued: bool  # every launch waited in the queue before the device began, so that `device` holds no time of the host
+
+
+class Batch:
+    """Takes samples of a call on a GPU; on a CPU, where device and host are one, it rehearses.
+
+    The GPU first sleeps until the host has launched the whole batch. Otherwise kernels shorter than their own launch
+    would be timed at the pace of the host. A call that waits for the GPU itself cannot be queued: then `device` is the
+    time that passes on the GPU, its idle stretches included.
+    """
+
+    SPAN = 2e-3  # seconds that a batch is to last, at most ...
+    CALLS = 32  # ... and its calls: the queue holds about a thousand launches
+    CYCLES = 2e9  # of a GPU's clock in a second, at most
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        self.call, self.on_gpu = call, device.type == "cuda"
+        self.calls, self.pause = 1, 0.0
+        if self.on_gpu:
+            call()  # compiles, allocates
+            first = self()
+            self.calls = max(1, min(self.CALLS, int(self.SPAN / first.wall)))
+            self.pause = 1e-4 + 2 * first.host * self.calls
+
+    def __call__(self) -> Sample:
+        if not self.on_gpu:
+            wall, host = time.perf_counter(), time.thread_time()
+            self.call()
+            host, wall = time.thread_time() - host, time.perf_counter() - wall
+            return Sample(device=host, host=host, wall=wall, queued=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(self.pause * self.CYCLES))
+        start.record()
+        host = self._run()
+        queued = not start.query()
+        end.record()
+        torch.cuda.synchronize()
+        wall = time.perf_counter()
+        self._run()
+        torch.cuda.synchronize()
+        wall = (time.perf_counter() - wall) / self.calls
+        return Sample(device=start.elapsed_time(end) / 1e3 / self.calls, host=host, wall=wall, queued=queued)
+
+    def _run(self) -> float:
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            self.call()
+        return (time.perf_counter() - start) / self.calls
+
+
+def graph_of(call: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """A call that replays `calls` calls as one CUDA graph; raises what capturing them raised."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return graph.replay
+
+
+# --- counts: they do not depend on the machine ---------------------------------------------------------------------------
 
 
 class _Counter(TorchDispatchMode):
@@ -73,7 +185,64 @@ def count(call: Callable[[], Any]) -> tuple[int, int]:
     return counter.operations, counter.host_reads
 
 
-def provenance() -> dict[str, Any]:
+def traced(call: Callable[[], Any]) -> dict[str, int]:
+    """What one call really does on a GPU, by the profiler: see `tally`. Nothing of it happens on a CPU."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        with profile(activities=activities) as profiler:
+            with record_function(MARK):
+                call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        profiler.export_chrome_trace(str(path))
+        return tally(json.loads(path.read_text(errors="replace"), strict=False)["traceEvents"])
+
+
+MARK = "flatops: the call that counts"
+SYNCS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSynchronize")
+
+
+def tally(events: list[dict[str, Any]]) -> dict[str, int]:
+    """Counts in a profiler's trace: kernels launched, copies and fills, waits of the host, and copies that it reads.
+
+    Only what the host calls between the start and the end of the mark counts as its wait: the profiler waits as well.
+    """
+    mark = next(e for e in events if e.get("cat") == "user_annotation" and e["name"] == MARK)
+    first, last = mark["ts"], mark["ts"] + mark["dur"]
+    calls = [
+        e["name"].removeprefix("cuda").removeprefix("cu")
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and first <= e["ts"] <= last
+    ]
+    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return {
+        "launches": sum(e["cat"] == "kernel" for e in on_gpu),
+        "copies": sum(e["cat"] != "kernel" for e in on_gpu),
+        "host_syncs": sum(name in SYNCS or name == "Memcpy" for name in calls),
+        "host_reads": sum(e["cat"] == "gpu_memcpy" and "DtoH" in e["name"] for e in on_gpu),
+    }
+
+
+def waits(call: Callable[[], Any], device: torch.device) -> str | None:
+    """What torch says of a call that makes the host wait for the GPU; None of one that does not."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+# --- where it was measured -----------------------------------------------------------------------------------------------
+
+
+def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Machine, versions, commit and date: part of every result."""
     try:
         here = Path(__file__).resolve().parent
@@ -82,7 +251,7 @@ def provenance() -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {
+    found = {
         "machine": cpu_name(),
         "simd": _C.simd() if _C else None,
         "system": f"{platform.system()} {platform.machine()}",
@@ -92,3 +261,19 @@ def provenance() -> dict[str, Any]:
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    if torch.device(device).type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        try:
+            triton = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            triton = None
+        found |= {
+            "gpu": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "memory_bytes": gpu.total_memory,
+            "l2_bytes": gpu.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "triton": triton,
+        }
+    return found

@@ -12,7 +12,7 @@ def perturb(params: list[Tensor], sigma: float) -> list[Tensor]:
     noise = []
     for p in params:
         if p.dim() > 1:
-            norms = p.view(p.shape[0], -1).norm(dim=1, keepdim=True)
+            norms = p.reshape(p.shape[0], -1).norm(dim=1, keepdim=True)
             std = norms.repeat(1, p[0].numel()).view(p.shape)
             e = torch.normal(0.0, sigma * std)
         else:

@@ -1,15 +1,17 @@
 """The functional layer: multi-tensor operators on lists of parameters, in place, one launch a list, no host sync.
 
-Every function takes `backend=None`: 'reference', 'cpp', or None for the best that serves the tensors' device. All tensors
-of a call lie on one device; dtypes may be mixed among float32, bfloat16, float16 and float64. A **filter** is a slice
-along dim 0 of a tensor of two or more dimensions; a tensor of one dimension or none is one filter.
+Every function takes `backend=None`: 'reference', 'cpp', 'cuda', 'triton', or None for the best that serves the tensors'
+device. All tensors of a call lie on one device; dtypes may be mixed among float32, bfloat16, float16 and float64. A
+**filter** is a slice along dim 0 of a tensor of two or more dimensions; a tensor of one dimension or none is one filter.
 
-Numbers that change from step to step (sigma, rho, draw) may be Python numbers or tensors of one element on the
-parameters' device; under torch.compile and in CUDA graphs only tensors can change without a new graph.
+Numbers that change from step to step (sigma, rho, seed, draw) may be Python numbers, or tensors of one element on the
+parameters' device: on any other they are refused, since moving them could stop the host. Under torch.compile and in CUDA
+graphs only tensors can change without a new graph. float64 (int64 for seed and draw) saves a conversion.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -38,22 +40,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
-    """Raises unless `tensors` is a list that a kernel can take, and matches `like` where that is given."""
+    """Raises unless `tensors` is a list that a kernel can take, and matches `like`, itself checked, where that is given."""
     if isinstance(tensors, Tensor) or len(tensors) == 0:
         raise ValueError(f"{name} must be a list of at least one tensor")
-    device = tensors[0].device
-    if like is not None:
+    if like is None:
+        for i, t in enumerate(tensors):
+            if t.dtype not in DTYPES:
+                raise TypeError(f"{name}[{i}] is {t.dtype}: expected float32, bfloat16, float16 or float64")
+    else:
         if len(tensors) != len(like):
             raise ValueError(f"{name} has {len(tensors)} tensors and params has {len(like)}: they must match")
-        device = like[0].device
         for i, (t, p) in enumerate(zip(tensors, like)):
             if t.shape != p.shape or t.dtype != p.dtype:
                 raise ValueError(
                     f"{name}[{i}] is {tuple(t.shape)} {t.dtype} and params[{i}] is {tuple(p.shape)} {p.dtype}: they must match"
                 )
+    device = (tensors if like is None else like)[0].device
     for i, t in enumerate(tensors):
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name}[{i}] is {t.dtype}: expected float32, bfloat16, float16 or float64")
         if t.layout != torch.strided:
             raise TypeError(f"{name}[{i}] is {t.layout}: expected a dense tensor")
         if t.device != device:
@@ -77,17 +80,24 @@ def _check_fisher(fisher: Sequence[Tensor], params: Sequence[Tensor]) -> None:
             f"fisher has {len(fisher)} tensors and there are {len(params)} parameters: they must match"
         )
     for i, (f, p) in enumerate(zip(fisher, params)):
-        if f.dtype != torch.float32 or f.numel() != (p.shape[0] if p.dim() else 1) or not f.is_contiguous():
+        if (
+            f.dtype != torch.float32
+            or f.numel() != (p.shape[0] if p.dim() else 1)
+            or not f.is_contiguous()
+            or f.device != p.device
+        ):
             raise ValueError(
-                f"fisher[{i}] must be a contiguous float32 tensor with one entry per slice along dim 0"
+                f"fisher[{i}] must be a contiguous float32 tensor on {p.device} with one entry per slice along dim 0"
             )
 
 
 def _check_scales(scales: Tensor, params: Sequence[Tensor]) -> None:
     count = sum(map(filters, params))
-    if scales.shape != (count,) or scales.dtype != torch.float32:
+    device = params[0].device
+    if scales.shape != (count,) or scales.dtype != torch.float32 or scales.device != device:
         raise ValueError(
-            f"scales must be float32 of shape ({count},), not {scales.dtype} {tuple(scales.shape)}"
+            f"scales must be float32 of shape ({count},) on {device}, "
+            f"not {scales.dtype} {tuple(scales.shape)} on {scales.device}"
         )
 
 
@@ -96,21 +106,56 @@ def _non_negative(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, not {value}")
 
 
-def _scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+def _scalar(
+    name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """`value` as kernels read it: one element of `dtype` on `device`. A tensor that is one already goes through as it is."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype)
-    return torch.full((), value, dtype=dtype, device=device)
+        if value.numel() != 1:
+            raise ValueError(f"{name} has {value.numel()} elements: expected one")
+        if value.device != device:
+            raise ValueError(
+                f"{name} is on {value.device} and the parameters are on {device}: move it there once, or pass a number"
+            )
+        if dtype == torch.int64 and value.is_floating_point():
+            raise TypeError(f"{name} is {value.dtype}: expected an integer")
+        return value.to(dtype)
+    if dtype == torch.int64 and not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    value = value or 0  # -0.0 would be taken for the 0.0 in the cache
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()  # a mode such as FakeTensorMode, whose tensors are its own
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # its memory is the graph's
+    ):
+        return torch.full((), value, dtype=dtype, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return _constant(value, device, dtype, stream)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(value: float, device: torch.device, dtype: torch.dtype, stream: int | None) -> Tensor:
+    """A number on a device, made once: nobody writes to it. `stream` because only its own work is sure to come after."""
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 def _key(seed: int | Tensor, stream: int, device: torch.device) -> Tensor:
-    if isinstance(seed, Tensor):
-        return _scalar(seed, device, torch.int64) ^ (stream << 32)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2**64), not {seed}")
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be an integer in [0, 2**31), not {stream}")
-    key = seed ^ (stream << 32)
-    return _scalar(key - 2**64 if key >= 2**63 else key, device, torch.int64)
+    if isinstance(seed, Tensor):
+        key = _scalar("seed", seed, device, torch.int64)
+        return key ^ (stream << 32) if stream else key
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, not {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), not {seed}")
+    return _scalar("seed", signed(seed ^ (stream << 32)), device, torch.int64)
+
+
+def signed(x: int) -> int:
+    """An integer in [0, 2**64) as the int64 of the same bits."""
+    return x - 2**64 if x >= 2**63 else x
 
 
 # --- operators ---------------------------------------------------------------------------------------------------------
@@ -141,11 +186,9 @@ def normal(
     Returns:
         float32 tensor of `shape`, contiguous; |z| <= 6.56.
     """
-    device = torch.device(device)
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    operators(device, backend).normal_(
-        out, _key(seed, stream, device), _scalar(draw, device, torch.int64), tensor
-    )
+    key = _key(seed, stream, out.device)
+    operators(out.device, backend).normal_(out, key, _scalar("draw", draw, out.device, torch.int64), tensor)
     return out
 
 
@@ -230,9 +273,9 @@ def perturb_(
         params,
         scales,
         backup or [],
-        _scalar(sigma, device),
+        _scalar("sigma", sigma, device),
         _key(seed, stream, device),
-        _scalar(draw, device, torch.int64),
+        _scalar("draw", draw, device, torch.int64),
         index if index is not None else list(range(len(params))),
         fisher or [],
         eta,
@@ -289,7 +332,7 @@ def restore_(
         [],
         scales,
         _key(seed, stream, device),
-        _scalar(draw, device, torch.int64),
+        _scalar("draw", draw, device, torch.int64),
         index if index is not None else list(range(len(params))),
         fisher or [],
         eta,
@@ -326,7 +369,7 @@ def filter_fisher_(
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], not {beta}")
     device = grads[0].device
-    operators(device, backend).filter_fisher_(fisher, grads, beta, _scalar(scale, device))
+    operators(device, backend).filter_fisher_(fisher, grads, beta, _scalar("scale", scale, device))
 
 
 def grad_norm(
@@ -342,6 +385,8 @@ def grad_norm(
         float64 scalar on the gradients' device; not finite where a gradient is not. Squares are float32: 0 for gradients below
         1e-23, infinite above 1e19.
     """
+    if params is not None:
+        _check("params", params)
     _check("grads", grads, params)
     return operators(grads[0].device, backend).grad_norm(grads, params if params is not None else [])
 
@@ -382,5 +427,5 @@ def ascend_(
         _check("backup", backup, params)
     device = params[0].device
     operators(device, backend).ascend_(
-        params, grads, backup or [], _scalar(rho, device), _scalar(norm, device), adaptive
+        params, grads, backup or [], _scalar("rho", rho, device), _scalar("norm", norm, device), adaptive
     )

@@ -1,30 +1,119 @@
-"""The table that every operator is tested on: shapes, dtypes, memory layouts, backends; and what equal bits are."""
+"""The table that every operator is tested on: backends, shapes, dtypes, memory layouts, arguments; and what equal bits are."""
 
 from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Odd lengths, lengths around the SIMD widths and the 1024 of a sum, filters too long for one block, empty and scalar ones.
-SHAPES = [
-    (),
-    (0,),
-    (1,),
-    (7,),
-    (1025,),
-    (70001,),  # one filter longer than a block
-    (0, 3),
-    (3, 0),
-    (1, 1),
-    (5, 9),
-    (33, 147),
-    (2, 1024),
-    (3, 1023),
-    (2, 40000),  # long filters
-    (16, 3, 3, 3),
-    (4, 5, 3, 2, 2),
+import flatops
+from flatops import ops
+from flatops.backend import _C, operators, why_not
+from flatops.backend import BACKENDS as REGISTERED
+
+if importlib.util.find_spec("emulated"):
+    import emulated
+
+    emulated.register()
+
+
+# --- backends ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend on one device type."""
+
+    name: str
+    device: str
+    level: str = ""  # cpp: a SIMD level, the best one if empty
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.name, self.device, self.level)))
+
+    @property
+    def slow(self) -> bool:
+        """Whether it is a GPU's code on a CPU, a second a call."""
+        return self.device == "cpu" and self.name in ("triton", "emulated")
+
+    def operator(self, name: str) -> Callable[..., Any]:
+        """The registered operator itself, without the checks of flatops.ops."""
+        return getattr(operators(torch.device(self.device), self.name), name).default
+
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
+        """Within, flatops runs on this backend, whatever it would choose."""
+        best = _C.simd()
+        if self.level:
+            _C.set_simd(self.level)
+        try:
+            with flatops.backend(self.name):
+                yield
+        finally:
+            _C.set_simd(best)
+
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# Every pair that this machine might run, and why it cannot; empty where it can.
+WHY_NOT = {
+    Backend(name, device): why_not(name, torch.device(device, 0))
+    for name, (_, serves) in REGISTERED.items()
+    for device in DEVICES
+    if serves is None or device in serves
+}
+ORACLE = Backend("reference", "cpu")
+BACKENDS = [backend for backend, why in WHY_NOT.items() if not why]
+# What is held to the oracle: cpp at every SIMD level that the machine has.
+CONFORMING = [
+    leveled
+    for backend in BACKENDS
+    if backend != ORACLE
+    for leveled in (
+        [replace(backend, level=level) for level in _C.simd_levels()] if backend.name == "cpp" else [backend]
+    )
 ]
-LAYOUTS = ["contiguous", "channels_last", "transposed", "strided"]
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    # Odd lengths, lengths around the SIMD widths, the 128 lanes and 1024 elements of a sum, empty and scalar ones.
+    "table": [
+        (),
+        (0,),
+        (1,),
+        (7,),
+        (1025,),
+        (0, 3),
+        (3, 0),
+        (1, 1),
+        (5, 9),
+        *((6, n) for n in range(1, 9)),
+        (5, 127),
+        (4, 128),
+        (3, 129),
+        (33, 147),
+        (3, 1023),
+        (2, 1024),
+        (70, 36),
+        (4, 5, 3, 2, 2),
+        (16, 3, 3, 3),
+    ],
+    # Filters too long for registers, for one block, for one share of the work; ViT-B's position embedding.
+    "long": [(8191,), (8192,), (8193,), (2, 9216), (3, 8192), (2, 40000), (70001,), (5, 9), (1, 197, 768)],
+    # More than one launch's table holds.
+    "many": [(1 + i % 3, 1 + i % 5) for i in range(900)],
+    "few": [(7,), (0, 3), (5, 9), (2, 1025), (4, 5, 3, 2, 2), (16, 3, 3, 3)],
+    "tiny": [(7,), (2, 3, 3, 3), (4, 9)],
+    "special": [(3, 37)] * 10,  # one of the values that `special` names in each
+}
+LAYOUTS = ["contiguous", "channels_last", "transposed", "strided", "unaligned"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -42,25 +131,192 @@ def make(
     if layout == "transposed" and t.dim() >= 2:
         return t.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "strided" and t.dim() >= 1:
-        room = torch.zeros(*t.shape[:-1], 2 * t.shape[-1] + 1, dtype=dtype)
-        room[..., : 2 * t.shape[-1] : 2] = t
-        return room[..., : 2 * t.shape[-1] : 2]
+        room = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), 7.0, dtype=dtype)
+        return room[..., : 2 * t.shape[-1] : 2].copy_(t)
+    if layout == "unaligned":  # one element into a buffer, and one short of its end
+        return torch.full((t.numel() + 2,), 7.0, dtype=dtype)[1:-1].view(shape).copy_(t)
     return t
 
 
-def make_list(dtype: torch.dtype, layout: str, seed: int, scale: float = 1.0) -> list[Tensor]:
-    """One tensor of every shape."""
-    generator = torch.Generator().manual_seed(seed)
-    return [make(shape, dtype, layout, generator, scale) for shape in SHAPES]
+def special(dtype: torch.dtype) -> list[float]:
+    """Infinities, NaN, the largest numbers, subnormals, zeros."""
+    info = torch.finfo(dtype)
+    values = [float("inf"), float("nan"), info.max, info.tiny, info.tiny / 4, 0.0]
+    return [*values, -float("inf"), -info.max, -0.0, 1.0]
 
 
-def twin(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies with the same strides, holes included."""
-    out = []
-    for t in tensors:
-        copy = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
-        out.append(copy.copy_(t))
-    return out
+@dataclass(frozen=True)
+class Case:
+    """One list of tensors."""
+
+    shapes: str
+    dtype: torch.dtype | None = torch.float32  # None: all of them in turn
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        dtype = "mixed" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return f"{self.shapes}-{dtype}-{self.layout}"
+
+    def tensors(self, seed: int, scale: float = 1.0) -> list[Tensor]:
+        """One tensor of every shape, on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for i, shape in enumerate(SHAPES[self.shapes]):
+            dtype = self.dtype or DTYPES[i % len(DTYPES)]
+            made.append(make(shape, dtype, self.layout, generator, scale))
+            if self.shapes == "special":  # alone in one filter, beside another list's in the next
+                made[-1][1, seed] = made[-1][2, 7] = special(dtype)[i]
+        return made
+
+    def otherwise(self) -> Case:
+        """The same tensors in another order of memory, as gradients may lie."""
+        return replace(self, layout="channels_last" if self.layout == "contiguous" else "contiguous")
+
+
+SPECIAL = [Case("special", dtype) for dtype in DTYPES]
+CASES = [
+    *(Case("table", dtype, layout) for dtype in [*DTYPES, None] for layout in LAYOUTS),
+    *(Case("long", dtype) for dtype in DTYPES),
+    Case("long", layout="unaligned"),
+    *SPECIAL,
+]
+SLOW_CASES = [
+    *(Case("table", dtype) for dtype in [*DTYPES, None]),
+    *(Case("few", dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in LAYOUTS[1:]),
+    Case("long"),
+    *SPECIAL,
+]
+
+
+# --- operators ---------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+KEY, DRAW = torch.tensor((2**40 + 17) ^ (3 << 32)), torch.tensor(5)
+
+
+def _index(params: list[Tensor]) -> list[int]:
+    return [3 * i + 1 for i in range(len(params))]
+
+
+def fisher_of(params: list[Tensor]) -> list[Tensor]:
+    """F of every parameter, as ARWP may have gathered it."""
+    generator = torch.Generator().manual_seed(11)
+    return [torch.rand(p.shape[:1] if p.dim() else (1,), generator=generator) * 10 for p in params]
+
+
+def _perturb(case: Case, eta: float = 0.0, backup: bool = True) -> tuple:
+    params = case.tensors(1)
+    return (
+        params,
+        ops.new_scales(params),
+        ops.new_backup(params) if backup else [],
+        _number(0.03),
+        KEY,
+        DRAW,
+        _index(params),
+        fisher_of(params) if eta else [],
+        eta,
+    )
+
+
+def _restore(case: Case, eta: float = 0.0) -> tuple:
+    params = case.tensors(1)
+    scales = torch.rand(ops.new_scales(params).shape, generator=torch.Generator().manual_seed(2))
+    return params, [], scales, KEY, DRAW, _index(params), fisher_of(params) if eta else [], eta
+
+
+def _ascend(case: Case, adaptive: bool = False, backup: bool = True, otherwise: bool = False) -> tuple:
+    params = case.tensors(1)
+    grads = (case.otherwise() if otherwise else case).tensors(2, scale=0.01)
+    return params, grads, ops.new_backup(params) if backup else [], _number(0.05), _number(0.37), adaptive
+
+
+# The operator, and after a comma which variant of it: how to make its arguments for one case.
+OPERATORS: dict[str, Callable[[Case], tuple]] = {
+    "filter_norms": lambda case: (case.tensors(1),),
+    "perturb_": _perturb,
+    "perturb_,bare": lambda case: _perturb(case, backup=False),
+    "perturb_,fisher": lambda case: _perturb(case, eta=0.7),
+    "restore_": lambda case: (case.tensors(1), case.tensors(2), None, None, None, [], [], 0.0),
+    "restore_,otherwise": lambda case: (
+        case.tensors(1),
+        case.otherwise().tensors(2),
+        *[None] * 3,
+        [],
+        [],
+        0.0,
+    ),
+    "restore_,drawn": _restore,
+    "restore_,drawn,fisher": lambda case: _restore(case, eta=0.7),
+    "normal_": lambda case: (replace(case, dtype=torch.float32).tensors(1)[-1], KEY, DRAW, 7),
+    "filter_fisher_": lambda case: (fisher_of(case.tensors(1)), case.tensors(1), 0.99, _number(0.5)),
+    "grad_norm": lambda case: (case.tensors(2, scale=0.01), []),
+    "grad_norm,adaptive": lambda case: (case.tensors(2, scale=0.01), case.tensors(1)),
+    "grad_norm,otherwise": lambda case: (case.otherwise().tensors(2), case.tensors(1)),
+    "ascend_": _ascend,
+    "ascend_,bare": lambda case: _ascend(case, backup=False),
+    "ascend_,adaptive": lambda case: _ascend(case, adaptive=True),
+    "ascend_,otherwise": lambda case: _ascend(case, otherwise=True),
+}
+
+
+def arguments(operator: str, case: Case, device: str = "cpu") -> tuple:
+    """What to call an operator with."""
+    return tuple(
+        [twin(t, device) for t in a] if isinstance(a, list) and a and isinstance(a[0], Tensor)
+        else twin(a, device) if isinstance(a, Tensor) else a
+        for a in OPERATORS[operator](case)
+    )  # fmt: skip
+
+
+def tensors_of(arguments: tuple) -> list[Tensor]:
+    """The tensors among an operator's arguments, those in lists too."""
+    nested = [a if isinstance(a, list) else [a] for a in arguments]
+    return [t for a in nested for t in a if isinstance(t, Tensor)]
+
+
+def outcome(operator: str, case: Case, backend: Backend) -> list[Tensor]:
+    """All memory that a call was given, and its result: what is to change, what is not, and what lies between elements."""
+    args = arguments(operator, case, backend.device)
+    with backend.forced():
+        result = backend.operator(operator.split(",")[0])(*args)
+    return [*map(whole, tensors_of(args)), *tensors_of((result,))]
+
+
+@functools.lru_cache(maxsize=2)
+def expected(operator: str, case: Case) -> list[Tensor]:
+    """The oracle's outcome."""
+    return outcome(operator, case, ORACLE)
+
+
+def table() -> list[tuple[str, Case, Backend]]:
+    """Every operator on every case on every backend."""
+    return [
+        (operator, case, backend)
+        for operator in OPERATORS
+        for case in dict.fromkeys(CASES + SLOW_CASES)
+        for backend in CONFORMING
+        if case in (SLOW_CASES if backend.slow else CASES)
+        # bfloat16 and float16 are refused: their low bits would be lost
+        if "drawn" not in operator or case.dtype in (torch.float32, torch.float64)
+    ]
+
+
+# --- equal bits ----------------------------------------------------------------------------------------------------------
+
+
+def whole(t: Tensor) -> Tensor:
+    """All memory that a tensor's storage has, as one row."""
+    return t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+
+
+def twin(t: Tensor, device: str | torch.device | None = None) -> Tensor:
+    """A copy that lies in memory as `t` does: strides, offset and what is between the elements."""
+    return whole(t).to(device or t.device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -68,7 +324,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    a, b = a.detach().contiguous(), b.detach().contiguous()
+    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
     equal = a.view(ints) == b.view(ints)
     if a.is_floating_point():
         equal |= a.isnan() & b.isnan()
@@ -82,5 +338,5 @@ def assert_same_bits(actual: list[Tensor] | Tensor, expected: list[Tensor] | Ten
     assert len(actual) == len(expected)
     for i, (a, b) in enumerate(zip(actual, expected)):
         assert same_bits(a, b), (
-            f"tensor {i} of shape {tuple(a.shape)}: {(a != b).sum().item()} elements differ"
+            f"tensor {i} of shape {tuple(a.shape)}: {(a.cpu() != b.cpu()).sum().item()} elements differ"
         )

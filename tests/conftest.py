@@ -1,20 +1,23 @@
-"""Fixtures that several files share."""
+"""What has to be set before flatops is imported, and fixtures that several files share."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
-from flatops.backend import _C
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton's kernels are imported: they run in its interpreter
+
+from cases import BACKENDS  # noqa: E402
 
 
-@pytest.fixture(params=_C.simd_levels())
-def level(request):
-    """Every SIMD level that the machine runs, in turn."""
-    best = _C.simd()
-    _C.set_simd(request.param)
-    yield request.param
-    _C.set_simd(best)
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request):
+    """Every backend that this machine runs, in turn; flatops uses it, on tensors of its device."""
+    with request.param.forced():
+        yield request.param
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from cases import assert_same_bits
+from cases import CONFORMING, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,34 +38,40 @@ def test_philox_known_answers(counter, key, expected):
     assert [int(x) for x in out] == words(expected)
 
 
-def test_compiled_normals_come_from_the_known_words(level):
-    """The kernel's first four normals of counter 0, key 0 are Box-Muller of the known words."""
-    z = flatops.ops.normal((4,), seed=0, draw=0, backend="cpp")
+def test_normals_come_from_the_known_words(backend):
+    """The first four normals of counter 0, key 0 are Box-Muller of the known words."""
+    z = flatops.ops.normal((4,), seed=0, draw=0, device=backend.device)
     x = [torch.tensor([w]) for w in words(KNOWN_ANSWERS[0][2])]
     assert_same_bits(z, torch.cat([*reference.box_muller(x[0], x[1]), *reference.box_muller(x[2], x[3])]))
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    shape=st.lists(st.integers(0, 40), min_size=0, max_size=3).map(tuple)
-    | st.tuples(st.integers(1, 3), st.integers(1, 5000)),
-    seed=st.integers(0, 2**64 - 1),
-    draw=st.integers(0, 2**32 - 1),
-    tensor=st.integers(0, 2**31 - 1),
-    stream=st.integers(0, 2**31 - 1),
-)
-def test_compiled_bits_equal_the_reference(shape, seed, draw, tensor, stream):
+@pytest.mark.parametrize("on", CONFORMING, ids=str)
+def test_bits_equal_the_reference(on):
     """For any shape and any place in the noise."""
-    where = {"seed": seed, "draw": draw, "tensor": tensor, "stream": stream}
-    assert_same_bits(
-        flatops.ops.normal(shape, **where), flatops.ops.normal(shape, **where, backend="reference")
+
+    @settings(max_examples=8 if on.slow else 40, deadline=None)
+    @given(
+        shape=st.lists(st.integers(0, 12 if on.slow else 40), min_size=0, max_size=3).map(tuple)
+        | st.tuples(st.integers(1, 3), st.integers(1, 5000)),
+        seed=st.integers(0, 2**64 - 1),
+        draw=st.integers(0, 2**32 - 1),
+        tensor=st.integers(0, 2**31 - 1),
+        stream=st.integers(0, 2**31 - 1),
     )
+    def check(shape, **where):
+        ours = flatops.ops.normal(shape, **where, device=on.device)
+        assert_same_bits(ours, flatops.ops.normal(shape, **where, backend="reference"))
+
+    with on.forced():
+        check()
 
 
-def test_bits_do_not_depend_on_level_or_threads(level, threads):
+@pytest.mark.parametrize("on", [b for b in CONFORMING if b.name == "cpp"], ids=str)
+def test_bits_do_not_depend_on_level_or_threads(on, threads):
     shape = (301, 1031)
     expected = flatops.ops.normal(shape, seed=3, draw=9, tensor=4, backend="reference")
-    assert_same_bits(flatops.ops.normal(shape, seed=3, draw=9, tensor=4, backend="cpp"), expected)
+    with on.forced():
+        assert_same_bits(flatops.ops.normal(shape, seed=3, draw=9, tensor=4), expected)
 
 
 def test_a_shard_of_rows_draws_what_the_whole_does():

@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
       float scales[4] = {scale, scale, scale, scale};
       if (fisher)
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-          if (c < left.elements) scales[c] = adapted(scale, args.eta, fisher[k * LANES + c]);
+        for (int c = 0; c < 4; ++c)  // the last one's again where there are no more: a branch less
+          scales[c] = adapted(scale, args.eta, fisher[k * LANES + min(c, left.elements - 1)]);
 #pragma unroll
       for (int c = 0; c < 4; ++c) narrow(add(scales[c], z[c], widen(x[k].x[c])), x[k].x[c]);
     }

@@ -235,7 +235,10 @@ class Flat(torch.optim.Optimizer):
     def _trainable(
         self, keys: tuple[str, ...], with_grad: bool = False
     ) -> dict[tuple, tuple[list[Tensor], list[int]]]:
-        """(device, *values of keys) -> parameters and their positions: one operator call each, groups that agree merged."""
+        """(device, *values of keys) -> parameters and their positions: one operator call each, groups that agree merged.
+
+        A tensor agrees with itself alone: to compare values would be to wait for the device.
+        """
         parts: dict[tuple, tuple[list[Tensor], list[int]]] = {}
         position = 0
         for group in self.param_groups:
@@ -351,19 +354,33 @@ class Flat(torch.optim.Optimizer):
                 param_group.setdefault(key, value)
             self._check_group(param_group)
         super().add_param_group(param_group)
-        for i, p in enumerate(self.param_groups[-1]["params"]):
+        group = self.param_groups[-1]
+        for i, p in enumerate(group["params"]):
             if p.dtype not in ops.DTYPES:
                 del self.param_groups[-1]
                 raise TypeError(f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16 or float64")
+        for key, default in list(self.options.items()):
+            if isinstance(group[key], Tensor) and group["params"]:
+                given = group[key]
+                group[key] = on(group["params"][0].device, given)
+                if given is default:  # groups that share it go on sharing it
+                    self.options[key] = group[key]
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and our hyper-parameters, in a form that the base optimizer alone loads too.
+
+        Those that are tensors on a device are written as numbers.
 
         Raises:
             RuntimeError: inside `perturbed()`.
         """
         self._not_while_perturbed("state_dict()")
-        return super().state_dict()
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            for key in self.options:
+                if isinstance(group[key], Tensor):
+                    group[key] = _number(group[key])
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from `state_dict()`, or from one of the base optimizer alone: what it lacks stays as it is.
@@ -375,9 +392,15 @@ class Flat(torch.optim.Optimizer):
         self._not_while_perturbed("load_state_dict()")
         kept = [{key: group[key] for key in self.options} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        written: dict[Tensor, Any] = {}
         for group, old in zip(self.param_groups, kept):
             for key, value in old.items():
-                group.setdefault(key, value)
+                loaded = group.setdefault(key, value)
+                if isinstance(value, Tensor) and loaded is not value:
+                    if written.setdefault(value, loaded) != loaded:  # groups shared it and part now
+                        value = value.clone()
+                    # In place: a captured graph goes on reading it there.
+                    group[key] = value.fill_(ops.signed(loaded))
         self.run.ready = False
 
     def __reduce__(self) -> tuple:
@@ -414,6 +437,28 @@ def _user_frame() -> int:
     ):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def on(device: torch.device, value: Any) -> Any:
+    """`value` on a device, if it is a tensor. The host waits for nothing but what it is to compute with itself."""
+    return value.to(device, non_blocking=device.type != "cpu") if isinstance(value, Tensor) else value
+
+
+def _number(value: Tensor) -> int | float:
+    return (
+        value.item() if value.is_floating_point() else value.item() % 2**64
+    )  # a seed's upper half is negative there
+
+
+def check_tensor(name: str, value: Tensor, floating: bool = True) -> None:
+    """Raises unless a tensor holds one number of the right kind. Its value lies on the device, and nobody waits for it."""
+    kind, right = (
+        ("floating-point", value.is_floating_point()) if floating else ("int64", value.dtype == torch.int64)
+    )
+    if not (value.numel() == 1 and right):
+        raise ValueError(
+            f"{name} must be one {kind} number, not a tensor of shape {tuple(value.shape)} and {value.dtype}"
+        )
 
 
 def check_range(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flatops import ops
-from flatops.optim.flat import Flat, check_range, perturbed_pass
+from flatops.optim.flat import Flat, check_range, check_tensor, on, perturbed_pass
 
 
 class RWP(Flat):
@@ -23,11 +23,12 @@ class RWP(Flat):
     Args:
         params: parameters or groups, which may set their own sigma, eta and beta.
         base: the optimizer class that steps, such as torch.optim.SGD.
-        sigma: noise as a share of the filter's norm, >= 0; default 0.01 (CIFAR), 0.005 for ImageNet.
+        sigma: noise as a share of the filter's norm, >= 0; default 0.01 (CIFAR), 0.005 for ImageNet. A number, or a tensor
+            of one on the parameters' device, which a captured CUDA graph reads anew at every replay.
         lam: weight of the perturbed gradient, in [0, 1]; default 1 (RWP), 0.5 for m-RWP.
         eta: strength of the adaptation, >= 0; default 0 (off), typically 0.1 to 1.
         beta: decay of F, in [0, 1]; default 0.99.
-        seed: of the noise, in [0, 2**64); default 0.
+        seed: of the noise, in [0, 2**64); default 0. A number, or an int64 tensor of one.
         stream: which replica this is: replicas of one seed draw different noise; default 0.
         restore: 'exact' (default) keeps a copy of the weights during the perturbed pass; 'regenerate' keeps one number a
             filter, drifts by about 1.5e-8 sqrt(steps) and is refused for bfloat16 and float16.
@@ -58,11 +59,11 @@ class RWP(Flat):
         params: Any,
         base: type[torch.optim.Optimizer],
         *,
-        sigma: float = 0.01,
+        sigma: float | Tensor = 0.01,
         lam: float = 1.0,
         eta: float = 0.0,
         beta: float = 0.99,
-        seed: int = 0,
+        seed: int | Tensor = 0,
         stream: int = 0,
         restore: str = "exact",
         **kwargs: Any,
@@ -87,11 +88,13 @@ class RWP(Flat):
         self._construct(params, options, kwargs)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_range("sigma", group["sigma"])
+        (check_tensor if isinstance(group["sigma"], Tensor) else check_range)("sigma", group["sigma"])
         check_range("lam", group["lam"], high=1.0)
         check_range("eta", group["eta"])
         check_range("beta", group["beta"], high=1.0)
-        if not (isinstance(group["seed"], int) and 0 <= group["seed"] < 2**64):
+        if isinstance(group["seed"], Tensor):
+            check_tensor("seed", group["seed"], floating=False)
+        elif not (isinstance(group["seed"], int) and 0 <= group["seed"] < 2**64):
             raise ValueError(f"seed must be an integer in [0, 2**64), not {group['seed']!r}")
         if group["restore"] not in ("exact", "regenerate"):
             raise ValueError(f"restore must be 'exact' or 'regenerate', not {group['restore']!r}")
@@ -166,11 +169,12 @@ class RWP(Flat):
         for (device, sigma, eta, seed, how), (params, index) in self._trainable(
             ("sigma", "eta", "seed", "restore")
         ).items():
-            if sigma == 0:
+            if not isinstance(sigma, Tensor) and sigma == 0:
                 continue
+            sigma = on(device, sigma)
             noise = {
-                "seed": seed,
-                "draw": self.param_groups[0]["draw"].to(device),
+                "seed": on(device, seed),
+                "draw": self._draw(device),
                 "stream": self.stream,
                 "index": index,
             }
@@ -185,6 +189,11 @@ class RWP(Flat):
                     scales = ops.new_scales(params)
                 self._will_change(params, scales, scales=scales, **noise)
                 ops.perturb_(params, sigma, scales=scales, **noise)
+
+    def _draw(self, device: torch.device) -> Tensor:
+        """The draw, which is the same in every group, as it lies on a device."""
+        draws = [group["draw"] for group in self.param_groups]
+        return next((draw for draw in draws if draw.device == device), on(device, draws[0]))
 
     def _take_back(self) -> None:
         while self.aside:
@@ -228,11 +237,10 @@ class RWP(Flat):
 
     @torch.no_grad()
     def _update_fisher(self, scale: float | Tensor) -> None:
-        for (_, eta, beta), (params, _) in self._trainable(("eta", "beta"), with_grad=True).items():
+        for (device, eta, beta), (params, _) in self._trainable(("eta", "beta"), with_grad=True).items():
             if eta > 0:
-                ops.filter_fisher_(
-                    [self._fisher(p) for p in params], [p.grad for p in params], beta, scale=scale
-                )
+                fisher, grads = [self._fisher(p) for p in params], [p.grad for p in params]
+                ops.filter_fisher_(fisher, grads, beta, scale=on(device, scale))
 
     def _after_step(self) -> None:
         self._keep_fisher()
@@ -263,7 +271,7 @@ class RWP(Flat):
                 p.grad = g.mul_(1 - lam) if p.grad is None else p.grad.add_(g, alpha=1 - lam)
         return loss
 
-    # --- checkpoints: draw as an integer, F among the base optimizer's state -------------------------------------------------
+    # --- checkpoints: F among the base optimizer's state ---------------------------------------------------------------------
 
     def _keep_fisher(self) -> None:
         """Puts F into `state`, where checkpoints look: beside what the base keeps there, for an entry of ours alone would
@@ -278,7 +286,6 @@ class RWP(Flat):
         packed = super().state_dict()
         state = dict(packed["state"])
         for group, ours in zip(packed["param_groups"], self.param_groups):
-            group["draw"] = int(group["draw"])
             for i, p in zip(group["params"], ours["params"]):
                 if not packed["state"] and p in self.fisher:  # before the first step
                     state[i] = {"fisher": self.fisher[p]}
@@ -288,11 +295,9 @@ class RWP(Flat):
         # F comes out before the base sees it, which would cast it to the parameter's dtype.
         state = {i: dict(entry) for i, entry in state_dict["state"].items()}
         fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
-        draws = [group["draw"] for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
         self.fisher.clear()
-        for group, saved, draw in zip(self.param_groups, state_dict["param_groups"], draws):
-            group["draw"] = draw.fill_(group["draw"])  # in place: a captured graph goes on reading it there
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for i, p in zip(saved["params"], group["params"]):
                 if i in fisher:
                     self._fisher(p).copy_(fisher[i])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatops import ops
-from flatops.optim.flat import Flat, check_range, perturbed_pass
+from flatops.optim.flat import Flat, check_range, check_tensor, on, perturbed_pass
 
 
 class SAM(Flat):
@@ -23,7 +23,8 @@ class SAM(Flat):
     Args:
         params: parameters or groups, which may set their own rho and adaptive.
         base: the optimizer class that steps, such as torch.optim.SGD.
-        rho: the radius, >= 0; default 0.05, typically 0.05 to 0.2, ten times that with `adaptive`.
+        rho: the radius, >= 0; default 0.05, typically 0.05 to 0.2, ten times that with `adaptive`. A number, or a tensor of
+            one on the parameters' device, which a captured CUDA graph reads anew at every replay.
         adaptive: ASAM; default False.
         **kwargs: for the base optimizer.
 
@@ -50,14 +51,14 @@ class SAM(Flat):
         params: Any,
         base: type[torch.optim.Optimizer],
         *,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         adaptive: bool = False,
         **kwargs: Any,
     ):
         self._construct(params, {"rho": rho, "adaptive": adaptive}, kwargs)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_range("rho", group["rho"])
+        (check_tensor if isinstance(group["rho"], Tensor) else check_range)("rho", group["rho"])
         if not isinstance(group["adaptive"], bool):
             raise ValueError(f"adaptive must be True or False, not {group['adaptive']!r}")
         if group.get("maximize"):
@@ -91,12 +92,14 @@ class SAM(Flat):
                 )
         norm = self._norm(parts, grads)
         for (device, rho, adaptive), (params, _) in parts.items():
-            if rho == 0:
+            if not isinstance(rho, Tensor) and rho == 0:
                 continue
             backup = self._backup(params)
             self._will_change(params, backup[-1], backup=backup)
             part = grads[device, rho, adaptive]
-            ops.ascend_(params, part, rho, norm=norm.to(device), adaptive=adaptive, backup=backup)
+            ops.ascend_(
+                params, part, on(device, rho), norm=on(device, norm), adaptive=adaptive, backup=backup
+            )
         self._taint(parts, norm)
 
     def _norm(self, parts: dict, grads: dict) -> Tensor:
@@ -107,7 +110,7 @@ class SAM(Flat):
         ]
         if len(norms) == 1:
             return norms[0]
-        return torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt()
+        return torch.stack([on(norms[0].device, n) for n in norms]).square().sum().sqrt()
 
     def _taint(self, parts: dict, norm: Tensor) -> None:
         """Carries an overflow of the first pass into the second one's gradient, before any all-reduce.
@@ -121,7 +124,7 @@ class SAM(Flat):
             if not pending:
                 return None
             pending.clear()
-            return torch.where(finite.to(grad.device), grad, math.nan)
+            return torch.where(on(grad.device, finite), grad, math.nan)
 
         self.run.hooks += [p.register_hook(hook) for params, _ in parts.values() for p in params]
 

@@ -12,7 +12,7 @@ class CosineRamp:
     """Moves one hyper-parameter of every group from `start` to `end` along half a cosine.
 
     value(t) = end + (start - end) (1 + cos(pi t / T)) / 2, and `end` from T on. Single groups
-    where it is 0 stay at 0.
+    where it is 0 stay at 0. A tensor is written to in place.
 
     Args:
         optimizer: whose param_groups are written to, here and at every step().
@@ -64,7 +64,10 @@ class CosineRamp:
     def _write(self) -> None:
         for i, group in enumerate(self.optimizer.param_groups):
             if i not in self.frozen:
-                group[self.key] = self.value
+                if isinstance(group[self.key], torch.Tensor):
+                    group[self.key].fill_(self.value)
+                else:
+                    group[self.key] = self.value
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""
