@@ -11,7 +11,7 @@ SHELL := /bin/bash
 install: $(VENV)/installed
 
 # torch first: what is there when the extension is built is what it is built against.
-$(VENV)/installed: setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+$(VENV)/installed: setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch>=2.10"
 	$(BIN)/python -m pip install --quiet --editable ".[train,test]"

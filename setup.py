@@ -20,7 +20,16 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
-ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # one binary runs on later minor versions too
+DEFAULT_CUDA = "/usr/local/cuda"
+ARCHITECTURES = [
+    "7.5",
+    "8.0",
+    "8.6",
+    "8.9",
+    "9.0",
+    "10.0",
+    "12.0",
+]  # one binary runs on later minor versions too
 
 
 def find_cuda(wanted: str | None) -> Path | None:
@@ -29,9 +38,13 @@ def find_cuda(wanted: str | None) -> Path | None:
         print("flatops: this torch knows no CUDA: building for the CPU alone")
         return None
     nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), DEFAULT_CUDA]
     if nvcc:  # /usr/local/bin/nvcc may be a link, or a script that calls /usr/local/cuda/bin/nvcc
-        homes += [Path(nvcc).resolve().parent.parent, Path(nvcc).parent.parent, Path(nvcc).parent.parent / "cuda"]
+        homes += [
+            Path(nvcc).resolve().parent.parent,
+            Path(nvcc).parent.parent,
+            Path(nvcc).parent.parent / "cuda",
+        ]
     for home in map(Path, filter(None, homes)):
         if not ((home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists()):
             continue
@@ -81,7 +94,13 @@ def compiled_core() -> dict:
             "-fvisibility=hidden",
             *openmp,
         ],
-        "nvcc": ["-O3", "-std=c++20", "-fmad=false", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"],
+        "nvcc": [
+            "-O3",
+            "-std=c++20",
+            "-fmad=false",
+            "-Xfatbin=-compress-all",
+            "-Xcompiler=-fvisibility=hidden",
+        ],
     }
     how = {"sources": SOURCES, "include_dirs": [str(Path("csrc").absolute())], "extra_link_args": openmp}
     if cuda:

@@ -76,23 +76,29 @@ def why_not(name: str, device: torch.device) -> str:
         if not HAS_TRITON:
             return "Triton is not installed: run pip install triton"
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "on a CPU it runs in Triton's interpreter alone: set TRITON_INTERPRET=1 before Python starts"
+            return (
+                "on a CPU it runs in Triton's interpreter alone: set TRITON_INTERPRET=1 before Python starts"
+            )
     return ""
+
+
+def _runs_on(code: str, device: int) -> bool:
+    """Whether code compiled for `code`, such as sm_90 or compute_120, runs on a device such as 90."""
+    kind, arch = code.split("_")
+    if not arch.isdigit():  # sm_90a is for that device alone
+        return int(arch[:-1]) == device
+    # Machine code runs on its own major version from its minor version on; PTX on everything later.
+    return int(arch) <= device and (kind == "compute" or int(arch) // 10 == device // 10)
 
 
 def _why_not_cuda(device: torch.device) -> str:
     if not _C.cuda_archs:
         return "it was not compiled: there was no nvcc, so install a CUDA toolkit and run pip install flatops again"
     major, minor = torch.cuda.get_device_capability(device)
-    here = 10 * major + minor
-    # Machine code runs on its own major version from its minor version on; PTX on everything later.
-    if any(
-        (arch // 10 == major and arch <= here) or (ptx and arch <= here)
-        for arch, ptx in ((int(a.split("_")[1]), a.startswith("compute")) for a in _C.cuda_archs)
-    ):
+    if any(_runs_on(code, 10 * major + minor) for code in _C.cuda_archs):
         return ""
     return (
-        f"it was compiled for {' '.join(_C.cuda_archs)} and {torch.cuda.get_device_name(device)} is sm_{here}: "
+        f"it was compiled for {' '.join(_C.cuda_archs)} and {torch.cuda.get_device_name(device)} is sm_{major}{minor}: "
         f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and run pip install flatops again"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def report() -> dict[str, Any]:
     """Versions, the compiled core, threads, and every device with the backend that its tensors get."""
     devices = {"cpu": cpu_name()}
@@ -34,12 +42,15 @@ def report() -> dict[str, Any]:
             "torch": _C.torch_version,
             "simd": _C.simd(),
             "simd_levels": list(_C.simd_levels()),
+            "cuda": _C.cuda_version,
+            "cuda_archs": list(_C.cuda_archs),
         }
     return {
         "versions": {
             "flatops": flatops.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "triton": _version("triton"),
         },
         "core": core,
         "threads": torch.get_num_threads(),
@@ -59,12 +70,18 @@ def show(report: dict[str, Any]) -> None:
     table.add_column(style="bold")
     table.add_column()
     for name, version in report["versions"].items():
-        table.add_row(name, version)
+        table.add_row(name, version or "not installed")
     core = report["core"]
     if core["built"]:
         table.add_row("core", f"compiled by {core['compiler']} for torch {core['torch']}")
         table.add_row(
             "SIMD", f"{core['simd']}  [dim](this machine runs {', '.join(core['simd_levels'])})[/dim]"
+        )
+        table.add_row(
+            "CUDA",
+            f"{core['cuda']} for {' '.join(core['cuda_archs'])}"
+            if core["cuda"]
+            else "not compiled: there was no usable nvcc",
         )
     else:
         table.add_row("core", f"[red]not compiled[/red]: {core['why']}")

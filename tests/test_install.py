@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -30,6 +31,61 @@ def test_without_a_compiler_the_error_says_what_is_missing(tmp_path):
     assert "no C++ compiler" in done.stderr and "apt-get install g++" in done.stderr
 
 
+@pytest.fixture
+def find_cuda(monkeypatch):
+    """setup.py's, on a machine without a toolkit of its own."""
+    monkeypatch.setattr("setuptools.setup", lambda **kwargs: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    function = runpy.run_path(str(ROOT / "setup.py"))["find_cuda"]
+    monkeypatch.setitem(function.__globals__, "DEFAULT_CUDA", "/nowhere")
+    return function
+
+
+def toolkit(path: Path, version: str, header: bool = True) -> Path:
+    """A CUDA toolkit as far as finding one goes."""
+    (path / "bin").mkdir(parents=True)
+    (path / "include").mkdir()
+    if header:
+        (path / "include/cuda_runtime.h").touch()
+    (path / "bin/nvcc").write_text(
+        f"#!/bin/sh\necho Cuda compilation tools, release {version}, V{version}.1\n"
+    )
+    (path / "bin/nvcc").chmod(0o755)
+    return path
+
+
+def test_a_usable_nvcc_is_found(find_cuda, monkeypatch, tmp_path):
+    """In CUDA_HOME; or behind an nvcc on PATH that is a link, or a script beside the toolkit."""
+    home = toolkit(tmp_path / "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert find_cuda("13.2") == home
+    monkeypatch.delenv("CUDA_HOME")
+    assert find_cuda("13.2") is None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch()
+    monkeypatch.setattr("shutil.which", lambda name: str(tmp_path / "bin/nvcc"))
+    assert find_cuda("13.2") == home
+
+
+@pytest.mark.parametrize(
+    "version, header, wanted, says",
+    [
+        ("12.4", True, "13.0", "is CUDA 12.4 and torch was built with 13.0"),
+        ("13.0", False, "13.0", "no usable nvcc"),
+        ("13.0", True, None, "this torch knows no CUDA"),
+    ],
+)
+def test_an_nvcc_that_cannot_be_used_leaves_the_cpu(
+    find_cuda, monkeypatch, tmp_path, capsys, version, header, wanted, says
+):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", version, header)))
+    assert find_cuda(wanted) is None
+    assert says in capsys.readouterr().out
+
+
 def test_the_sdist_holds_what_a_build_needs(tmp_path):
     done = run("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})")
     assert done.returncode == 0, done.stderr
@@ -39,7 +95,9 @@ def test_the_sdist_holds_what_a_build_needs(tmp_path):
     if not tracked:
         pytest.skip("not a git checkout: an unpacked sdist has no list of files to compare with")
     wanted = [
-        f for f in tracked if f.startswith(("csrc/", "flatops/", "benchmarks/", "tests/")) or f == "setup.py"
+        f
+        for f in tracked
+        if f.startswith(("csrc/", "kernels/", "flatops/", "benchmarks/", "tests/")) or f == "setup.py"
     ]
     assert [f for f in wanted if f not in names] == []
 
@@ -49,6 +107,15 @@ def test_info_tells_what_was_built():
     report = json.loads(done.stdout)
     assert report["core"]["built"] and report["devices"]["cpu"]["backend"] == "cpp"
     assert report["core"]["simd"] in report["core"]["simd_levels"]
+    assert bool(report["core"]["cuda"]) == bool(report["core"]["cuda_archs"])
+
+
+def test_info_shows_the_cuda_build():
+    """Wherever a usable nvcc was, with or without a GPU."""
+    done = run("-m", "flatops", "info")
+    assert done.returncode == 0
+    expected = f"{_C.cuda_version} for {_C.cuda_archs[0]}" if _C.cuda_version else "no usable nvcc"
+    assert expected in done.stdout
 
 
 @pytest.mark.parametrize("level", _C.simd_levels())

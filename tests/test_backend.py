@@ -1,0 +1,94 @@
+"""Which backend is chosen, and what is said of one that cannot be used."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from flatops import ops
+from flatops.backend import _C, _runs_on, choose, why_not
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends that there is a GPU, that the core was compiled for some architectures, and that Triton is there or not."""
+    module = sys.modules["flatops.backend"]  # `flatops.backend` is the context manager of that name
+
+    def pretend(capability: tuple[int, int], archs: list[str], triton: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+        monkeypatch.setattr(_C, "cuda_archs", archs)
+        monkeypatch.setattr(module, "HAS_TRITON", triton)
+        monkeypatch.setattr(module, "_forced", None)
+        module._warn.cache_clear()
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    "code, device, runs",
+    [
+        ("sm_80", 80, True),
+        ("sm_80", 89, True),  # machine code runs on later minor versions
+        ("sm_86", 80, False),
+        ("sm_80", 90, False),  # and on no other major one
+        ("compute_80", 90, True),  # PTX is compiled for whatever comes
+        ("compute_120", 90, False),
+        ("sm_90a", 90, True),
+        ("sm_100a", 103, False),
+        ("sm_120", 121, True),
+    ],
+)
+def test_what_runs_where(code, device, runs):
+    assert _runs_on(code, device) is runs
+
+
+def test_cuda_is_chosen_where_it_was_compiled_for_the_device(machine):
+    machine((9, 0), ["sm_80", "sm_90"], triton=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(GPU) == "cuda"
+
+
+def test_triton_is_chosen_where_cuda_was_not_compiled(machine):
+    machine((9, 0), [], triton=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(GPU) == "triton"
+    with pytest.raises(RuntimeError, match="no nvcc"):
+        choose(GPU, "cuda")
+
+
+def test_an_architecture_that_the_binary_lacks(machine):
+    machine((12, 0), ["sm_80", "sm_90"], triton=True)
+    assert choose(GPU) == "triton"
+    with pytest.raises(
+        RuntimeError, match="compiled for sm_80 sm_90 and a GPU is sm_120: set TORCH_CUDA_ARCH_LIST=12.0"
+    ):
+        choose(GPU, "cuda")
+
+
+def test_the_reference_is_chosen_with_one_warning_where_there_is_nothing_else(machine):
+    machine((9, 0), [], triton=False)
+    with pytest.warns(UserWarning, match="slow reference.*cuda: .*no nvcc.*triton: .*pip install triton"):
+        assert choose(GPU) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(GPU) == "reference"
+
+
+def test_triton_on_a_cpu_is_for_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in why_not("triton", CPU)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        ops.filter_norms([torch.ones(3, 3)], backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not("triton", CPU) == ""
+
+
+def test_the_wrong_device_is_an_error_that_says_what_to_do():
+    with pytest.raises(ValueError, match="backend 'cuda' cannot be used: it does not serve cpu tensors"):
+        ops.filter_norms([torch.ones(3, 3)], backend="cuda")
