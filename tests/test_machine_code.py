@@ -1,0 +1,67 @@
+"""What the CUDA kernels' machine code shows without a GPU: no spills, 128-bit accesses, as few instructions as documented."""
+
+import re
+
+import pytest
+from flatops.benchmarks import machine_code
+
+from flatops.backend import _C
+
+if not _C.cuda_archs:
+    pytest.skip("the core was built without CUDA: there was no usable nvcc", allow_module_level=True)
+
+ARCHS = [arch for arch in _C.cuda_archs if arch.startswith("sm_")]
+FLOAT32 = r"perturbIf|ascendIf|4copyIf|filter_sumsIf|part_sumsIf"
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def kernels(request):
+    """The kernels compiled for one architecture, by name."""
+    return machine_code.kernels(_C.__file__, request.param)
+
+
+def test_every_operator_has_its_kernel(kernels):
+    for operator, pattern, *_ in machine_code.OPERATORS:
+        assert sum(bool(re.search(pattern, name)) for name in kernels) == 1, operator
+
+
+def test_nothing_is_spilled(kernels):
+    assert {name: kernel.spills for name, kernel in kernels.items() if kernel.spills or kernel.stack} == {}
+
+
+def test_weights_and_gradients_move_128_bits_at_once(kernels):
+    """On the path of whole, aligned tiles; what else is read there are numbers, one a block."""
+    for name, kernel in kernels.items():
+        if re.search(FLOAT32, name):
+            path = kernel.path(machine_code.SEARCH)
+            loads, stores = (
+                sum(n for i, n in path.items() if i.name == access and i.bits == 128)
+                for access in ("LDG", "STG")
+            )
+            narrow = sum(n for i, n in path.items() if i.name in ("LDG", "STG") and i.bits < 128)
+            assert loads + stores >= 8 and narrow <= 4, name
+
+
+def test_float32_arithmetic_is_what_the_source_says(kernels):
+    """No multiplication and addition was contracted, and nothing is approximate: their bits would differ from a CPU's."""
+    normal = next(k for name, k in kernels.items() if re.search(r"perturbIfL.*ModeE2ELi168E", name))
+    counts = normal.instructions
+    # Eight fours of normals are sixteen pairs; a pair takes 13 fma, and a correctly rounded root 2 more.
+    assert sum(n for opcode, n in counts.items() if opcode.startswith("FFMA")) >= 16 * 13
+    assert not any(re.match(r"MUFU\.(LG2|EX2|SIN|COS|SQRT)", opcode) for opcode in counts)
+
+
+@pytest.mark.skipif(
+    "sm_90" not in ARCHS, reason="the model is of an H100, and TORCH_CUDA_ARCH_LIST left it out"
+)
+def test_memory_and_not_arithmetic_bounds_an_h100():
+    """By the model in docs/performance.md: bytes take longer than instructions in all that moves weights."""
+    kernels = machine_code.kernels(_C.__file__, "sm_90")
+    weights = machine_code.MODELS["ResNet-50"]
+    for operator, pattern, elements, bytes_per_weight in machine_code.OPERATORS:
+        kernel = next(k for name, k in kernels.items() if re.search(pattern, name))
+        pipes = machine_code.by_pipe(kernel.path(machine_code.SEARCH), elements)
+        prediction = machine_code.predict(pipes, bytes_per_weight, weights)
+        assert pipes["issue"] < 60, operator
+        if operator != "normals alone":
+            assert prediction.arithmetic < 0.75 * prediction.memory, operator
