@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from flatops.benchmarks import seeds, step
@@ -33,8 +33,8 @@ class Config:
     """Whose list of parameters: any name of timm's."""
     rounds: int = 25
     """How often each contender runs; the fastest counts, on a GPU the median."""
-    device: str = "cpu"
-    """What to measure on: cpu or cuda. A GPU is measured with every backend that it has."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What to measure on; a GPU with every backend that it has."""
     json: Path | None = None
     """Also write the rows to this file."""
 
@@ -334,7 +334,9 @@ def show(result: dict[str, Any]) -> None:
 
 def main(config: Config) -> int:
     """Measures and prints; writes JSON if asked."""
-    if torch.device(config.device).type != "cpu":
+    if config.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("there is no GPU that torch can use: see nvidia-smi, and torch.version.cuda")
         from flatops.benchmarks import bench_gpu
 
         return bench_gpu.main(config)

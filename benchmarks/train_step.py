@@ -1,0 +1,280 @@
+"""What does a real training step cost beside SGD's? A timm model on made-up images, in bf16 autocast, as one would train it.
+
+Each method has its own model and optimizer, all in one process, their steps in turn; what counts is the median over rounds of
+the ratio to the SGD of the same round.
+
+    python -c "from flatops.benchmarks import train_step as t; t.main(t.Config(device='cuda'))"
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from flatops.benchmarks import seeds
+from flatops.benchmarks.measure import (
+    Batch,
+    in_turn,
+    provenance,
+    quantile,
+    synchronize,
+    traced,
+    waits,
+)
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import flatops
+from flatops.train import models
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Train with each method for a few steps."""
+
+    model: str = "resnet50"
+    """Any name of timm's."""
+    batch: int = 256
+    """Images a step."""
+    image: int = 224
+    """Their width and height."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train."""
+    rounds: int = 15
+    """How often each method has its turn; the median counts."""
+    steps: int = 3
+    """Steps a turn."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+
+
+@dataclass
+class Method:
+    """One contender."""
+
+    name: str
+    step: Callable[[], Any]
+    own: Callable[[], Any] | None = (
+        None  # what it does beside forward, backward and the base optimizer's step
+    )
+    must: float | None = None  # times SGD's step, at most
+    seconds: list[float] = field(default_factory=list)  # a step
+
+
+def methods(config: Config) -> list[Method]:
+    """SGD first, then ours, then the seeds' way."""
+    device = torch.device(config.device)
+    torch.backends.cudnn.benchmark = True
+    generator = torch.Generator(device).manual_seed(0)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        shape = (config.batch, 3, config.image, config.image)
+        x = torch.randn(shape, generator=generator, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
+        return x, torch.randint(1000, (config.batch,), generator=generator, device=device)
+
+    first, second = batch(), batch()
+    base: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "fused": True}
+
+    def contender(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[Any, list[Tensor], Any, Callable]:
+        torch.manual_seed(0)
+        model = models.create(config.model, classes=1000, channels=3)
+        model = model.to(device, memory_format=torch.channels_last).train()
+        params = list(model.parameters())
+
+        def backward(data: tuple[Tensor, Tensor], weight: float = 1.0) -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = cross_entropy(model(data[0]), data[1])
+            (loss if weight == 1 else weight * loss).backward()
+
+        return model, params, make(params), backward
+
+    def sgd(params: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, **base)
+
+    def end(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def plain() -> Method:
+        _, _, optimizer, backward = contender(sgd)
+
+        def step() -> None:
+            backward(first)
+            end(optimizer)
+
+        return Method("SGD", step)
+
+    def ours(name: str, make: Callable[[Any], Any], must: float | None = None) -> Method:
+        model, params, optimizer, backward = contender(make)
+        mixes = name == "m-RWP"
+        clean_pass = name != "RWP"
+
+        def step() -> None:
+            if clean_pass:
+                backward(first, optimizer.clean_weight if mixes else 1.0)
+            frozen = flatops.freeze_batchnorm_stats(model, enabled=clean_pass)
+            with optimizer.perturbed(), frozen:
+                backward(second if mixes else first, optimizer.perturbed_weight if mixes else 1.0)
+            end(optimizer)
+
+        def own() -> None:
+            for p, g in zip(params, grads):
+                p.grad = g
+            with optimizer.perturbed():
+                pass
+
+        backward(first)
+        grads = [p.grad for p in params]
+        optimizer.zero_grad()
+        return Method(name, step, own, must)
+
+    def seeds_rwp() -> Method:
+        _, params, optimizer, backward = contender(sgd)
+
+        def step() -> None:
+            noise = seeds.perturb(params, 0.005)
+            backward(first)
+            seeds.remove(params, noise)
+            end(optimizer)
+
+        return Method("RWP, the seeds' way", step, lambda: seeds.remove(params, seeds.perturb(params, 0.005)))
+
+    def seeds_sam() -> Method:
+        model, params, optimizer, backward = contender(sgd)
+
+        def climb(grads: list[Tensor]) -> list[Tensor]:
+            return seeds.ascend(params, grads, 0.05, seeds.grad_norm(grads))
+
+        def step() -> None:
+            backward(first)
+            kept = climb([p.grad for p in params])
+            optimizer.zero_grad()
+            with flatops.freeze_batchnorm_stats(model):
+                backward(first)
+            seeds.copy_back(params, kept)
+            end(optimizer)
+
+        backward(first)
+        grads = [p.grad for p in params]
+        optimizer.zero_grad()
+        return Method("SAM, the seeds' way", step, lambda: seeds.copy_back(params, climb(grads)))
+
+    sgd_class = torch.optim.SGD
+    return [
+        plain(),
+        ours("RWP", lambda p: flatops.RWP(p, sgd_class, sigma=0.005, **base), must=1.01),
+        ours("m-RWP", lambda p: flatops.RWP(p, sgd_class, sigma=0.005, lam=0.5, **base)),
+        ours("SAM", lambda p: flatops.SAM(p, sgd_class, rho=0.05, **base)),
+        seeds_rwp(),
+        seeds_sam(),
+    ]
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Times and counts of every method's step."""
+    device = torch.device(config.device)
+    contenders = methods(config)
+
+    def turn(method: Method) -> Callable[[], float]:
+        def run() -> float:
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(config.steps):
+                method.step()
+            synchronize(device)
+            return (time.perf_counter() - start) / config.steps
+
+        return run
+
+    taken = in_turn({method.name: turn(method) for method in contenders}, config.rounds)
+    own = {method.name: Batch(method.own, device) for method in contenders if method.own}
+    own_taken = in_turn(own, config.rounds)
+    rows = []
+    for method in contenders:
+        ratios = [mine / sgd for mine, sgd in zip(taken[method.name], taken["SGD"])]
+        step = quantile(taken[method.name], 0.5)
+        row = {
+            "name": method.name,
+            "step_ms": step * 1e3,
+            "step_ms_p20": quantile(taken[method.name], 0.2) * 1e3,
+            "step_ms_p80": quantile(taken[method.name], 0.8) * 1e3,
+            "images_per_second": config.batch / step,
+            "ratio_to_sgd": quantile(ratios, 0.5),
+            "ratio_to_sgd_p20": quantile(ratios, 0.2),
+            "ratio_to_sgd_p80": quantile(ratios, 0.8),
+            "must": method.must,
+            "step": traced(method.step),
+        }
+        if method.own:
+            samples = own_taken[method.name]
+            row |= {
+                "own_ms": quantile([s.device for s in samples], 0.5) * 1e3,
+                "own_host_ms": quantile([s.host for s in samples], 0.5) * 1e3,
+                "own": traced(method.own),
+                "own_waits": waits(method.own, device),
+            }
+        rows.append(row)
+    return {
+        **provenance(device),
+        "model": config.model,
+        "batch": config.batch,
+        "image": config.image,
+        "rounds": config.rounds,
+        "steps": config.steps,
+        "memory_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "rows": rows,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{result['model']}, batches of {result['batch']} images of {result['image']}x{result['image']}, bf16 autocast\n"
+        f"{result.get('gpu', result['machine'])}, torch {result['torch']}",
+        caption="own: what the method adds beside forward, backward and the base optimizer's step; on the GPU, and the host's time "
+        "until it is launched. A step of m-RWP sees two batches, of which one is counted.",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("method", no_wrap=True)
+    columns = ("ms a step", "images/s", "to SGD", "must", "own ms", "host ms", "own launches", "own syncs")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        met = row["must"] is None or row["ratio_to_sgd"] <= row["must"]
+        ratio = f"{row['ratio_to_sgd']:.3f}"
+        own = ("", "", "", "")
+        if "own" in row:
+            counts = (str(row["own"][name]) for name in ("launches", "host_syncs"))
+            own = (f"{row['own_ms']:.3f}", f"{row['own_host_ms']:.3f}", *counts)
+        table.add_row(
+            row["name"],
+            f"{row['step_ms']:.2f}",
+            f"{row['images_per_second']:.0f}",
+            ratio if met else f"[red]{ratio}[/red]",
+            f"{row['must']:.2f}" if row["must"] else "",
+            *own,
+        )
+    Console(width=130).print(table)
+    for row in result["rows"]:
+        if row.get("own_waits"):
+            print(f"{row['name']}: the host waits: {row['own_waits']}")
+
+
+def main(config: Config) -> int:
+    """Measures and prints; writes JSON if asked. Returns 1 if one of ours makes the host wait."""
+    result = measure(config)
+    show(result)
+    if config.json:
+        config.json.write_text(json.dumps(result, indent=2) + "\n")
+    return int(any(row.get("own_waits") for row in result["rows"] if "seeds" not in row["name"]))
