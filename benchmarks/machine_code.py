@@ -157,11 +157,29 @@ class Kernel:
                 todo.append(n + 1)
         return reached
 
+    def _longer_ways(self, wide: list[int], ends: list[int]) -> set[int]:
+        """Where not to go: the first blocks of alternatives, such as code for what is not aligned, that move as much in more steps."""
+        at = {block[0].address: n for n, block in enumerate(self.blocks)}
+        closed: set[int] = set()
+        for n, block in enumerate(self.blocks):
+            here = self._reached(closed)
+            target = at.get(block[-1].target)
+            if n not in here or target is None or block[-1].ends or "DIV" in block[-1].opcode:
+                continue
+            without = {side: self._reached(closed | {side}) for side in (n + 1, target)}
+            moved = {side: sum(w in reached for w in wide) for side, reached in without.items()}
+            fewer = len({*moved.values()}) == 1 and 0 < moved[target] < sum(w in here for w in wide)
+            if fewer and all(not reached.isdisjoint(ends) for reached in without.values()):
+                length = {side: sum(len(self.blocks[b]) for b in without[side]) for side in without}
+                closed.add(min(length, key=lambda side: length[side]))
+        return closed
+
     def path(self, trips: int = 1) -> Counter[Instruction]:
         """What a thread with a whole and aligned tile runs, each instruction with how often: an upper bound.
 
-        Left out is what can be: slow paths, which call something, and narrow accesses, as long as every wide access
-        and the end stay within reach. Both sides of any other choice count. Loops run `trips` times.
+        Left out is what can be: of two ways with as many wide accesses the longer one; slow paths, which call something,
+        and narrow accesses, as long as every wide access on the way and the end stay within reach. Both sides of any
+        other choice count. Loops run `trips` times.
         """
         accesses = [
             (n, i)
@@ -171,9 +189,9 @@ class Kernel:
         ]
         widest = max((i.bits for _, i in accesses), default=0)
         ends = [n for n, block in enumerate(self.blocks) if any(i.name == "EXIT" for i in block)]
-        wide = {n for n, i in accesses if i.bits == widest} & self._reached()
+        closed = self._longer_ways([n for n, i in accesses if i.bits == widest], ends)
+        wide = {n for n, i in accesses if i.bits == widest} & self._reached(closed)
         calls = {n for n, block in enumerate(self.blocks) if any(i.name == "CALL" for i in block)}
-        closed: set[int] = set()
         for n in sorted(calls | {n for n, _ in accesses} - wide):
             reached = self._reached(closed | {n})
             if wide <= reached and not reached.isdisjoint(ends):

@@ -32,36 +32,41 @@ template <class T> struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
   T x[4];
 };
 
-// Of the four, those that are left; what is not there is zero.
-template <class T> __device__ inline Four<T> load(const T* p, Left left) {
-  if (left.vector >= 4) return *reinterpret_cast<const Four<T>*>(p);
-  Four<T> v{};
+// Of the four, those that are left; what is not there is zero. VECTOR: all four are, and aligned.
+template <bool VECTOR = false, class T> __device__ inline Four<T> load(const T* p, Left left) {
+  if constexpr (!VECTOR)
+    if (left.vector < 4) {
+      Four<T> v{};
 #pragma unroll
-  for (int c = 0; c < 4; ++c)
-    if (c < left.elements) v.x[c] = p[c];
-  return v;
+      for (int c = 0; c < 4; ++c)
+        if (c < left.elements) v.x[c] = p[c];
+      return v;
+    }
+  return *reinterpret_cast<const Four<T>*>(p);
 }
 
-template <class T> __device__ inline void store(T* p, const Four<T>& v, Left left) {
-  if (left.vector >= 4) {
-    *reinterpret_cast<Four<T>*>(p) = v;
-    return;
-  }
+template <bool VECTOR = false, class T> __device__ inline void store(T* p, const Four<T>& v, Left left) {
+  if constexpr (!VECTOR)
+    if (left.vector < 4) {
 #pragma unroll
-  for (int c = 0; c < 4; ++c)
-    if (c < left.elements) p[c] = v.x[c];
+      for (int c = 0; c < 4; ++c)
+        if (c < left.elements) p[c] = v.x[c];
+      return;
+    }
+  *reinterpret_cast<Four<T>*>(p) = v;
 }
 
 // A thread's fours, STEP elements apart.
-template <int STEP, class T, int K> __device__ inline void load(Four<T> (&x)[K], const T* p, Left left) {
+template <int STEP, bool VECTOR = false, class T, int K> __device__ inline void load(Four<T> (&x)[K], const T* p, Left left) {
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    if (k * STEP < left.elements) x[k] = load(p + k * STEP, left - k * STEP);
+    if (k * STEP < left.elements) x[k] = load<VECTOR>(p + k * STEP, left - k * STEP);
 }
-template <int STEP, class T, int K> __device__ inline void store(T* p, const Four<T> (&x)[K], Left left) {
+template <int STEP, bool VECTOR = false, class T, int K>
+__device__ inline void store(T* p, const Four<T> (&x)[K], Left left) {
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    if (k * STEP < left.elements) store(p + k * STEP, x[k], left - k * STEP);
+    if (k * STEP < left.elements) store<VECTOR>(p + k * STEP, x[k], left - k * STEP);
 }
 
 // kernel<T> for the dtype's T: calls f with a null pointer to T.

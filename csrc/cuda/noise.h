@@ -17,10 +17,25 @@ FLATOPS_INLINE Word high(Wide x) { return Word(x >> 32); }
 FLATOPS_INLINE Word low(Wide x) { return Word(x); }
 FLATOPS_INLINE Word splat(uint32_t x) { return x; }
 
+FLATOPS_INLINE float rsqrt_approx(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / __fsqrt_rn(x);
+#endif
+}
+
 using F32 = float;
 using I32 = int32_t;
 FLATOPS_INLINE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-FLATOPS_INLINE float sqrt_rn(float x) { return __fsqrt_rn(x); }
+FLATOPS_INLINE float sqrt_rn(float x) {
+  // What __fsqrt_rn does with numbers far from the ends of their range, without the branch that sends others elsewhere: here
+  // x is zero, of either sign, or lies between 1e-7 and 44. Of zero the reciprocal root is infinite.
+  const float y = fminf(fabsf(rsqrt_approx(x)), 1e19f), root = x * y;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * y, root);
+}
 FLATOPS_INLINE float to_float(int32_t x) { return __int2float_rn(x); }
 FLATOPS_INLINE int32_t bits(float x) { return __float_as_int(x); }
 FLATOPS_INLINE float as_float(int32_t x) { return __int_as_float(x); }

@@ -23,22 +23,19 @@ __device__ float adapted(float scale, float eta, float fisher) {
 __device__ float add(float scale, float z, float w) { return __fmaf_rn(scale, z, w); }
 __device__ double add(float scale, float z, double w) { return __dadd_rn(w, __dmul_rn(double(scale), double(z))); }
 
-template <class T, Mode MODE, int N>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
-    perturb(const __grid_constant__ Table<N> table, const PerturbArgs args) {
+// A thread's share of a block's work. VECTOR: every four is whole and aligned, which saves a branch each.
+template <class T, Mode MODE, bool VECTOR>
+__device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bool split, const PerturbArgs& args) {
   __shared__ double sums[WARPS];
-  const Entry& e = table.find(blockIdx.x);
-  const bool split = e.length > TILE;
-  const Share s = share(e, blockIdx.x - e.first_block, split);
   const int64_t at = s.filter * int64_t(e.length) + s.offset;
   T* const w = (T*)e.data + at;
 
   Four<T> x[STEPS];
   float scale = 1.0f;
-  const float* fisher = nullptr;  // where each element has its own
+  const float* fisher = nullptr;  // where each element has its own, which is never so for VECTOR
   if constexpr (MODE != Mode::normal) {
-    load<LANES>(x, w, s.left);
-    if (e.backup) store<LANES>((T*)e.backup + at, x, s.left);
+    load<LANES, VECTOR>(x, w, s.left);
+    if (e.backup) store<LANES, VECTOR>((T*)e.backup + at, x, s.left);
     float* const stored = args.scales + e.first_filter + s.filter;
     if (MODE == Mode::perturb && !split) {
       scale = __fmul_rn(float(*args.sigma), __fsqrt_rn(float(sum_filter(x, s, sums))));
@@ -47,7 +44,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
       scale = *stored;
     }
     if (MODE == Mode::take_away) scale = -scale;
-    if (e.other && e.one_dim) fisher = e.fisher() + s.offset;
+    if (!VECTOR && e.other && e.one_dim) fisher = e.fisher() + s.offset;
     else if (e.other && s.left.elements > 0) scale = adapted(scale, args.eta, e.fisher()[s.filter]);
   }
 
@@ -73,8 +70,18 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
 #pragma unroll
       for (int c = 0; c < 4; ++c) narrow(add(scales[c], z[c], widen(x[k].x[c])), x[k].x[c]);
     }
-    store(w + k * LANES, x[k], left);
+    store<VECTOR>(w + k * LANES, x[k], left);
   }
+}
+
+template <class T, Mode MODE, int N>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
+    perturb(const __grid_constant__ Table<N> table, const PerturbArgs args) {
+  const Entry& e = table.find(blockIdx.x);
+  const bool split = e.length > TILE;
+  const Share s = share(e, blockIdx.x - e.first_block, split);
+  if (e.aligned && e.length % 4 == 0 && !(e.other && e.one_dim)) perturb_share<T, MODE, true>(e, s, split, args);
+  else perturb_share<T, MODE, false>(e, s, split, args);
 }
 
 template <Mode MODE> void launch_perturb(const TensorList& list, const PerturbArgs& args, const Gpu& gpu) {
