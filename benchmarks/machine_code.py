@@ -168,8 +168,8 @@ class Kernel:
                 continue
             without = {side: self._reached(closed | {side}) for side in (n + 1, target)}
             moved = {side: sum(w in reached for w in wide) for side, reached in without.items()}
-            fewer = len({*moved.values()}) == 1 and 0 < moved[target] < sum(w in here for w in wide)
-            if fewer and all(not reached.isdisjoint(ends) for reached in without.values()):
+            twins = all(2 * n == sum(w in here for w in wide) > 0 for n in moved.values())
+            if twins and all(not reached.isdisjoint(ends) for reached in without.values()):
                 length = {side: sum(len(self.blocks[b]) for b in without[side]) for side in without}
                 closed.add(min(length, key=lambda side: length[side]))
         return closed
