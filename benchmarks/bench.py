@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from flatops.benchmarks import seeds, step
-from flatops.benchmarks.measure import best_times, count, provenance
 from torch import Tensor
 
 from flatops import ops
 from flatops.backend import _C, operators
+from flatops.benchmarks import seeds, step
+from flatops.benchmarks.measure import best_times, count, provenance
 from flatops.train import models
 
 

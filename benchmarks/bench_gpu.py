@@ -12,6 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+
+from flatops.backend import BACKENDS, why_not
 from flatops.benchmarks import bench
 from flatops.benchmarks.measure import (
     Batch,
@@ -24,8 +26,6 @@ from flatops.benchmarks.measure import (
     traced,
     waits,
 )
-
-from flatops.backend import BACKENDS, why_not
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 

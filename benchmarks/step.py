@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from flatops.benchmarks.measure import best_times
 from torch.nn.functional import cross_entropy
 
 import flatops
+from flatops.benchmarks.measure import best_times
 from flatops.train import models
 
 

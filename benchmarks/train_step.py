@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import flatops
 from flatops.benchmarks import seeds
 from flatops.benchmarks.measure import (
     Batch,
@@ -26,10 +30,6 @@ from flatops.benchmarks.measure import (
     traced,
     waits,
 )
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-
-import flatops
 from flatops.train import models
 
 

@@ -7,7 +7,7 @@ variable FLATOPS_BACKEND, and then the best backend that the tensors' device has
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 import os
 import warnings
 
@@ -51,7 +51,15 @@ else:
             "install flatops again, with --no-cache-dir --force-reinstall --no-deps"
         )
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+def _triton_version() -> tuple[int, ...] | None:
+    try:
+        return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+TRITON = _triton_version()
 
 # name -> (namespace of its operators, the device types it serves; None for every type)
 BACKENDS: dict[str, tuple[str, frozenset[str] | None]] = {
@@ -73,12 +81,7 @@ def why_not(name: str, device: torch.device) -> str:
     if name == "cuda":
         return _why_not_cuda(device)
     if name == "triton":
-        if not HAS_TRITON:
-            return "Triton is not installed: run pip install triton"
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return (
-                "on a CPU it runs in Triton's interpreter alone: set TRITON_INTERPRET=1 before Python starts"
-            )
+        return _why_not_triton(device)
     return ""
 
 
@@ -101,6 +104,19 @@ def _why_not_cuda(device: torch.device) -> str:
         f"it was compiled for {' '.join(_C.cuda_archs)} and {torch.cuda.get_device_name(device)} is sm_{major}{minor}: "
         f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and run pip install flatops again"
     )
+
+
+def _why_not_triton(device: torch.device) -> str:
+    if TRITON is None:
+        return "Triton is not installed: run pip install triton"
+    if TRITON < (3, 6):  # its square roots and divisions flush subnormal numbers
+        return f"Triton is {'.'.join(map(str, TRITON))} and 3.6 or later is needed: run pip install -U triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and not interpreted:
+        return "on a CPU it runs in Triton's interpreter alone: set TRITON_INTERPRET=1 before Python starts"
+    if device.type == "cuda" and interpreted:
+        return "TRITON_INTERPRET=1 is set, and the interpreter cannot read a GPU's memory: unset it"
+    return ""
 
 
 def _valid(name: str) -> str:

@@ -1,8 +1,13 @@
-"""The operators in Triton: one function for each schema in flatops/schemas.py."""
+"""The operators in Triton: one function for each schema in flatops/schemas.py.
 
-from flatops.kernels.ascend import ascend_
-from flatops.kernels.fisher import filter_fisher_
-from flatops.kernels.perturb import normal_, perturb_, restore_
-from flatops.kernels.sum import filter_norms, grad_norm
+One launch serves all tensors of a dtype, and with two more before it the filters that are too long for one program;
+`grad_norm` takes one launch a dtype and two more. Nothing waits for the GPU, and everything can be captured in a CUDA graph
+once it has run before, since Triton compiles a kernel when it is first called.
+"""
+
+from .ascend import ascend_
+from .fisher import filter_fisher_
+from .perturb import normal_, perturb_, restore_
+from .sum import filter_norms, grad_norm
 
 __all__ = ["ascend_", "filter_fisher_", "filter_norms", "grad_norm", "normal_", "perturb_", "restore_"]

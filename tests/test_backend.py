@@ -17,11 +17,12 @@ def machine(monkeypatch):
     """Pretends that there is a GPU, that the core was compiled for some architectures, and that Triton is there or not."""
     module = sys.modules["flatops.backend"]  # `flatops.backend` is the context manager of that name
 
-    def pretend(capability: tuple[int, int], archs: list[str], triton: bool) -> None:
+    def pretend(capability: tuple[int, int], archs: list[str], triton: tuple[int, int] | None) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
         monkeypatch.setattr(_C, "cuda_archs", archs)
-        monkeypatch.setattr(module, "HAS_TRITON", triton)
+        monkeypatch.setattr(module, "TRITON", triton)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(module, "_forced", None)
         module._warn.cache_clear()
 
@@ -47,14 +48,14 @@ def test_what_runs_where(code, device, runs):
 
 
 def test_cuda_is_chosen_where_it_was_compiled_for_the_device(machine):
-    machine((9, 0), ["sm_80", "sm_90"], triton=True)
+    machine((9, 0), ["sm_80", "sm_90"], triton=(3, 6))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(GPU) == "cuda"
 
 
 def test_triton_is_chosen_where_cuda_was_not_compiled(machine):
-    machine((9, 0), [], triton=True)
+    machine((9, 0), [], triton=(3, 6))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(GPU) == "triton"
@@ -63,7 +64,7 @@ def test_triton_is_chosen_where_cuda_was_not_compiled(machine):
 
 
 def test_an_architecture_that_the_binary_lacks(machine):
-    machine((12, 0), ["sm_80", "sm_90"], triton=True)
+    machine((12, 0), ["sm_80", "sm_90"], triton=(3, 6))
     assert choose(GPU) == "triton"
     with pytest.raises(
         RuntimeError, match="compiled for sm_80 sm_90 and a GPU is sm_120: set TORCH_CUDA_ARCH_LIST=12.0"
@@ -72,12 +73,22 @@ def test_an_architecture_that_the_binary_lacks(machine):
 
 
 def test_the_reference_is_chosen_with_one_warning_where_there_is_nothing_else(machine):
-    machine((9, 0), [], triton=False)
+    machine((9, 0), [], triton=None)
     with pytest.warns(UserWarning, match="slow reference.*cuda: .*no nvcc.*triton: .*pip install triton"):
         assert choose(GPU) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(GPU) == "reference"
+
+
+@pytest.mark.parametrize(
+    "triton, interpreted, says", [((3, 5), "0", "3.6 or later"), ((3, 6), "1", "unset it")]
+)
+def test_a_triton_that_cannot_be_used(machine, monkeypatch, triton, interpreted, says):
+    machine((9, 0), [], triton=triton)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    with pytest.raises(RuntimeError, match=says):
+        choose(GPU, "triton")
 
 
 def test_triton_on_a_cpu_is_for_the_interpreter(monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from flatops.benchmarks import bench, bench_gpu, machine_code, measure
 
 ROOT = Path(__file__).parent.parent

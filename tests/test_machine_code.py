@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from flatops.benchmarks import machine_code
 
 from flatops.backend import _C
+from flatops.benchmarks import machine_code
 
 if not _C.cuda_archs:
     pytest.skip("the core was built without CUDA: there was no usable nvcc", allow_module_level=True)

@@ -1,0 +1,364 @@
+"""What concerns Triton alone: the machine code that it makes, its interpreter, and the tables that kernels read.
+
+Bits are compared with the reference in test_ops.py, in the interpreter where there is no GPU. Machine code needs no GPU either: run as
+a program, this file compiles every kernel for one architecture and prints what is in it.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from cases import assert_same_bits  # noqa: E402
+
+from flatops import kernels, reference  # noqa: E402
+
+tensor_list = kernels.tensor_list
+widen, narrow, philox = kernels.arithmetic.widen, kernels.arithmetic.narrow, kernels.philox.philox
+
+DTYPES = ["fp32", "bf16", "fp16", "fp64"]
+ARCHITECTURES = [80, 90, 100]
+# Of every kernel, the variant that does most; "noise" is perturb_ with a backup, as RWP calls it.
+PERTURB = {"backup": True, "fisher": True}
+VARIANTS = {
+    "perturb": ("perturb", "perturb_kernel", PERTURB),
+    "noise": ("perturb", "perturb_kernel", {"backup": True, "fisher": False}),
+    "regenerate": ("perturb", "perturb_kernel", {"backup": False, "fisher": True, "sigma": None}),
+    "normal": (
+        "perturb",
+        "perturb_kernel",
+        {"backup": False, "fisher": False, "sigma": None, "scales": None},
+    ),
+    "copy": ("perturb", "copy_kernel", {}),
+    "ascend": ("ascend", "ascend_kernel", {"adaptive": True, "backup": True}),
+    "sum": ("sum", "sum_kernel", {"product": True, "whole": True}),
+    "norms": ("sum", "norms_kernel", {}),
+    "fisher": ("fisher", "fisher_kernel", {}),
+    "long_norms": ("sum", "long_norms_kernel", {}),
+    "long_fisher": ("fisher", "long_fisher_kernel", {}),
+    "whole_sums": ("sum", "whole_sums_kernel", {}),
+    "whole_norm": ("sum", "whole_norm_kernel", {}),
+}
+FOLDS = ["long_norms", "long_fisher", "whole_sums", "whole_norm"]  # they work on float64 sums alone
+CODE = [
+    (arch, name, dtype)
+    for arch in ARCHITECTURES
+    for name in VARIANTS
+    for dtype in (
+        DTYPES if arch == 90 and name in ("perturb", "ascend", "sum", "norms", "fisher") else ["fp32"]
+    )
+]
+ARGUMENTS = {
+    **dict.fromkeys(["tensors", "key", "draw"], "*i64"),
+    **dict.fromkeys(["blocks", "folds"], "*i32"),
+    **dict.fromkeys(["scales", "norms"], "*fp32"),
+    **dict.fromkeys(["sums", "sigma", "rho", "norm", "scale", "out"], "*fp64"),
+    **dict.fromkeys(["first", "count"], "i32"),
+    "eta": "fp32",
+    "beta": "fp64",
+}
+
+
+# --- machine code --------------------------------------------------------------------------------------------------------
+
+
+def build(arch: int, name: str, dtype: str) -> dict:
+    """Compiles one variant and takes its machine code apart."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, kernel, constants = VARIANTS[name]
+    kernel = getattr(getattr(kernels, module), kernel)
+    if "dtype" in kernel.arg_names:
+        constants = {**constants, "dtype": tl.dtype(dtype)}
+    signature = {a: "constexpr" if a in constants else ARGUMENTS[a] for a in kernel.arg_names}
+    index = kernel.arg_names.index
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(index(a),): value for a, value in constants.items()},
+        attrs={(index(a),): [["tt.divisibility", 16]] for a, t in signature.items() if t[0] == "*"},
+    )
+    options = tensor_list.FOLD_OPTIONS if name in FOLDS else tensor_list.OPTIONS
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage, sass = (
+            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    code = [
+        (int(at, 16), op, int(to or "0", 16))
+        for at, op, to in re.findall(
+            r"/\*([0-9a-f]+)\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)(?: +0x([0-9a-f]+))?", sass
+        )
+    ]
+    loops = [(to, at) for at, op, to in code if op == "BRA" and to and to < at]
+    storing = [(a, b) for a, b in loops if any(a <= at <= b and op == "STG.E.128" for at, op, _ in code)]
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "ops": collections.Counter(op for _, op, _ in code),
+        "loop": min((sum(a <= at <= b for at, _, _ in code) for a, b in storing), default=None),
+        "ptx": sorted(set(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z]+\.[\w.:]+)", compiled.asm["ptx"], re.M))),
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What is in the machine code of every variant; a process for each architecture."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(arch)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for arch in ARCHITECTURES
+    ]
+    found = [process.communicate()[0] for process in processes]
+    assert not any(process.returncode for process in processes)
+    return {tuple(key): value for out in found for key, value in json.loads(out)}
+
+
+@pytest.mark.parametrize("arch, name, dtype", CODE)
+def test_machine_code(arch, name, dtype, compiled):
+    """Everything stays in registers, and floating point is what the contract allows, rounded once at each step."""
+    code = compiled[arch, name, dtype]
+    assert code["stack"] == 0 and not any(op.startswith(("LDL", "STL")) for op in code["ops"])
+    assert code["registers"] <= 96
+    floating = {
+        op.replace(".rn", "").removesuffix("x2") for op in code["ptx"] if re.search(r"\.b?f(16|32|64)", op)
+    }
+    floating = {op for op in floating if not re.match(r"(ld|st|mov|cvt|setp|selp|neg|abs|shfl)\.", op)}
+    assert floating <= {"fma.f32"} | {
+        f"{op}.f{n}" for op in ("add", "sub", "mul", "div", "sqrt") for n in (32, 64)
+    }
+    assert all(".rn" in op for op in code["ptx"] if op.startswith(("div.", "sqrt.", "fma.")) and ".f" in op)
+    assert not any(".ftz" in op or ".approx" in op for op in code["ptx"])
+    if name not in ("ascend", "whole_norm"):  # which divide and take roots in float64, by fma
+        assert code["ops"].get("DFMA", 0) == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", ["noise", "perturb", "regenerate", "normal", "copy", "ascend", "sum", "norms"]
+)
+def test_accesses_are_128_bits_wide(arch, name, compiled):
+    ops = compiled[arch, name, "fp32"]["ops"]
+    if name != "normal":
+        assert any(op.startswith("LDG.E.128") for op in ops)
+    if name not in ("sum", "norms"):
+        assert ops.get("STG.E.128", 0) > 0
+
+
+def test_noise_is_cheap(compiled):
+    """40 instructions an element when this was written, four elements of a thread at a time."""
+    assert compiled[90, "noise", "fp32"]["loop"] / 4 <= 48
+
+
+# --- the interpreter -------------------------------------------------------------------------------------------------------
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled where there is a GPU"
+)
+
+
+@triton.jit
+def fma_kernel(a, b, c, out, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(out + i, tl.fma(tl.load(a + i), tl.load(b + i), tl.load(c + i)))
+
+
+@interpreted
+def test_fma_rounds_once():
+    a, b, c = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
+    c = torch.where(torch.arange(4096) % 2 == 0, -a * b, c)  # half of the sums cancel
+    out = torch.empty(4096)
+    fma_kernel[(1,)](a, b, c, out, 4096)
+    assert_same_bits(out, reference.fma(a, b, c))
+    assert not torch.equal(out, a * b + c)
+
+
+@triton.jit
+def convert_kernel(small, wide, n: tl.constexpr, dtype: tl.constexpr):
+    i = tl.arange(0, n)
+    x = widen(tl.load(small + i))
+    y = tl.load(wide + i)
+    tl.store(wide + i, x)
+    tl.store(small + i, narrow(y, dtype))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions_round_to_the_nearest(dtype):
+    """Every number of 16 bits to float32; any float32, and the ones half-way between two of 16 bits, back."""
+    small = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    bits = torch.randint(-(2**31), 2**31, (2**16,), generator=torch.Generator().manual_seed(0)).int()
+    half_way = (small.float().view(torch.int32) + torch.tensor([0x8000, 0x1000]).repeat(2**15)).int()
+    for wide in (bits.view(torch.float32), half_way.view(torch.float32)):
+        to_wide, to_small = small.float(), wide.to(dtype)
+        ours, theirs = small.clone(), wide.clone()
+        convert_kernel[(1,)](ours, theirs, 2**16, tensor_list.TYPES[dtype])
+        assert_same_bits([theirs, ours], [to_wide, to_small])
+
+
+@triton.jit
+def philox_kernel(counter, key, out):
+    c, k = counter.to(tl.pointer_type(tl.uint32)), key.to(tl.pointer_type(tl.uint32))
+    x = philox(tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(k), tl.load(k + 1))
+    for i in tl.static_range(4):
+        tl.store(out + i, x[i].to(tl.int32, bitcast=True))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    counter, key, words = (torch.tensor(x).to(torch.int32) for x in (counter, key, words))
+    out = torch.empty(4, dtype=torch.int32)
+    philox_kernel[(1,)](counter, key, out)
+    assert torch.equal(out, words)
+
+
+@interpreted
+@pytest.mark.parametrize("count", [0, 1, 129, 1024, 1025, 2**20 + 1])
+def test_total_of_any_number_of_sums(count):
+    """Up to the third level of the rule, which takes a tensor of more than 2^30 weights to reach."""
+    sums = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = torch.empty((), dtype=torch.float64)
+    kernels.sum.whole_norm_kernel[(1,)](sums, count, out)
+    assert out.item() == math.sqrt(reference.total(sums).item())
+
+
+# --- cutting and tables ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["all", "long", "whole"])
+def test_blocks_cover_every_element_once(kind):
+    """Row by row as kernels share them, with the sizes of this process, compiled or interpreted."""
+    rows, reduce, tile = (getattr(tensor_list, n).value for n in ("ROWS", "REDUCE", "TILE"))
+    sizes = [(), (0, 4), (7,), (3 * rows, 5), (2, tile), (3, tile + 1), (2 * tile + 3,), (5, 3 * reduce)]
+    shapes = tensor_list.Shapes([torch.Size(s) for s in sizes], [torch.float32, torch.float64] * 4)
+    cut = shapes.cut(kind)
+    seen = [torch.zeros(torch.Size(s).numel(), dtype=torch.int32) for s in sizes]
+    sums = torch.zeros(len(cut.blocks) * rows, dtype=torch.int64)
+    for dtype, first, count in cut.launches:
+        for number in range(first, first + count):
+            tensor, filter, start, shift = cut.blocks[number].tolist()
+            assert shapes.dtypes[tensor] == dtype
+            filters, length = shapes.filters[tensor], shapes.lengths[tensor]
+            if kind == "whole":
+                filters, length = 1, filters * length
+            for row in range(rows):
+                begin = start * reduce + (row & ((1 << shift) - 1)) * reduce
+                n = max(0, min(reduce, length - begin))
+                if filter + (row >> shift) < filters:
+                    begin += (filter + (row >> shift)) * length
+                    seen[tensor][begin : begin + n] += 1
+                    sums[number * rows + row] = n
+    for t, length in zip(seen, shapes.lengths):
+        assert (t == (1 if kind != "long" or length > tile else 0)).all()
+    for tensor, filter, first, count in cut.folds.tolist():
+        length = shapes.lengths[tensor] * (shapes.filters[tensor] if kind == "whole" else 1)
+        assert sums[first : first + count].sum() == length
+
+
+def test_tables_are_made_once_and_bounded():
+    params = [torch.randn(3, 4), torch.randn(5)]
+    first = tensor_list.TensorList(params).table
+    assert tensor_list.TensorList(params).table is first
+    assert tensor_list.TensorList(params[::-1]).table is not first
+    for i in range(300):
+        tensor_list.TensorList(params, index=[i, i + 1])
+    assert len(tensor_list._tables) <= 256
+
+
+def test_weights_that_share_memory_are_refused():
+    w = torch.randn(10)
+    with pytest.raises(ValueError, match=r"params\[1\] and params\[0\] share memory"):
+        tensor_list.TensorList([w[4:], w[:5]], changed=True)
+    tensor_list.TensorList([w[5:], w[:5]], changed=True)
+
+
+@interpreted
+def test_versions_move_where_something_changes():
+    """Also where odd layouts are copied: the gradient's copy is not put back."""
+    params, grads, backup = ([torch.ones(6, 4).t()] for _ in range(3))
+    rho, norm = torch.tensor(0.5, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    kernels.ascend_(params, grads, backup, rho, norm, False)
+    assert (params[0] == 1.25).all() and (backup[0] == 1).all()
+    assert (params[0]._version > 0, backup[0]._version > 0, grads[0]._version) == (True, True, 0)
+    version = backup[0]._version
+    kernels.restore_(params, backup, None, None, None, [], [], 0.0)
+    assert (params[0] == 1).all() and backup[0]._version == version
+
+
+class Stream:
+    """As much of a CUDA stream as tables need."""
+
+    waits = 0
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        self.waits += 1
+
+
+def test_tables_on_a_gpu(monkeypatch):
+    """Filled once without waiting, waited for by other streams; and what a graph reads lives for ever."""
+    streams, capturing, recorded = [Stream(), Stream()], [False], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device, non_blocking: t.clone())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: recorded.append(stream))
+    monkeypatch.setattr(tensor_list, "_tables", collections.OrderedDict())
+    monkeypatch.setattr(tensor_list, "_graphs_read", [])
+    monkeypatch.setattr(tensor_list, "_reserve", torch.zeros(6, dtype=torch.int64))
+
+    def table(key, *values):
+        return tensor_list._on_device(key, lambda: torch.tensor(values), torch.device("cuda", 0))
+
+    a = table("a", 1, 2)
+    assert table("a") is a and a.tolist() == [1, 2]
+    streams.reverse()
+    assert table("a") is a and streams[0].waits == 1 and recorded == [streams[0]]
+
+    capturing[0] = True
+    assert table("a") is a and tensor_list._graphs_read[0] is a
+    assert table("b", 3, 4).tolist() == [3, 4] and table("b", 5, 6).tolist() == [5, 6]
+    assert table("c", *range(9)).tolist() == list(range(9))  # more than was reserved
+    assert [t.tolist() for t in tensor_list._graphs_read[1:]] == [[3, 4], [5, 6], list(range(9))]
+    assert list(tensor_list._tables) == ["a"]
+
+
+if __name__ == "__main__":
+    arch = int(sys.argv[1])
+    print(json.dumps([(key, build(*key)) for key in CODE if key[0] == arch]))
