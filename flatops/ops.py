@@ -67,7 +67,8 @@ def _check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None =
 
 def _check_writable(name: str, tensors: Sequence[Tensor]) -> None:
     """Raises where two elements share memory: changing one would change the other, and no backup could undo it."""
-    if len({id(t) for t in tensors}) != len(tensors):
+    # While compiling, tensors made on the way may have no id to compare; the kernels look at their memory.
+    if not torch.compiler.is_compiling() and len({id(t) for t in tensors}) != len(tensors):
         raise ValueError(f"{name} holds the same tensor twice")
     for i, t in enumerate(tensors):
         if not t.is_contiguous() and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)):
@@ -122,7 +123,6 @@ def _scalar(
         return value.to(dtype)
     if dtype == torch.int64 and not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, not {value!r}")
-    value = value or 0  # -0.0 would be taken for the 0.0 in the cache
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()  # a mode such as FakeTensorMode, whose tensors are its own
@@ -130,7 +130,7 @@ def _scalar(
     ):
         return torch.full((), value, dtype=dtype, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    return _constant(value, device, dtype, stream)
+    return _constant(value or 0, device, dtype, stream)  # or -0.0 would be taken for the 0.0 in the cache
 
 
 @functools.lru_cache(maxsize=256)

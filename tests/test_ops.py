@@ -28,11 +28,15 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flatops
 from flatops import ops
 from flatops.backend import choose
 from flatops.schemas import SCHEMAS, filters
+
+# Triton's interpreter computes with NumPy, which warns of special values.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter")
 
 # --- equal bits ----------------------------------------------------------------------------------------------------------
 
@@ -170,6 +174,60 @@ def test_sums_are_accurate():
     assert abs(ops.grad_norm(g) - exact) / exact < 1e-7
 
 
+# --- numbers ---------------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def test_a_number_is_made_into_a_tensor_once():
+    """For each dtype, and no more of them than there is room for; -0.0 is 0.0."""
+    ops._constant.cache_clear()
+    made = ops._scalar("sigma", 0.25, CPU)
+    assert ops._scalar("rho", 0.25, CPU) is made and made.dtype == torch.float64 and made.item() == 0.25
+    one, also = ops._scalar("draw", 1, CPU, torch.int64), ops._scalar("sigma", 1, CPU)
+    assert (one.dtype, also.dtype) == (torch.int64, torch.float64) and one.item() == also.item() == 1
+    for zero in (-0.0, 0.0):
+        assert not ops._scalar("sigma", zero, CPU).signbit()
+    for i in range(1000):
+        assert ops._scalar("draw", i, CPU, torch.int64).item() == i
+    assert ops._constant.cache_info().currsize < 1000
+
+
+@pytest.mark.parametrize("first", ["real", "unreal"])
+@pytest.mark.parametrize("unreal", ["fake", "compiled", "inference"])
+def test_a_number_of_another_mode_is_of_no_other_use(unreal, first):
+    """A fake tensor must not come out of the cache in earnest, nor a real one where only fakes may be."""
+    ops._constant.cache_clear()
+    start = torch.randn(5, 9)
+    expected = start.clone()
+    ops.perturb_([expected], torch.tensor(0.25, dtype=torch.float64), seed=1, draw=torch.tensor(2))
+
+    def perturbed(w):
+        w = w.clone()
+        ops.perturb_([w], 0.25, seed=1, draw=2)
+        return w
+
+    def in_mode():
+        if unreal == "fake":
+            with FakeTensorMode() as mode:
+                perturbed(mode.from_tensor(start))
+        elif unreal == "compiled":
+            torch._dynamo.reset()
+            compiled = torch.compile(perturbed, backend="aot_eager", fullgraph=True)
+            assert_same_bits(compiled(start), expected)
+        else:
+            with torch.inference_mode():
+                perturbed(start)
+
+    for run in (
+        (in_mode, lambda: perturbed(start)) if first == "unreal" else (lambda: perturbed(start), in_mode)
+    ):
+        run()
+    assert_same_bits(perturbed(start), expected)
+    number = ops._scalar("sigma", 0.25, CPU)
+    assert type(number) is torch.Tensor and not number.is_inference()
+
+
 # --- torch.library ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,8 +354,12 @@ BAD = [
         r"backup\[0\] is on meta",
     ),
     (lambda: ops.restore_([W], backup=[ELSEWHERE]), ValueError, r"backup\[0\] is on meta"),
-    (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, fisher=[ELSEWHERE[:, 0]]), ValueError, r"fisher\[0\]"),
-    (lambda: ops.filter_fisher_([ELSEWHERE[:, 0]], [W], 0.5), ValueError, r"fisher\[0\]"),
+    (
+        lambda: ops.perturb_([W], 0.1, seed=0, draw=0, fisher=[ELSEWHERE[:, 0].clone()]),
+        ValueError,
+        r"fisher\[0\]",
+    ),
+    (lambda: ops.filter_fisher_([ELSEWHERE[:, 0].clone()], [W], 0.5), ValueError, r"fisher\[0\]"),
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, scales=ELSEWHERE[:, 0]), ValueError, "scales"),
     (lambda: ops.perturb_([W], ELSEWHERE[0, 0], seed=0, draw=0), ValueError, "sigma is on meta"),
     (lambda: ops.perturb_([W], torch.ones(2), seed=0, draw=0), ValueError, "sigma"),

@@ -17,6 +17,7 @@ from flatops import CosineRamp
 
 SGD = torch.optim.SGD
 NAN, INF = math.nan, math.inf
+ONES = torch.ones(2)
 
 
 def weights(dtype=torch.float32):
@@ -34,12 +35,12 @@ def rwp(params=None, base=SGD, **options):
 # --- what the constructors and groups take -------------------------------------------------------------
 
 OPTIONS = [
-    *((sam, "rho", bad) for bad in (-0.1, NAN, INF, -INF, "0.1", None, True)),
-    *((rwp, "sigma", bad) for bad in (-0.1, NAN, INF, -INF, "0.1", None, True)),
-    *((rwp, "eta", bad) for bad in (-0.1, NAN, INF, None)),
-    *((rwp, "lam", bad) for bad in (-0.1, 1.1, NAN, INF, None)),
-    *((rwp, "beta", bad) for bad in (-0.1, 1.1, NAN, INF, None)),
-    *((rwp, "seed", bad) for bad in (-1, 2**64, 0.5, "0", None)),
+    *((sam, "rho", bad) for bad in (-0.1, NAN, INF, -INF, "0.1", None, True, ONES, ONES[0].int())),
+    *((rwp, "sigma", bad) for bad in (-0.1, NAN, INF, -INF, "0.1", None, True, ONES, ONES[0].int())),
+    *((rwp, "eta", bad) for bad in (-0.1, NAN, INF, None, ONES[0])),
+    *((rwp, "lam", bad) for bad in (-0.1, 1.1, NAN, INF, None, ONES[0])),
+    *((rwp, "beta", bad) for bad in (-0.1, 1.1, NAN, INF, None, ONES[0])),
+    *((rwp, "seed", bad) for bad in (-1, 2**64, 0.5, "0", None, ONES[0], ONES.long())),
     *((rwp, "restore", bad) for bad in ("EXACT", "", None, 1)),
 ]
 

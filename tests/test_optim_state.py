@@ -22,6 +22,21 @@ KINDS = {
     "arwp, no momentum": (flatops.RWP, SGD, {"sigma": 0.05, "eta": 3.0, "lr": 0.05}),
     "arwp": (flatops.RWP, ADAMW, {"sigma": 0.05, "eta": 3.0, "lr": 0.01}),
     "marwp": (flatops.RWP, SGD, {"sigma": 0.05, "lam": 0.5, "eta": 3.0, "lr": 0.05, "momentum": 0.9}),
+    "sam, rho on the device": (
+        flatops.SAM,
+        SGD,
+        {"rho": torch.tensor(0.1, dtype=torch.float64), "lr": 0.05, "momentum": 0.9},
+    ),
+    "rwp, sigma and seed on the device": (
+        flatops.RWP,
+        SGD,
+        {
+            "sigma": torch.tensor(0.05, dtype=torch.float64),
+            "seed": torch.tensor(-5),
+            "lr": 0.05,
+            "momentum": 0.9,
+        },
+    ),
     "regenerating": (flatops.RWP, SGD, {"sigma": 0.05, "restore": "regenerate", "lr": 0.05, "momentum": 0.9}),
 }
 
@@ -30,7 +45,7 @@ def make(kind, net=0, **changed):
     model = make_net(net)
     flat, base, options = KINDS[kind]
     groups = [{"params": model.features.parameters()}, {"params": model.head.parameters(), "lr": 0.02}]
-    return model, flat(groups, base, **{**options, **changed})
+    return model, flat(groups, base, **{**copy.deepcopy(options), **changed})
 
 
 def passes(model, optimizer, i):
@@ -55,7 +70,7 @@ def everything(model, optimizer):
     return [
         *model.state_dict().values(),
         *state_tensors(optimizer),
-        *(fisher[p] for p in params if p in fisher),
+        *(fisher.get(p, torch.zeros(p.shape[:1])) for p in params),  # nothing gathered yet is zero
     ]
 
 
@@ -93,6 +108,9 @@ def test_resume_equals_no_interruption(kind, at):
     train(model, optimizer, range(at))
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     other = {"rho": 0.7} if isinstance(optimizer, flatops.SAM) else {"sigma": 0.7, "seed": 9}
+    for key, value in other.items():
+        if isinstance(was := KINDS[kind][2].get(key), torch.Tensor):
+            other[key] = torch.tensor(value, dtype=was.dtype)
     fresh_model, fresh = make(kind, net=1, lr=1.0, **other)
     train(fresh_model, fresh, range(1))  # its own past is forgotten
     fresh_model.load_state_dict(saved["model"])

@@ -193,7 +193,7 @@ class RWP(Flat):
     def _draw(self, device: torch.device) -> Tensor:
         """The draw, which is the same in every group, as it lies on a device."""
         draws = [group["draw"] for group in self.param_groups]
-        return next((draw for draw in draws if draw.device == device), on(device, draws[0]))
+        return on(device, next((draw for draw in draws if draw.device == device), draws[0]))
 
     def _take_back(self) -> None:
         while self.aside:
@@ -296,7 +296,8 @@ class RWP(Flat):
         state = {i: dict(entry) for i, entry in state_dict["state"].items()}
         fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
         super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
-        self.fisher.clear()
+        for f in self.fisher.values():  # in place: a captured graph goes on reading it there
+            f.zero_()
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for i, p in zip(saved["params"], group["params"]):
                 if i in fisher:
