@@ -47,4 +47,14 @@ template <class Where> void grad_norm(TensorList& list, bool adaptive, double* o
 template <class Where>
 void ascend_(TensorList& list, const double* rho, const double* norm, bool adaptive, const Where& where);
 
+// Sets the bits of the `count` largest of the scores, ties to the first; *bad: the first tensor with a NaN or a negative score, or -1.
+// The scores are `data`, the mask `bits` and `ranks`.
+template <class Where> void topk_mask(TensorList& list, int64_t count, int64_t* bad, const Where& where);
+
+// Clears the bits of the `count` lowest |drop| among those that are set and sets those of the `count` largest |grow| among the others;
+// random scores instead where `random` says so. Nothing changes where *bad is not -1.
+struct Random { bool drop, grow; };
+template <class Where>
+void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise, int64_t count, int64_t* bad, const Where& where);
+
 }  // namespace flatops

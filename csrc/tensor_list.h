@@ -13,8 +13,10 @@ enum class DType : int32_t { f32, bf16, f16, f64 };
 struct Tensor {
   void* data;              // [filters, length]; what the operator changes, or reads if it changes nothing
   const void* grad;        // [filters, length] or null; the second operand, of `data`'s dtype
-  void* backup;            // [filters, length] or null; of `data`'s dtype
+  void* backup;            // [filters, length] or null; of `data`'s dtype. With a mask: the list's only one, see Compact
   float* fisher;           // [filters], for one-dimensional tensors [length]; or null
+  uint32_t* bits;          // the tensor's part of a mask: one bit an element, in storage order; or null
+  uint32_t* ranks;         // for each REDUCE of elements how many ones come before it in the whole list; or null
   int64_t filters, length;
   int64_t first_filter;    // position of filter 0 in per-filter arrays over the whole list
   uint32_t index;          // the parameter's position in the optimizer: the noise's `tensor`
@@ -23,6 +25,16 @@ struct Tensor {
 
   int64_t numel() const { return filters * length; }
 };
+
+// Under a mask, a backup holds the weights that the mask lets through and no others: one a slot, in the order of the list.
+struct Compact {
+  int64_t slot;   // bytes
+  int64_t slots;
+};
+
+// A mask over a list is the words of all tensors, one after the other, and then the ranks of all.
+constexpr int64_t words(int64_t elements) { return (elements + 31) / 32; }
+constexpr int64_t ranks(int64_t elements) { return (elements + 1023) / 1024; }
 
 // Sums are made by the same rule everywhere: REDUCE elements at a time, LANES running sums, folded by halves (reference.py: total, sum_squares).
 constexpr int64_t REDUCE = 1024, LANES = 128;
@@ -43,6 +55,7 @@ struct TensorList {
   std::vector<Block> blocks;
   int64_t filters = 0;     // in the whole list
   int64_t sums = 0;        // REDUCEs in all long filters
+  Compact compact{};       // of masked tensors' backup
 
   // Cuts the list into blocks. With `whole`, a tensor counts as one filter (sums over everything need no filters).
   void cut(bool whole = false) {

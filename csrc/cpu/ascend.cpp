@@ -1,4 +1,4 @@
-// ascend_: SAM's step along the gradient, one pass over weights and gradients.
+// ascend_: SAM's step along the gradient, one pass over weights and gradients; under a mask for some of them, and their way back.
 #define FLATOPS_FILE "cpu/ascend.cpp"
 #include "cpu/each_level.h"
 
@@ -37,11 +37,135 @@ static void ascend_block_of(const Tensor& t, const Block& b, double step, bool a
   fence();
 }
 
-static void ascend_block(const Tensor& t, const Block& b, double step, bool adaptive) {
+template <class T> using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// --- under a mask: only what has its bit set is read, changed and kept -----------------------------------------------------
+
+FLATOPS_INLINE int64_t ones(const uint32_t* bits, int64_t n) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; j += 32) count += __builtin_popcount(bits[j / 32] & (n - j < 32 ? (1u << (n - j)) - 1 : ~0u));
+  return count;
+}
+
+// The masked of n elements, one after the other; and back.
+template <class T> FLATOPS_INLINE void gather(const T* w, const uint32_t* bits, int64_t n, T* out) {
+  for (int64_t j = 0; j < n; j += 32)
+    for (uint32_t b = bits[j / 32] & (n - j < 32 ? (1u << (n - j)) - 1 : ~0u); b; b &= b - 1) *out++ = w[j + __builtin_ctz(b)];
+}
+template <class T> FLATOPS_INLINE void scatter(T* w, const uint32_t* bits, int64_t n, const T* in) {
+  for (int64_t j = 0; j < n; j += 32)
+    for (uint32_t b = bits[j / 32] & (n - j < 32 ? (1u << (n - j)) - 1 : ~0u); b; b &= b - 1) w[j + __builtin_ctz(b)] = *in++;
+}
+FLATOPS_INLINE uint32_t bits_at(const uint32_t* bits, int64_t i) { return bits[i / 32] >> (i % 32) & uint32_t((uint64_t(1) << W) - 1); }
+template <> FLATOPS_INLINE void gather(const float* w, const uint32_t* bits, int64_t n, float* out) {  // writes W - 1 too many
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const uint32_t b = bits_at(bits, i);
+    store(out, compress(b, load<F32>(w + i)));
+    out += __builtin_popcount(b);
+  }
+  for (; i < n; ++i)
+    if (bits[i / 32] >> (i % 32) & 1) *out++ = w[i];
+}
+template <> FLATOPS_INLINE void scatter(float* w, const uint32_t* bits, int64_t n, const float* in) {  // reads W - 1 too many
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const uint32_t b = bits_at(bits, i);
+    store(w + i, choose(b, expand(b, load<F32>(in)), load<F32>(w + i)));
+    in += __builtin_popcount(b);
+  }
+  for (; i < n; ++i)
+    if (bits[i / 32] >> (i % 32) & 1) w[i] = *in++;
+}
+
+template <class T> struct alignas(64) Gathered { T x[REDUCE + W]; };
+
+// Between the list's backup and `count` elements beside each other, from slot `first` on.
+template <class T> FLATOPS_INLINE void to_slots(const Gathered<T>& from, void* backup, const Compact& c, int64_t first, int64_t count) {
+  if (first + count > c.slots) return;  // another mask's backup: the caller has been told (ops.py), nothing is overrun
+  if (c.slot == sizeof(T)) __builtin_memcpy((T*)backup + first, from.x, count * sizeof(T));
+  else for (int64_t k = 0; k < count; ++k) __builtin_memcpy((char*)backup + (first + k) * c.slot, from.x + k, sizeof(T));
+}
+template <class T> FLATOPS_INLINE void from_slots(Gathered<T>& to, const void* backup, const Compact& c, int64_t first, int64_t count) {
+  if (c.slot == sizeof(T)) __builtin_memcpy(to.x, (const T*)backup + first, count * sizeof(T));
+  else for (int64_t k = 0; k < count; ++k) __builtin_memcpy(to.x + k, (const char*)backup + (first + k) * c.slot, sizeof(T));
+}
+
+// The masked of n elements change; the others keep every bit, a NaN's too.
+FLATOPS_INLINE void put(float* w, const uint32_t* bits, int64_t n, const float* x) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(w + i, choose(bits_at(bits, i), load<F32>(x + i), load<F32>(w + i)));
+  for (; i < n; ++i)
+    if (bits[i / 32] >> (i % 32) & 1) w[i] = x[i];
+}
+template <class T> FLATOPS_INLINE void put(T* w, const uint32_t* bits, int64_t n, const Compute<T>* x) {
+  T narrowed[REDUCE];
+  if constexpr (std::is_same_v<T, double>) __builtin_memcpy(narrowed, x, n * sizeof(double));
+  else narrow(x, n, narrowed);
+  for (int64_t j = 0; j < n; ++j)
+    if (bits[j / 32] >> (j % 32) & 1) w[j] = narrowed[j];
+}
+
+template <class T>
+static void ascend_masked_of(const Tensor& t, const Block& b, const Compact& compact, double step, bool adaptive) {
+  Tile room_w, room_g;
+  Gathered<T> kept;
+  alignas(64) Compute<T> climbed[REDUCE];
+  for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
+    const int64_t n = std::min(REDUCE, b.start + b.length - i);
+    const uint32_t* bits = t.bits + i / 32;
+    T* w = (T*)t.data + i;
+    const int64_t count = ones(bits, n);
+    if (!count) continue;
+    if (t.backup) {
+      gather(w, bits, n, kept.x);
+      to_slots(kept, t.backup, compact, t.ranks[i / REDUCE], count);
+    }
+    if (step == 0) continue;  // not even 0 times an infinite gradient
+    const Compute<T>* x = open((const T*)w, n, room_w);
+    __builtin_memcpy(climbed, x, n * sizeof(*x));
+    const Compute<T>* g = open((const T*)t.grad + i, n, room_g);
+    if (adaptive) climb<true>(climbed, g, step, n);
+    else climb<false>(climbed, g, step, n);
+    put(w, bits, n, climbed);
+  }
+}
+
+static void ascend_block(const Tensor& t, const Block& b, const Compact& compact, double step, bool adaptive) {
+  if (t.bits) FLATOPS_BY_DTYPE(t.dtype, ascend_masked_of, t, b, compact, step, adaptive)
   FLATOPS_BY_DTYPE(t.dtype, ascend_block_of, t, b, step, adaptive)
 }
 
+template <class T> static void restore_masked_of(const Tensor& t, const Block& b, const Compact& compact) {
+  Gathered<T> kept;
+  for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
+    const int64_t n = std::min(REDUCE, b.start + b.length - i);
+    const uint32_t* bits = t.bits + i / 32;
+    const int64_t count = ones(bits, n);
+    if (!count || t.ranks[i / REDUCE] + count > compact.slots) continue;
+    from_slots(kept, t.backup, compact, t.ranks[i / REDUCE], count);
+    scatter((T*)t.data + i, bits, n, kept.x);
+  }
+}
+
+static void restore_masked(const Tensor& t, const Block& b, const Compact& compact) {
+  FLATOPS_BY_DTYPE(t.dtype, restore_masked_of, t, b, compact)
+}
+
 #else
+
+#include "cpu/ascend.h"
+
+namespace flatops::cpu {
+
+void copy_back_masked(TensorList& list, const Parallel& parallel) {
+  list.cut(/*whole=*/true);
+  const auto restore_masked = FLATOPS_BEST(restore_masked);
+  parallel(list.blocks.size(),
+           [&](int64_t i) { restore_masked(list.tensors[list.blocks[i].tensor], list.blocks[i], list.compact); });
+}
+
+}  // namespace flatops::cpu
 
 namespace flatops {
 
@@ -49,8 +173,9 @@ template <> void ascend_(TensorList& list, const double* rho, const double* norm
   list.cut(/*whole=*/true);
   const double step = *norm > 0 && std::isfinite(*norm) ? *rho / *norm : 0.0;
   const auto ascend_block = FLATOPS_BEST(ascend_block);
-  parallel(list.blocks.size(),
-           [&](int64_t i) { ascend_block(list.tensors[list.blocks[i].tensor], list.blocks[i], step, adaptive); });
+  parallel(list.blocks.size(), [&](int64_t i) {
+    ascend_block(list.tensors[list.blocks[i].tensor], list.blocks[i], list.compact, step, adaptive);
+  });
 }
 
 }  // namespace flatops

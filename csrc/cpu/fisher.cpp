@@ -1,6 +1,5 @@
 // filter_fisher_: ARWP's running Fisher, one number a filter (an element, for one-dimensional tensors).
-#include <cmath>
-
+#include "cpu/element.h"
 #include "cpu/filter_sums.h"
 
 namespace flatops::cpu {
@@ -9,27 +8,6 @@ namespace {
 void update(float& fisher, double sum, double beta, double square_scale) {
   const double added = square_scale * sum;
   if (std::isfinite(added)) fisher = float(beta * fisher + added);
-}
-
-float from_bits(uint32_t u) {
-  float f;
-  __builtin_memcpy(&f, &u, 4);
-  return f;
-}
-
-double element(const Tensor& t, int64_t i) {
-  switch (t.dtype) {
-    case DType::f32: return ((const float*)t.data)[i];
-    case DType::bf16: return from_bits(uint32_t(((const uint16_t*)t.data)[i]) << 16);
-    case DType::f64: return ((const double*)t.data)[i];
-    case DType::f16: break;
-  }
-  const uint16_t h = ((const uint16_t*)t.data)[i];
-  const uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
-  const double x = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                   : exponent     ? std::ldexp(1024 + mantissa, int(exponent) - 25)
-                                  : std::ldexp(mantissa, -24);
-  return h >> 15 ? -x : x;
 }
 
 }  // namespace

@@ -50,6 +50,10 @@ FLATOPS_INLINE F32 half_to_float(const uint16_t* p) { return (F32)_mm512_cvtph_p
 FLATOPS_INLINE void float_to_half(uint16_t* p, F32 v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+FLATOPS_INLINE uint32_t sign_bits(I32 mask) { return _mm512_movepi32_mask((__m512i)mask); }
+FLATOPS_INLINE F32 choose(uint32_t bits, F32 set, F32 clear) { return (F32)_mm512_mask_blend_ps(__mmask16(bits), (__m512)clear, (__m512)set); }
+FLATOPS_INLINE F32 compress(uint32_t bits, F32 v) { return (F32)_mm512_maskz_compress_ps(__mmask16(bits), (__m512)v); }
+FLATOPS_INLINE F32 expand(uint32_t bits, F32 v) { return (F32)_mm512_maskz_expand_ps(__mmask16(bits), (__m512)v); }
 
 #elif FLATOPS_LEVEL == 256
 
@@ -73,6 +77,21 @@ FLATOPS_INLINE F32 half_to_float(const uint16_t* p) { return (F32)_mm256_cvtph_p
 FLATOPS_INLINE void float_to_half(uint16_t* p, F32 v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
+FLATOPS_INLINE uint32_t sign_bits(I32 mask) { return uint32_t(_mm256_movemask_ps((__m256)mask)); }
+FLATOPS_INLINE I32 lanes_of(uint32_t bits) {  // -1 where a bit is set
+  const I32 each = {1, 2, 4, 8, 16, 32, 64, 128};
+  return ((I32{} + int32_t(bits)) & each) == each;
+}
+FLATOPS_INLINE F32 choose(uint32_t bits, F32 set, F32 clear) {
+  return (F32)_mm256_blendv_ps((__m256)clear, (__m256)set, (__m256)lanes_of(bits));
+}
+// pdep and pext make the permutation: a byte a lane.
+FLATOPS_INLINE F32 permute(F32 v, uint64_t order) {
+  return (F32)_mm256_permutevar8x32_ps((__m256)v, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(order))));
+}
+FLATOPS_INLINE uint64_t byte_mask(uint32_t bits) { return _pdep_u64(bits, 0x0101010101010101ull) * 0xff; }
+FLATOPS_INLINE F32 compress(uint32_t bits, F32 v) { return permute(v, _pext_u64(0x0706050403020100ull, byte_mask(bits))); }
+FLATOPS_INLINE F32 expand(uint32_t bits, F32 v) { return permute(v, _pdep_u64(0x0706050403020100ull, byte_mask(bits))); }
 
 #else
 
@@ -158,6 +177,25 @@ FLATOPS_INLINE void float_to_half(uint16_t* p, F32 v) {
     }
     p[i] = uint16_t(h | sign);
   }
+}
+FLATOPS_INLINE uint32_t sign_bits(I32 mask) {
+  uint32_t out = 0;
+  for (int i = 0; i < W; ++i) out |= (uint32_t(mask[i]) >> 31) << i;
+  return out;
+}
+FLATOPS_INLINE F32 choose(uint32_t bits, F32 set, F32 clear) {
+  for (int i = 0; i < W; ++i) if (bits >> i & 1) clear[i] = set[i];
+  return clear;
+}
+FLATOPS_INLINE F32 compress(uint32_t bits, F32 v) {
+  F32 out = {};
+  for (int i = 0, n = 0; i < W; ++i) if (bits >> i & 1) out[n++] = v[i];
+  return out;
+}
+FLATOPS_INLINE F32 expand(uint32_t bits, F32 v) {
+  F32 out = {};
+  for (int i = 0, n = 0; i < W; ++i) if (bits >> i & 1) out[i] = v[n++];
+  return out;
 }
 
 #endif

@@ -96,6 +96,7 @@ static void normal_block(const Tensor& t, const Block& b, Noise noise) {
 
 #else
 
+#include "cpu/ascend.h"
 #include "cpu/filter_sums.h"
 
 namespace flatops {
@@ -119,6 +120,7 @@ void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise,
 }
 
 template <> void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Parallel& parallel) {
+  if (!scales && !list.tensors.empty() && list.tensors[0].bits) return cpu::copy_back_masked(list, parallel);
   if (!scales) {
     list.cut(/*whole=*/true);
     const auto copy_block = FLATOPS_BEST(copy_block);

@@ -1,0 +1,390 @@
+// topk_mask and regrow_mask_: the elements with the largest scores over a whole list, exactly so many, ties to the first.
+//
+// A sample of the scores brackets the threshold. One pass over all of them marks what lies above the bracket and collects what
+// lies within it, two per cent or so, among which the threshold is then found. Where a bracket holds one value only, nothing is
+// collected: its elements are counted, and a second pass marks the first of them. The sample decides how long it takes, never
+// what comes out: a bracket that misses is widened, until it holds everything.
+#define FLATOPS_FILE "cpu/mask.cpp"
+#ifndef FLATOPS_LEVEL
+#include <cstdint>
+#include <limits>
+#include <memory>
+
+#include "ops.h"
+
+namespace flatops::cpu {
+
+// Scores in an order of their own: the larger, the sooner an element is marked.
+struct Scores {
+  enum Kind { value, magnitude, random } kind;
+  bool lowest = false;                // the lowest first
+  enum Among { all, live, dead } among = all;  // among the elements whose bit is, or is not, set already
+  Noise noise = {};                   // random: the words ...
+  uint32_t filter = 0;                // ... at a place of the counter that no filter has
+
+  uint32_t eligible(const Tensor& t, int64_t word) const {
+    return among == all ? ~0u : among == live ? t.bits[word] : ~t.bits[word];
+  }
+};
+
+struct Candidate {
+  double score;
+  uint32_t block, offset;
+};
+
+// What lies above `high` is marked; what lies from `low` to `high` is collected, or counted where that is one value.
+struct Bracket {
+  double low, high;
+  bool one_value() const { return low == high; }
+};
+
+// What a block holds.
+struct Found {
+  std::unique_ptr<Candidate[]> candidates;
+  int64_t size = 0, room = 0;
+  int64_t above = 0, within = 0;
+  bool bad = false;  // a NaN, or a negative value
+
+  void make_room(int64_t n) {
+    if (size + n <= room) return;
+    room = 2 * room + n;
+    std::unique_ptr<Candidate[]> larger(new Candidate[room]);
+    std::copy_n(candidates.get(), size, larger.get());
+    candidates = std::move(larger);
+  }
+};
+
+}  // namespace flatops::cpu
+#endif
+#include "cpu/each_level.h"
+
+#ifdef FLATOPS_LEVEL
+
+// Of 32 scores, as bits: above the bracket, in it or above, and in order (neither NaN nor below `least`).
+struct Bits { uint32_t above, from_low, good; };
+
+FLATOPS_INLINE Bits compare(const float* x, float low, float high, float least) {
+  Bits bits{};
+  FLATOPS_UNROLL for (int i = 0; i < 32; i += W) {
+    const F32 v = load<F32>(x + i);
+    bits.above |= sign_bits(v > high) << i;
+    bits.from_low |= sign_bits(v >= low) << i;
+    bits.good |= sign_bits(v >= least) << i;
+  }
+  return bits;
+}
+FLATOPS_INLINE Bits compare(const double* x, double low, double high, double least) {
+  Bits bits{};
+  for (int i = 0; i < 32; ++i) {
+    bits.above |= uint32_t(x[i] > high) << i;
+    bits.from_low |= uint32_t(x[i] >= low) << i;
+    bits.good |= uint32_t(x[i] >= least) << i;
+  }
+  return bits;
+}
+
+// The upper 24 bits of the words of offsets start to start + n, as floats.
+FLATOPS_INLINE void random_scores(const PhiloxKeys& keys, const PhiloxFilter& filter, int64_t start, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; i += IN_FLIGHT * NORMALS) {
+    Philox<IN_FLIGHT> p;
+    p.start(keys, filter, BLOCK_ORDER + uint64_t((start + i) / 4), D);
+    p.rounds(keys, 2, 10);
+    Words<IN_FLIGHT> words;
+    words.take(p);
+    FLATOPS_UNROLL for (int k = 0; k < IN_FLIGHT; ++k) {
+      F32 lo, hi;
+      interleave(as_float(words.radius[k]), as_float(words.angle[k]), lo, hi);
+      store(x + i + k * NORMALS, to_float((bits(lo) >> 8) & 0xffffff));
+      store(x + i + k * NORMALS + W, to_float((bits(hi) >> 8) & 0xffffff));
+    }
+  }
+}
+
+// What scores of a T are: float32, or float64 for itself.
+template <class T> using ScoreOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A tile of scores, with room for what the last step of a loop writes behind it.
+template <class X> struct alignas(64) ScoreTile { X x[REDUCE + IN_FLIGHT * NORMALS]; };
+
+// The scores of n elements from `start` on, up to a REDUCE of them.
+template <class T, class X = ScoreOf<T>>
+FLATOPS_INLINE const X* scores_of(const Tensor& t, const Scores& s, const Draws* draws, int64_t start, int64_t n, ScoreTile<X>& room) {
+  const X* x = room.x;
+  Tile tile;
+  if (!draws) x = open((const T*)t.data + start, n, tile);
+  else if constexpr (std::is_same_v<X, float>) random_scores(draws->keys, draws->filter(s.filter, t.index), start, n, room.x);
+  if (!draws && s.kind == Scores::value && !s.lowest && !std::is_same_v<T, Bf16> && !std::is_same_v<T, F16>) return x;
+  for (int64_t i = 0; i < n; ++i) {
+    const X a = s.kind == Scores::magnitude ? std::abs(x[i]) : x[i];
+    room.x[i] = s.lowest ? -a : a;
+  }
+  return room.x;
+}
+
+static std::unique_ptr<Draws> draws_of(const Scores& s) {
+  return s.kind == Scores::random ? std::make_unique<Draws>(Draws::make(s.noise)) : nullptr;
+}
+
+template <class T, class X = ScoreOf<T>>
+static void mark_of(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, const Bracket& bracket, uint32_t block, Found& found) {
+  const X low = X(bracket.low), high = X(bracket.high), least = s.kind == Scores::value ? X(0) : -std::numeric_limits<X>::infinity();
+  const auto draws = draws_of(s);
+  ScoreTile<X> room;
+  alignas(64) X tail[32] = {};
+  uint32_t good = ~0u;
+  for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
+    const int64_t n = std::min(REDUCE, b.start + b.length - i);
+    const X* x = scores_of<T>(t, s, draws.get(), i, n, room);
+    if (!bracket.one_value()) found.make_room(n);
+    for (int64_t j = 0; j < n; j += 32) {
+      const int64_t word = (i + j) / 32;
+      uint32_t valid = s.eligible(t, word);
+      const X* p = x + j;
+      if (n - j < 32) {
+        std::copy_n(p, n - j, tail);
+        p = tail;
+        valid &= (1u << (n - j)) - 1;
+      }
+      const Bits bits = compare(p, low, high, least);
+      const uint32_t above = bits.above & valid;
+      uint32_t within = bits.from_low & ~bits.above & valid;
+      good &= bits.good | ~valid;
+      marks[word] = above;
+      found.above += __builtin_popcount(above);
+      found.within += __builtin_popcount(within);
+      if (!bracket.one_value())
+        for (; within; within &= within - 1) {
+          const int k = __builtin_ctz(within);
+          found.candidates[found.size++] = {p[k], block, uint32_t(i - b.start + j + k)};
+        }
+    }
+  }
+  found.bad = good != ~0u;
+}
+
+static void mark(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, const Bracket& bracket, uint32_t block, Found& found) {
+  FLATOPS_BY_DTYPE(t.dtype, mark_of, t, b, marks, s, bracket, block, found)
+}
+
+// Marks the first `count` elements of a block whose score is `score`.
+template <class T, class X = ScoreOf<T>>
+static void mark_equal_of(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, double score, int64_t count) {
+  const auto draws = draws_of(s);
+  ScoreTile<X> room;
+  for (int64_t i = b.start; i < b.start + b.length && count; i += REDUCE) {
+    const int64_t n = std::min(REDUCE, b.start + b.length - i);
+    const X* x = scores_of<T>(t, s, draws.get(), i, n, room);
+    for (int64_t j = 0; j < n && count; j += 32) {
+      uint32_t equal = 0;
+      for (int64_t k = 0; k < std::min<int64_t>(32, n - j); ++k) equal |= uint32_t(x[j + k] == X(score)) << k;
+      equal &= s.eligible(t, (i + j) / 32);
+      for (int64_t surplus = __builtin_popcount(equal) - count; surplus > 0; --surplus)
+        equal &= ~(0x80000000u >> __builtin_clz(equal));
+      marks[(i + j) / 32] |= equal;
+      count -= __builtin_popcount(equal);
+    }
+  }
+}
+
+static void mark_equal(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, double score, int64_t count) {
+  FLATOPS_BY_DTYPE(t.dtype, mark_equal_of, t, b, marks, s, score, count)
+}
+
+#else
+
+#include "cpu/element.h"
+
+namespace flatops::cpu {
+namespace {
+
+constexpr double INF = std::numeric_limits<double>::infinity();
+constexpr int64_t SAMPLE = 32768;  // scores: enough for a bracket of one per cent to either side
+constexpr double UNIFORM = 1 << 24;  // random scores are the integers below it
+
+struct Selection {
+  TensorList& list;         // cut as a whole
+  const Scores& scores;
+  int64_t count, eligible;  // elements to mark, and to choose from
+  uint32_t* marks;          // the words of the whole list
+  const Parallel& parallel;
+  std::vector<int64_t> first_word;  // of each tensor
+
+  Selection(TensorList& list, const Scores& scores, int64_t count, int64_t eligible, uint32_t* marks, const Parallel& parallel)
+      : list(list), scores(scores), count(count), eligible(eligible), marks(marks), parallel(parallel) {
+    int64_t at = 0;
+    for (const Tensor& t : list.tensors) first_word.push_back(at), at += words(t.numel());
+  }
+
+  uint32_t* marks_of(const Block& b) const { return marks + first_word[b.tensor]; }
+  double next(double x, double towards) const {
+    const bool f64 = std::any_of(list.tensors.begin(), list.tensors.end(), [](const Tensor& t) { return t.dtype == DType::f64; });
+    return f64 ? std::nextafter(x, towards) : double(std::nextafter(float(x), float(towards)));
+  }
+
+  // Scores of elements at equal distances over the list.
+  std::vector<double> sample() const {
+    int64_t total = 0, begin = 0;
+    for (const Tensor& t : list.tensors) total += t.numel();
+    std::vector<double> out;
+    out.reserve(SAMPLE);
+    size_t tensor = 0;
+    for (int64_t k = 0; k < SAMPLE; ++k) {
+      const int64_t at = int64_t((double(k) + 0.5) * double(total) / SAMPLE);
+      while (at - begin >= list.tensors[tensor].numel()) begin += list.tensors[tensor++].numel();
+      const Tensor& t = list.tensors[tensor];
+      const int64_t i = at - begin;
+      if (!(scores.eligible(t, i / 32) >> (i % 32) & 1)) continue;
+      const double x = element(t, i), score = scores.kind == Scores::magnitude ? std::abs(x) : x;
+      if (score == score) out.push_back(scores.lowest ? -score : score);
+    }
+    return out;
+  }
+
+  // The first bad tensor, or -1.
+  int64_t run() {
+    if (count == 0) return attempt({INF, INF}), bad;
+    if (count == eligible) return attempt({-INF, -INF}), bad;
+    if (eligible < 2 * SAMPLE) return attempt({-INF, INF}), bad;
+    const double q = double(count) / double(eligible);
+    if (scores.kind == Scores::random) {
+      const double middle = UNIFORM * (1 - q), margin = UNIFORM * 5 * std::sqrt(q * (1 - q) / double(eligible)) + 2;
+      if (attempt({std::floor(middle - margin), std::ceil(middle + margin)})) return bad;
+      return attempt({-INF, INF}), bad;
+    }
+    std::vector<double> seen = sample();
+    const int64_t n = int64_t(seen.size()), rank = int64_t(q * double(n));
+    std::sort(seen.begin(), seen.end(), std::greater<>());
+    for (double widen = 1; n >= 1024 && widen < 100; widen *= 8) {
+      const int64_t margin = int64_t(widen * (4 * std::sqrt(double(n) * q * (1 - q)) + 4));
+      Bracket b{rank + margin < n ? seen[rank + margin] : -INF, rank - margin >= 0 ? seen[rank - margin] : INF};
+      // A value that many share is left out of a bracket that it ends, and has one of its own should it be needed.
+      const auto shared = [&](double x) {
+        const auto [from, to] = std::equal_range(seen.begin(), seen.end(), x, std::greater<>());
+        return to - from > margin;
+      };
+      const Bracket ends = b;
+      if (!b.one_value() && shared(ends.low)) b.low = next(b.low, INF);
+      if (!ends.one_value() && shared(ends.high)) b.high = next(b.high, -INF);
+      if (b.low > b.high) b = {ends.low, ends.low};
+      if (attempt(b)) return bad;
+      const double missed = surplus ? ends.high : ends.low;
+      if ((surplus ? b.high : b.low) != missed && attempt({missed, missed})) return bad;
+    }
+    return attempt({-INF, INF}), bad;
+  }
+
+  int64_t bad = -1;
+  bool surplus = false;  // a bracket missed because too much lies above it
+
+  // Marks with this bracket. False if the threshold is not in it.
+  bool attempt(const Bracket& bracket) {
+    const auto mark = FLATOPS_BEST(mark);
+    const auto& blocks = list.blocks;
+    std::vector<Found> found(blocks.size());
+    parallel(int64_t(blocks.size()), [&](int64_t i) {
+      mark(list.tensors[blocks[i].tensor], blocks[i], marks_of(blocks[i]), scores, bracket, uint32_t(i), found[i]);
+    });
+    int64_t above = 0, within = 0;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      above += found[i].above, within += found[i].within;
+      if (found[i].bad && bad < 0) bad = blocks[i].tensor;
+    }
+    if (bad >= 0) return true;
+    const int64_t missing = count - above;
+    surplus = missing < 0;
+    if (missing < 0 || missing > within) return false;
+    if (bracket.one_value()) mark_first(found, bracket.low, missing);
+    else mark_best(found, bracket, missing);
+    return true;
+  }
+
+  void mark_first(const std::vector<Found>& found, double score, int64_t missing) {
+    const auto mark_equal = FLATOPS_BEST(mark_equal);
+    std::vector<int64_t> share(found.size());
+    for (size_t i = 0; i < found.size(); ++i) missing -= share[i] = std::min(missing, found[i].within);
+    parallel(int64_t(found.size()), [&](int64_t i) {
+      const Block& b = list.blocks[i];
+      if (share[i]) mark_equal(list.tensors[b.tensor], b, marks_of(b), scores, score, share[i]);
+    });
+  }
+
+  void mark_best(const std::vector<Found>& found, const Bracket& bracket, int64_t missing) {
+    // A histogram leaves few candidates to be put in order. An infinite bracket holds few to begin with, or everything.
+    constexpr int BINS = 4096;
+    const bool finite = bracket.low > -INF && bracket.high < INF;
+    const double scale = finite ? (BINS - 1) / (bracket.high - bracket.low) : 0;
+    const auto bin = [&](double score) { return finite ? int((score - bracket.low) * scale) : 0; };
+    std::vector<int64_t> bins(BINS);
+    for (const Found& f : found)
+      for (int64_t k = 0; k < f.size; ++k) ++bins[bin(f.candidates[k].score)];
+    int last = BINS - 1;
+    while (last > 0 && bins[last] <= missing) missing -= bins[last--];
+    std::vector<Candidate> boundary;
+    for (const Found& f : found)
+      for (int64_t k = 0; k < f.size; ++k) {
+        const Candidate& c = f.candidates[k];
+        if (bin(c.score) > last) set(c);
+        else if (bin(c.score) == last) boundary.push_back(c);
+      }
+    std::nth_element(boundary.begin(), boundary.begin() + missing, boundary.end(), [](const Candidate& a, const Candidate& b) {
+      return a.score != b.score ? a.score > b.score : a.block != b.block ? a.block < b.block : a.offset < b.offset;
+    });
+    for (int64_t k = 0; k < missing; ++k) set(boundary[k]);
+  }
+
+  void set(const Candidate& c) {
+    const Block& b = list.blocks[c.block];
+    const int64_t i = b.start + c.offset;
+    marks_of(b)[i / 32] |= 1u << (i % 32);
+  }
+};
+
+void rank(const TensorList& list) {
+  uint32_t before = 0;
+  for (const Tensor& t : list.tensors) {
+    for (int64_t w = 0; w < words(t.numel()); ++w) {
+      if (w % 32 == 0) t.ranks[w / 32] = before;
+      before += __builtin_popcount(t.bits[w]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flatops::cpu
+
+namespace flatops {
+
+template <> void topk_mask(TensorList& list, int64_t count, int64_t* bad, const Parallel& parallel) {
+  list.cut(/*whole=*/true);
+  int64_t elements = 0;
+  for (const Tensor& t : list.tensors) elements += t.numel();
+  const cpu::Scores scores{cpu::Scores::value};
+  *bad = list.tensors.empty() ? -1 : cpu::Selection(list, scores, count, elements, list.tensors[0].bits, parallel).run();
+  cpu::rank(list);
+}
+
+template <>
+void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise, int64_t count, int64_t* bad, const Parallel& parallel) {
+  drop.cut(/*whole=*/true);
+  grow.cut(/*whole=*/true);
+  int64_t elements = 0, live = 0, size = 0;
+  for (const Tensor& t : drop.tensors) {
+    elements += t.numel(), size += words(t.numel());
+    for (int64_t w = 0; w < words(t.numel()); ++w) live += __builtin_popcount(t.bits[w]);
+  }
+  count = std::min({count, live, elements - live});
+  std::vector<uint32_t> dropped(size), grown(size);
+  using cpu::Scores;
+  const Scores drops{random.drop ? Scores::random : Scores::magnitude, !random.drop, Scores::live, noise, 0xfffffffe};
+  const Scores grows{random.grow ? Scores::random : Scores::magnitude, false, Scores::dead, noise, 0xffffffff};
+  *bad = cpu::Selection(drop, drops, count, live, dropped.data(), parallel).run();
+  const int64_t bad_grow = cpu::Selection(grow, grows, count, elements - live, grown.data(), parallel).run();
+  if (*bad < 0) *bad = bad_grow;
+  if (*bad >= 0) return;
+  uint32_t* const bits = drop.tensors[0].bits;
+  for (int64_t w = 0; w < size; ++w) bits[w] = (bits[w] & ~dropped[w]) | grown[w];
+  cpu::rank(drop);
+}
+
+}  // namespace flatops
+#endif
