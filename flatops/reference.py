@@ -211,14 +211,19 @@ def perturb_(params, scales, backup, sigma, key, draw, index, fisher, eta) -> No
 
 
 @torch.no_grad()
-def restore_(params, backup, scales, key, draw, index, fisher, eta) -> None:
-    if scales is None:
+def restore_(params, backup, mask, scales, key, draw, index, fisher, eta) -> None:
+    if mask is not None:
+        for p, live, slots in zip(params, unpack(mask, params), _slots(params, mask, backup[0])):
+            w = rows(p).clone()
+            w[rows(live, like=p)] = slots
+            _write(p, w)
+    elif scales is None:
         for p, b in zip(params, backup):
             p.copy_(b)
-        return
-    for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
-        if p.numel():
-            _add_noise(p, -scale, key, draw, index[i], fisher[i] if fisher else None, eta)
+    else:
+        for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
+            if p.numel():
+                _add_noise(p, -scale, key, draw, index[i], fisher[i] if fisher else None, eta)
 
 
 @torch.no_grad()
@@ -250,14 +255,114 @@ def grad_norm(grads: list[Tensor], params: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def ascend_(params, grads, backup, rho, norm, adaptive: bool) -> None:
+def ascend_(params, grads, backup, mask, rho, norm, adaptive: bool) -> None:
     step = torch.where((norm > 0) & norm.isfinite(), rho / norm, 0.0)
-    for b, p in zip(backup, params):
-        b.copy_(p)
-    for p, g in zip(params, grads):
+    live = [torch.ones_like(p, dtype=torch.bool) for p in params] if mask is None else unpack(mask, params)
+    if mask is None:
+        for b, p in zip(backup, params):
+            b.copy_(p)
+    elif backup:
+        for slots, p, l in zip(_slots(params, mask, backup[0]), params, live):
+            slots.copy_(rows(p)[rows(l, like=p)])
+    for p, g, l in zip(params, grads, live):
         if p.numel() == 0:
             continue
         w, d = _exact(rows(p)), _exact(rows(g, like=p))
         d = w * w * d if adaptive else d
         climbed = w + step * d if p.dtype == torch.float64 else fma(step.float(), d, w)
-        _write(p, torch.where(step == 0, w, climbed))
+        _write(p, torch.where((step == 0) | ~rows(l, like=p), rows(p), climbed.to(p.dtype)))
+
+
+# --- masks -------------------------------------------------------------------------------------------------------------
+
+
+def _flat(tensors: list[Tensor], like: list[Tensor] | None = None) -> list[Tensor]:
+    """Every tensor's elements as one row, in the storage order of `like`."""
+    return [rows(t, like=l).reshape(-1) for t, l in zip(tensors, like or tensors)]
+
+
+def pack(flat: list[Tensor]) -> Tensor:
+    """A mask from one row of booleans a tensor: bit j of a tensor's word i is its element 32 i + j; the ranks follow."""
+    weights = 2 ** torch.arange(32, device=flat[0].device)
+    words = [(F.pad(f, (0, -len(f) % 32)).view(-1, 32) * weights).sum(1) for f in flat]
+    counts = torch.cat([F.pad(f, (0, -len(f) % REDUCE)).view(-1, REDUCE).sum(1) for f in flat])
+    return torch.cat([*words, counts.cumsum(0) - counts]).to(torch.int32)
+
+
+def unpack(mask: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The mask as booleans, of the shapes of `like`."""
+    sizes = [-(-t.numel() // 32) for t in like]
+    shifts = torch.arange(32, device=mask.device)
+    out = []
+    for words, t in zip(mask[: sum(sizes)].split(sizes), like):
+        flat = (words[:, None] >> shifts & 1).bool().view(-1)[: t.numel()]
+        out.append(torch.empty_like(t, dtype=torch.bool))
+        if t.numel():
+            _write(out[-1], flat)
+    return out
+
+
+def _slots(params: list[Tensor], mask: Tensor, backup: Tensor) -> list[Tensor]:
+    """The part of a masked backup that holds each tensor's elements, as its dtype."""
+    counts = [int(live.sum()) for live in unpack(mask, params)]
+    slots = backup.view(torch.uint8).view(-1, backup.element_size())[: sum(counts)].split(counts)
+    return [s[:, : p.element_size()].view(p.dtype)[:, 0] for s, p in zip(slots, params)]
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Which elements of a row are its `count` largest, the first of equals first."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[scores.sort(descending=True, stable=True).indices[:count]] = True
+    return chosen
+
+
+def _first_bad(bad: list[Tensor]) -> Tensor:
+    where = torch.stack([b.any() for b in bad]).nonzero()[:, 0]
+    return where[0] if len(where) else torch.tensor(-1, device=bad[0].device)
+
+
+@torch.no_grad()
+def fisher_(fisher: list[Tensor], grads: list[Tensor], scale: Tensor) -> None:
+    for f, g in zip(fisher, grads):
+        if f.numel():
+            d = scale.float() * rows(g, like=f).float()
+            _write(f, fma(d, d, rows(f)))
+
+
+def topk_mask(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    flat = [f.double() for f in _flat(scores)]
+    chosen = _largest(torch.cat(flat), k).split([len(f) for f in flat])
+    return pack(list(chosen)), _first_bad([~(f >= 0) for f in flat])
+
+
+def _random_scores(params: list[Tensor], key: Tensor, draw: Tensor, index: list[int], place: int) -> Tensor:
+    """The upper 24 bits of Philox words, at a place of the counter that no filter has."""
+    out = []
+    for p, i in zip(params, index):
+        block = torch.arange((p.numel() + 3) // 4, device=key.device)
+        counter = (block, torch.full_like(block, place), torch.full_like(block, i), (draw & _WORD).expand_as(block))
+        out.append(torch.stack(philox(counter, key), -1).reshape(-1)[: p.numel()] >> 8)
+    return torch.cat(out).double()
+
+
+@torch.no_grad()
+def regrow_mask_(mask, params, drop, grow, key, draw, index, count: int) -> Tensor:
+    live = torch.cat(_flat(unpack(mask, params), params))
+    count = min(count, int(live.sum()), int((~live).sum()))
+    bad = [(~(rows(s, like=p).abs() >= 0)).reshape(-1) for scores in (drop, grow) for s, p in zip(scores, params)]
+    among = [live] * bool(drop) + [~live] * bool(grow)
+    sizes = [p.numel() for p in params]
+    relevant = [b & a for a, bs in zip(among, (bad[: len(params)], bad[len(params) :])) for b, a in zip(bs, a.split(sizes))]
+    first = _first_bad(relevant) if relevant else torch.tensor(-1, device=mask.device)
+    if first >= 0:
+        return first % len(params)
+
+    def scores(given: list[Tensor], place: int) -> Tensor:
+        if not given:
+            return _random_scores(params, key, draw, index, place)
+        return torch.cat([rows(s, like=p).abs().double().reshape(-1) for s, p in zip(given, params)])
+
+    dropped = _largest(torch.where(live, -scores(drop, 0xFFFFFFFE) if drop else scores(drop, 0xFFFFFFFE), -math.inf), count)
+    grown = _largest(torch.where(live, -math.inf, scores(grow, 0xFFFFFFFF)), count)
+    mask.copy_(pack(list((live & ~dropped | grown).split(sizes))))
+    return first
