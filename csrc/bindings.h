@@ -79,13 +79,14 @@ struct Launch {
   std::vector<std::pair<at::Tensor, at::Tensor>> others;
   TensorList list;
 
+  // With a mask, backup is one tensor or none.
   Launch(const at::TensorList& data, const at::TensorList& grads, const at::TensorList& backup,
-         const at::TensorList& fisher, at::IntArrayRef index)
+         const at::TensorList& fisher, at::IntArrayRef index, const std::optional<at::Tensor>& mask = {})
       : device(data.empty() ? at::Device(Place::type) : data[0].device()), place(device), operands(data) {
     const size_t n = data.size();
     TORCH_CHECK(device.type() == Place::type, "flatops: tensors are on ", device, ", expected ", Place::type);
     const auto fits = [n](size_t m) { return m == 0 || m == n; };
-    TORCH_CHECK(fits(grads.size()) && fits(backup.size()) && fits(fisher.size()) && fits(index.size()),
+    TORCH_CHECK(fits(grads.size()) && (mask ? backup.size() < 2 : fits(backup.size())) && fits(fisher.size()) && fits(index.size()),
                 "flatops: lists differ in length");
     list.tensors.reserve(n);
     for (size_t i = 0; i < n; ++i) {
@@ -102,11 +103,31 @@ struct Launch {
         f = q.data_ptr<float>();
       }
       list.tensors.push_back({operands.data(i), grads.empty() ? nullptr : operands.like(i, grads[i], others),
-                              backup.empty() ? nullptr : operands.like(i, backup[i], backups_), f, filters,
-                              filters ? t.numel() / filters : 0, list.filters,
+                              backup.empty() || mask ? nullptr : operands.like(i, backup[i], backups_), f, nullptr, nullptr,
+                              filters, filters ? t.numel() / filters : 0, list.filters,
                               uint32_t(index.empty() ? i : index[i]), dtype_of(t), one_dim});
       list.filters += filters;
     }
+    if (mask) give_mask(*mask, backup);
+  }
+
+  // Every tensor's part of a mask, and of the backup under it.
+  void give_mask(const at::Tensor& mask, const at::TensorList& backup) {
+    int64_t size = 0, rank = 0;
+    for (const Tensor& t : list.tensors) rank += words(t.numel()), size += words(t.numel()) + ranks(t.numel());
+    uint32_t* const data = (uint32_t*)array<int32_t>(mask, size, "mask");
+    int64_t word = 0;
+    for (Tensor& t : list.tensors) {
+      t.bits = data + word, t.ranks = data + rank;
+      word += words(t.numel()), rank += ranks(t.numel());
+      if (!backup.empty()) t.backup = backup[0].data_ptr();
+    }
+    if (backup.empty()) return;
+    TORCH_CHECK(backup[0].is_contiguous() && backup[0].dim() == 1 && backup[0].device() == device,
+                "flatops: under a mask, backup must be one contiguous row on ", device);
+    list.compact = {int64_t(backup[0].element_size()), backup[0].numel()};
+    for (const Tensor& t : list.tensors)
+      TORCH_CHECK(size_of(t.dtype) <= list.compact.slot, "flatops: the backup's dtype is narrower than a parameter's");
   }
 
   // Two tensors over the same memory would be changed twice and backed up in between: no backup could undo that.
@@ -117,8 +138,7 @@ struct Launch {
     std::sort(starts.begin(), starts.end());
     for (size_t k = 1; k < starts.size(); ++k) {
       const Tensor& t = list.tensors[starts[k - 1].second];
-      const int64_t size = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2;
-      TORCH_CHECK_VALUE(starts[k - 1].first + t.numel() * size <= starts[k].first, name, "[", starts[k - 1].second, "] and ",
+      TORCH_CHECK_VALUE(starts[k - 1].first + t.numel() * size_of(t.dtype) <= starts[k].first, name, "[", starts[k - 1].second, "] and ",
                         name, "[", starts[k].second, "] share memory: pass it once");
     }
   }
@@ -176,15 +196,16 @@ void perturb_(at::TensorList params, at::Tensor scales, at::TensorList backup, c
 }
 
 template <class Place>
-void restore_(at::TensorList params, at::TensorList backup, const std::optional<at::Tensor>& scales,
+void restore_(at::TensorList params, at::TensorList backup, const std::optional<at::Tensor>& mask,
+              const std::optional<at::Tensor>& scales,
               const std::optional<at::Tensor>& key, const std::optional<at::Tensor>& draw, at::IntArrayRef index,
               at::TensorList fisher, double eta) {
-  Launch<Place> launch(params, {}, backup, fisher, index);
+  Launch<Place> launch(params, {}, backup, fisher, index, mask);
   if (scales) {
-    TORCH_CHECK(backup.empty() && key && draw, "flatops: restore_ takes a backup, or scales, key and draw");
+    TORCH_CHECK(backup.empty() && !mask && key && draw, "flatops: restore_ takes a backup, or scales, key and draw");
     flatops::restore_(launch.list, launch.per_filter(*scales), launch.noise(*key, *draw), eta, launch.place.where);
   } else {
-    TORCH_CHECK(backup.size() == params.size(), "flatops: restore_ takes a backup, or scales, key and draw");
+    TORCH_CHECK(backup.size() == (mask ? 1 : params.size()), "flatops: restore_ takes a backup, or scales, key and draw");
     flatops::restore_(launch.list, nullptr, {}, eta, launch.place.where);
   }
   launch.wrote(params);
@@ -215,15 +236,52 @@ at::Tensor grad_norm(at::TensorList grads, at::TensorList params) {
 }
 
 template <class Place>
-void ascend_(at::TensorList params, at::TensorList grads, at::TensorList backup, const at::Tensor& rho,
-             const at::Tensor& norm, bool adaptive) {
+void ascend_(at::TensorList params, at::TensorList grads, at::TensorList backup, const std::optional<at::Tensor>& mask,
+             const at::Tensor& rho, const at::Tensor& norm, bool adaptive) {
   TORCH_CHECK(grads.size() == params.size(), "flatops: lists differ in length");
-  Launch<Place> launch(params, grads, backup, {}, {});
+  Launch<Place> launch(params, grads, backup, {}, {}, mask);
   launch.check_disjoint("params");
   flatops::ascend_(launch.list, launch.template scalar<double>(rho, "rho"), launch.template scalar<double>(norm, "norm"),
                    adaptive, launch.place.where);
   launch.wrote(params);
   Launch<Place>::bump(backup);
+}
+
+template <class Place>
+void fisher_(at::TensorList fisher, at::TensorList grads, const at::Tensor& scale) {
+  TORCH_CHECK(grads.size() == fisher.size(), "flatops: lists differ in length");
+  Launch<Place> launch(fisher, grads, {}, {}, {});
+  for (const Tensor& t : launch.list.tensors) TORCH_CHECK(t.dtype == DType::f32, "flatops: fisher_ adds to float32");
+  flatops::fisher_(launch.list, launch.template scalar<double>(scale, "scale"), launch.place.where);
+  launch.wrote(fisher);
+}
+
+template <class Place>
+std::tuple<at::Tensor, at::Tensor> topk_mask(at::TensorList scores, int64_t k) {
+  Launch<Place> launch(scores, {}, {}, {}, {});
+  int64_t size = 0, elements = 0;
+  for (const Tensor& t : launch.list.tensors) size += words(t.numel()) + ranks(t.numel()), elements += t.numel();
+  TORCH_CHECK(0 <= k && k <= elements, "flatops: k must lie in [0, ", elements, "], not ", k);
+  at::Tensor mask = launch.empty({size}, at::kInt), bad = launch.empty({}, at::kLong);
+  launch.give_mask(mask, {});
+  flatops::topk_mask(launch.list, k, bad.data_ptr<int64_t>(), launch.place.where);
+  return {mask, bad};
+}
+
+template <class Place>
+at::Tensor regrow_mask_(at::Tensor mask, at::TensorList params, at::TensorList drop, at::TensorList grow, const at::Tensor& key,
+                        const at::Tensor& draw, at::IntArrayRef index, int64_t count) {
+  // The scores are the second operand, in the order of the parameters; at random, there are none.
+  Launch<Place> drops(params, drop, {}, {}, index, mask), grows(params, grow, {}, {}, index, mask);
+  TORCH_CHECK(count >= 0, "flatops: count must be >= 0, not ", count);
+  for (auto* list : {&drops.list, &grows.list})
+    for (Tensor& t : list->tensors)
+      if (t.grad) t.data = const_cast<void*>(t.grad);
+  at::Tensor bad = drops.empty({}, at::kLong);
+  flatops::regrow_mask_(drops.list, grows.list, {drop.empty(), grow.empty()}, drops.noise(key, draw), count,
+                        bad.data_ptr<int64_t>(), drops.place.where);
+  Launch<Place>::bump({mask});
+  return bad;
 }
 
 // Registers every operator for one place.
@@ -235,6 +293,9 @@ template <class Place> void implement(torch::Library& m) {
   m.impl("filter_fisher_", filter_fisher_<Place>);
   m.impl("grad_norm", grad_norm<Place>);
   m.impl("ascend_", ascend_<Place>);
+  m.impl("fisher_", fisher_<Place>);
+  m.impl("topk_mask", topk_mask<Place>);
+  m.impl("regrow_mask_", regrow_mask_<Place>);
 }
 
 }  // namespace

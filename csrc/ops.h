@@ -43,9 +43,12 @@ template <class Where> void filter_fisher_(TensorList& list, double beta, const 
 // *out = ||g||_2 over the whole list, or with `adaptive` the norm of w g                   out: [1]
 template <class Where> void grad_norm(TensorList& list, bool adaptive, double* out, const Where& where);
 
-// w += s g, or with `adaptive` w += s w^2 g;  s = rho / norm, 0 where norm is 0 or not finite
+// w += s g, or with `adaptive` w += s w^2 g;  s = rho / norm, 0 where norm is 0 or not finite. Under a mask only where its bit is set.
 template <class Where>
 void ascend_(TensorList& list, const double* rho, const double* norm, bool adaptive, const Where& where);
+
+// F += (scale g)^2, in float32; F is `data`
+template <class Where> void fisher_(TensorList& list, const double* scale, const Where& where);
 
 // Sets the bits of the `count` largest of the scores, ties to the first; *bad: the first tensor with a NaN or a negative score, or -1.
 // The scores are `data`, the mask `bits` and `ranks`.

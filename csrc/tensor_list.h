@@ -7,6 +7,7 @@
 namespace flatops {
 
 enum class DType : int32_t { f32, bf16, f16, f64 };
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // A tensor whose filters (slices along dim 0) lie one after the other in memory: `filters` rows of `length` elements.
 // A tensor of one dimension or none is one filter.

@@ -18,19 +18,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flatops import reference
 from flatops.backend import operators
-from flatops.schemas import filters
+from flatops.schemas import filters, mask_size, mask_words
 
 __all__ = [
     "ascend_",
+    "count_mask",
     "filter_fisher_",
     "filter_norms",
+    "fisher_",
     "grad_norm",
     "new_backup",
     "new_scales",
     "normal",
+    "pack_mask",
     "perturb_",
+    "regrow_mask_",
     "restore_",
+    "topk_mask",
+    "unpack_mask",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -100,6 +107,44 @@ def _check_scales(scales: Tensor, params: Sequence[Tensor]) -> None:
             f"scales must be float32 of shape ({count},) on {device}, "
             f"not {scales.dtype} {tuple(scales.shape)} on {scales.device}"
         )
+
+
+def _check_mask(mask: Tensor, params: Sequence[Tensor]) -> None:
+    size, device = mask_size(params), params[0].device
+    if (
+        mask.shape != (size,)
+        or mask.dtype != torch.int32
+        or mask.device != device
+        or not mask.is_contiguous()
+    ):
+        raise ValueError(
+            f"mask must be int32 of shape ({size},) on {device}, not {mask.dtype} {tuple(mask.shape)} on {mask.device}: "
+            "a mask is for the list that it was made for"
+        )
+
+
+def _check_masked_backup(backup: Sequence[Tensor], mask: Tensor, params: Sequence[Tensor]) -> None:
+    wide = max((p.dtype for p in params), key=lambda dtype: dtype.itemsize)
+    if len(backup) != 1 or backup[0].dim() != 1 or backup[0].dtype != wide or backup[0].device != mask.device:
+        raise ValueError(
+            "backup must come from new_backup(params, mask): one row for all that the mask lets through"
+        )
+    # Where looking costs nothing. On a GPU what has no slot is neither changed nor restored.
+    if mask.device.type == "cpu" and (count := count_mask(mask, params)) > len(backup[0]):
+        raise ValueError(f"backup has room for {len(backup[0])} weights and the mask lets {count} through")
+
+
+def _check_backup(backup: Sequence[Tensor], mask: Tensor | None, params: Sequence[Tensor]) -> None:
+    if mask is None:
+        _check("backup", backup, params)
+    else:
+        _check_mask(mask, params)
+        _check_masked_backup(backup, mask, params)
+
+
+def _raise_bad(bad: Tensor, name: str) -> None:
+    if (i := int(bad)) >= 0:
+        raise ValueError(f"{name}[{i}] holds a NaN or a negative number: it cannot be put in order")
 
 
 def _non_negative(name: str, value: float | Tensor) -> None:
@@ -205,9 +250,16 @@ def filter_norms(params: Sequence[Tensor], *, backend: str | None = None) -> Ten
     return operators(params[0].device, backend).filter_norms(params)
 
 
-def new_backup(params: Sequence[Tensor]) -> list[Tensor]:
-    """Room for the weights that `perturb_` and `ascend_` are about to change: pass it to them and to `restore_`."""
-    return [torch.empty_like(p, requires_grad=False) for p in params]
+def new_backup(params: Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
+    """Room for the weights that `perturb_` and `ascend_` are about to change: pass it to them and to `restore_`.
+
+    With a mask, for those that it lets through alone: one row for the whole list, and a wait for the GPU to count them.
+    """
+    if mask is None:
+        return [torch.empty_like(p, requires_grad=False) for p in params]
+    _check_mask(mask, params)
+    wide = max((p.dtype for p in params), key=lambda dtype: dtype.itemsize)
+    return [torch.empty(count_mask(mask, params), dtype=wide, device=mask.device)]
 
 
 def new_scales(params: Sequence[Tensor]) -> Tensor:
@@ -287,6 +339,7 @@ def restore_(
     params: Sequence[Tensor],
     *,
     backup: Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
     scales: Tensor | None = None,
     seed: int | Tensor | None = None,
     draw: int | Tensor | None = None,
@@ -303,7 +356,7 @@ def restore_(
 
     Args:
         params: the perturbed tensors, changed in place.
-        backup: what `perturb_` or `ascend_` filled; or
+        backup, mask: what `perturb_` or `ascend_` filled, and the mask that `ascend_` was given; or
         scales, seed, draw, stream, eta, fisher, index: what `perturb_` returned and was given.
 
     Raises:
@@ -315,9 +368,11 @@ def restore_(
     if (backup is None) == (scales is None):
         raise ValueError("restore_ takes either a backup or scales, seed and draw")
     if backup is not None:
-        _check("backup", backup, params)
-        operators(device, backend).restore_(params, backup, None, None, None, [], [], 0.0)
+        _check_backup(backup, mask, params)
+        operators(device, backend).restore_(params, backup, mask, None, None, None, [], [], 0.0)
         return
+    if mask is not None:
+        raise ValueError("a mask is for a backup: noise is never masked")
     if seed is None or draw is None:
         raise ValueError("restore_ by scales needs the seed and the draw that perturb_ had")
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
@@ -330,6 +385,7 @@ def restore_(
     operators(device, backend).restore_(
         params,
         [],
+        None,
         scales,
         _key(seed, stream, device),
         _scalar("draw", draw, device, torch.int64),
@@ -397,6 +453,7 @@ def ascend_(
     rho: float | Tensor,
     *,
     norm: Tensor,
+    mask: Tensor | None = None,
     adaptive: bool = False,
     backup: Sequence[Tensor] | None = None,
     backend: str | None = None,
@@ -404,13 +461,15 @@ def ascend_(
     """Climbs along the gradient in place: sharpness-aware minimisation's first step.
 
     w <- w + rho g / norm; adaptive (ASAM): w <- w + rho w^2 g / norm. Nothing changes where the norm is 0 or not finite.
+    With a mask (sparse SAM), only the weights that it lets through climb.
 
     Args:
         params: tensors on one device, changed in place.
         grads: their gradients, in the same order.
         rho: the radius, >= 0; typically 0.05 to 0.2, ten times that for ASAM.
         norm: from `grad_norm`, over all the gradients that the radius is meant for.
-        backup: from `new_backup`; filled with the weights as they were.
+        mask: from `topk_mask`, over tensors that lie in memory as the parameters do.
+        backup: from `new_backup`, with the mask if there is one; filled with the weights as they were.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -418,14 +477,183 @@ def ascend_(
     References:
         Foret et al.: Sharpness-Aware Minimization for Efficiently Improving Generalization. arXiv 2010.01412.
         Kwon et al.: ASAM. arXiv 2102.11600.
+        Mi et al.: Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach. arXiv 2210.05177.
     """
     _check("params", params)
     _check_writable("params", params)
     _check("grads", grads, params)
     _non_negative("rho", rho)
+    if mask is not None:
+        _check_mask(mask, params)
     if backup is not None:
-        _check("backup", backup, params)
+        _check_backup(backup, mask, params)
     device = params[0].device
     operators(device, backend).ascend_(
-        params, grads, backup or [], _scalar("rho", rho, device), _scalar("norm", norm, device), adaptive
+        params,
+        grads,
+        backup or [],
+        mask,
+        _scalar("rho", rho, device),
+        _scalar("norm", norm, device),
+        adaptive,
     )
+
+
+# --- masks -------------------------------------------------------------------------------------------------------------
+
+
+def fisher_(
+    fisher: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    scale: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> None:
+    """The empirical Fisher, summed up: F <- F + (scale g)^2, in place, in float32.
+
+    Args:
+        fisher: one float32 tensor a gradient, of its shape.
+        grads: of one sample, on one device.
+        scale: what the gradients are to be multiplied by, such as one over the loss scale.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is changed.
+    """
+    _check("grads", grads)
+    _check_writable("fisher", fisher)
+    if len(fisher) != len(grads):
+        raise ValueError(f"fisher has {len(fisher)} tensors and grads has {len(grads)}: they must match")
+    device = grads[0].device
+    for i, (f, g) in enumerate(zip(fisher, grads)):
+        if f.shape != g.shape or f.dtype != torch.float32 or f.device != device:
+            raise ValueError(
+                f"fisher[{i}] is {tuple(f.shape)} {f.dtype} on {f.device}: expected {tuple(g.shape)} float32 on {device}"
+            )
+    operators(device, backend).fisher_(fisher, grads, _scalar("scale", scale, device))
+
+
+def topk_mask(scores: Sequence[Tensor], k: int, *, check: bool = True, backend: str | None = None) -> Tensor:
+    """The k largest scores of a whole list as a mask, exactly k bits, ties to the first; a bit an element.
+
+    Bit j of a tensor's word i is its element 32 i + j in storage order (dim 0 first, then as it lies in memory). After the
+    words of all tensors come ranks: for every 1,024 elements how many ones lie before them.
+
+    Args:
+        scores: tensors on one device, not negative; infinity is the largest. float64 or other dtypes, not both.
+        k: how many, in [0, elements of the list].
+        check: raise for a NaN or a negative score. It waits for a GPU; without it such scores give any mask of their list.
+
+    Returns:
+        int32 [words + ranks], for `ascend_`, `unpack_mask` and `count_mask`.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    _check("scores", scores)
+    _check_one_order("scores", scores)
+    elements = sum(t.numel() for t in scores)
+    if not isinstance(k, int) or not 0 <= k <= elements:
+        raise ValueError(f"k must be an integer in [0, {elements}], the number of scores, not {k!r}")
+    mask, bad = operators(scores[0].device, backend).topk_mask(scores, k)
+    if check:
+        _raise_bad(bad, "scores")
+    return mask
+
+
+def regrow_mask_(
+    mask: Tensor,
+    params: Sequence[Tensor],
+    count: int,
+    *,
+    drop: Sequence[Tensor] | None = None,
+    grow: Sequence[Tensor] | None = None,
+    seed: int | Tensor,
+    draw: int | Tensor,
+    stream: int = 0,
+    index: Sequence[int] | None = None,
+    check: bool = True,
+    backend: str | None = None,
+) -> None:
+    """Moves `count` ones of a mask in place: those with the lowest |drop| go, as many others with the largest |grow| come.
+
+    Both are chosen from the mask as it was, ties to the first; less are moved where there are not so many ones, or zeros. A random
+    score is the upper 24 bits of a Philox word at (offset // 4, 2**32 - 2 to drop or 2**32 - 1 to grow, tensor, draw).
+
+    Args:
+        mask: from `topk_mask`, over tensors that lie in memory as the parameters do.
+        params: the tensors that it is for.
+        drop, grow: gradients, weights or other scores, of the parameters' shapes and dtypes; None: at random.
+        seed, draw, stream, index: as for `perturb_`.
+        check: raise for a NaN score; the mask is then as it was. It waits for a GPU.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    References:
+        Mi et al.: arXiv 2210.05177, algorithm 3.
+    """
+    _check("params", params)
+    _check_mask(mask, params)
+    for name, scores in (("drop", drop), ("grow", grow)):
+        if scores is not None:
+            _check(name, scores, params)
+            _check_one_order(name, scores)
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"count must be an integer >= 0, not {count!r}")
+    device = params[0].device
+    bad = operators(device, backend).regrow_mask_(
+        mask,
+        params,
+        drop or [],
+        grow or [],
+        _key(seed, stream, device),
+        _scalar("draw", draw, device, torch.int64),
+        index if index is not None else list(range(len(params))),
+        count,
+    )
+    if check:
+        _raise_bad(bad, "drop or grow")
+
+
+def _check_one_order(name: str, scores: Sequence[Tensor]) -> None:
+    if len({t.dtype == torch.float64 for t in scores}) > 1:
+        raise TypeError(f"{name} mixes float64 with other dtypes: convert them to one")
+
+
+def unpack_mask(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A mask as booleans: one tensor for each of `like`, of its shape.
+
+    Raises:
+        ValueError: for a mask of another list.
+    """
+    _check_mask(mask, like)
+    return reference.unpack(mask, like)
+
+
+def pack_mask(live: Sequence[Tensor]) -> Tensor:
+    """One mask from boolean tensors that lie in memory as the parameters do: `unpack_mask` undone.
+
+    Raises:
+        TypeError: for tensors that are not boolean.
+    """
+    if any(t.dtype != torch.bool for t in live):
+        raise TypeError("live must be a list of boolean tensors")
+    return reference.pack([reference.rows(t).reshape(-1) for t in live])
+
+
+def count_mask(mask: Tensor, like: Sequence[Tensor]) -> int:
+    """How many elements a mask lets through. It waits for a GPU.
+
+    Raises:
+        ValueError: for a mask of another list.
+    """
+    _check_mask(mask, like)
+    last = next((t for t in reversed(like) if t.numel()), None)
+    if last is None:
+        return 0
+    # The last rank, and the ones of the words behind it.
+    words = sum(map(mask_words, like))
+    tail = (mask_words(last) - 1) % 32 + 1
+    ones = mask[words - tail : words].cpu()
+    shifts = torch.arange(32, dtype=torch.int32)
+    return (int(mask[-1]) & 0xFFFFFFFF) + int((ones[:, None] >> shifts & 1).sum())

@@ -340,7 +340,12 @@ def _random_scores(params: list[Tensor], key: Tensor, draw: Tensor, index: list[
     out = []
     for p, i in zip(params, index):
         block = torch.arange((p.numel() + 3) // 4, device=key.device)
-        counter = (block, torch.full_like(block, place), torch.full_like(block, i), (draw & _WORD).expand_as(block))
+        counter = (
+            block,
+            torch.full_like(block, place),
+            torch.full_like(block, i),
+            (draw & _WORD).expand_as(block),
+        )
         out.append(torch.stack(philox(counter, key), -1).reshape(-1)[: p.numel()] >> 8)
     return torch.cat(out).double()
 
@@ -349,10 +354,16 @@ def _random_scores(params: list[Tensor], key: Tensor, draw: Tensor, index: list[
 def regrow_mask_(mask, params, drop, grow, key, draw, index, count: int) -> Tensor:
     live = torch.cat(_flat(unpack(mask, params), params))
     count = min(count, int(live.sum()), int((~live).sum()))
-    bad = [(~(rows(s, like=p).abs() >= 0)).reshape(-1) for scores in (drop, grow) for s, p in zip(scores, params)]
+    bad = [
+        (~(rows(s, like=p).abs() >= 0)).reshape(-1) for scores in (drop, grow) for s, p in zip(scores, params)
+    ]
     among = [live] * bool(drop) + [~live] * bool(grow)
     sizes = [p.numel() for p in params]
-    relevant = [b & a for a, bs in zip(among, (bad[: len(params)], bad[len(params) :])) for b, a in zip(bs, a.split(sizes))]
+    relevant = [
+        b & a
+        for a, bs in zip(among, (bad[: len(params)], bad[len(params) :]))
+        for b, a in zip(bs, a.split(sizes))
+    ]
     first = _first_bad(relevant) if relevant else torch.tensor(-1, device=mask.device)
     if first >= 0:
         return first % len(params)
@@ -362,7 +373,9 @@ def regrow_mask_(mask, params, drop, grow, key, draw, index, count: int) -> Tens
             return _random_scores(params, key, draw, index, place)
         return torch.cat([rows(s, like=p).abs().double().reshape(-1) for s, p in zip(given, params)])
 
-    dropped = _largest(torch.where(live, -scores(drop, 0xFFFFFFFE) if drop else scores(drop, 0xFFFFFFFE), -math.inf), count)
+    dropped = _largest(
+        torch.where(live, -scores(drop, 0xFFFFFFFE) if drop else scores(drop, 0xFFFFFFFE), -math.inf), count
+    )
     grown = _largest(torch.where(live, -math.inf, scores(grow, 0xFFFFFFFF)), count)
     mask.copy_(pack(list((live & ~dropped | grown).split(sizes))))
     return first

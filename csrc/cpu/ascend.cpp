@@ -37,6 +37,18 @@ static void ascend_block_of(const Tensor& t, const Block& b, double step, bool a
   fence();
 }
 
+// F += (scale g)^2
+static void add_squares(const Tensor& t, const Block& b, float scale) {
+  float* f = (float*)t.data + b.start;
+  const float* g = (const float*)t.grad + b.start;
+  int64_t i = 0;
+  for (; i + W <= b.length; i += W) {
+    const F32 d = load<F32>(g + i) * scale;
+    store(f + i, fma(d, d, load<F32>(f + i)));
+  }
+  for (; i < b.length; ++i) f[i] = __builtin_fmaf(scale * g[i], scale * g[i], f[i]);
+}
+
 template <class T> using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // --- under a mask: only what has its bit set is read, changed and kept -----------------------------------------------------
@@ -176,6 +188,13 @@ template <> void ascend_(TensorList& list, const double* rho, const double* norm
   parallel(list.blocks.size(), [&](int64_t i) {
     ascend_block(list.tensors[list.blocks[i].tensor], list.blocks[i], list.compact, step, adaptive);
   });
+}
+
+template <> void fisher_(TensorList& list, const double* scale, const Parallel& parallel) {
+  list.cut(/*whole=*/true);
+  const auto add_squares = FLATOPS_BEST(add_squares);
+  parallel(list.blocks.size(),
+           [&](int64_t i) { add_squares(list.tensors[list.blocks[i].tensor], list.blocks[i], float(*scale)); });
 }
 
 }  // namespace flatops

@@ -74,7 +74,7 @@ static void perturb_block(const Tensor& t, const Block& b, const PerturbArgs& ar
 }
 
 static void copy_block(const Tensor& t, const Block& b) {
-  const int64_t size = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2;
+  const int64_t size = size_of(t.dtype);
   copy((char*)t.data + b.start * size, (const char*)t.backup + b.start * size, b.length * size, AHEAD * size);
   fence();
 }

@@ -122,7 +122,7 @@ inline void check(cudaError_t error) {
 inline Entry entry(const Tensor& t) {
   if (t.filters > int64_t(UINT32_MAX) || t.first_filter + t.filters > int64_t(UINT32_MAX))
     throw std::invalid_argument("flatops: more than 2^32 filters in one list: pass fewer tensors a call");
-  const uintptr_t size = t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2, four = size < 4 ? 4 * size : 16;
+  const uintptr_t size = size_of(t.dtype), four = size < 4 ? 4 * size : 16;
   const auto at = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % four == 0; };
   const bool aligned = at(t.data) && at(t.grad) && at(t.backup) && (t.length % 4 == 0 || t.filters == 1);
   return {t.data, t.grad ? t.grad : t.fisher, t.backup, uint64_t(t.length), aligned, t.one_dim,
