@@ -303,7 +303,7 @@ def unpack(mask: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 
 def _slots(params: list[Tensor], mask: Tensor, backup: Tensor) -> list[Tensor]:
-    """The part of a masked backup that holds each tensor's elements, as its dtype."""
+    """The part of a masked backup that holds each tensor's elements, as its dtype. There has to be room for all."""
     counts = [int(live.sum()) for live in unpack(mask, params)]
     slots = backup.view(torch.uint8).view(-1, backup.element_size())[: sum(counts)].split(counts)
     return [s[:, : p.element_size()].view(p.dtype)[:, 0] for s, p in zip(slots, params)]

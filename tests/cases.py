@@ -223,16 +223,76 @@ def _perturb(case: Case, eta: float = 0.0, backup: bool = True) -> tuple:
     )
 
 
+def mask_of(tensors: list[Tensor]) -> Tensor:
+    """A random mask; a filter of each tensor is dead, and of some tensors all."""
+    generator = torch.Generator().manual_seed(13)
+    masked = []
+    for i, t in enumerate(tensors):
+        live = torch.empty_like(t, dtype=torch.bool)
+        masked.append(live.copy_(torch.rand(t.shape, generator=generator) < (0.0 if i % 5 == 3 else 0.5)))
+        if t.dim() > 1:
+            live[1:2] = False
+    return ops.pack_mask(masked)
+
+
 def _restore(case: Case, eta: float = 0.0) -> tuple:
     params = case.tensors(1)
     scales = torch.rand(ops.new_scales(params).shape, generator=torch.Generator().manual_seed(2))
-    return params, [], scales, KEY, DRAW, _index(params), fisher_of(params) if eta else [], eta
+    return params, [], None, scales, KEY, DRAW, _index(params), fisher_of(params) if eta else [], eta
 
 
-def _ascend(case: Case, adaptive: bool = False, backup: bool = True, otherwise: bool = False) -> tuple:
+def _restore_masked(case: Case) -> tuple:
+    params = case.tensors(1)
+    mask = mask_of(params)
+    backup = ops.new_backup(params, mask)
+    backup[0].view(torch.uint8).copy_(
+        torch.randint(
+            0, 256, (backup[0].nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+        )
+    )
+    return params, backup, mask, None, None, None, [], [], 0.0
+
+
+def _ascend(
+    case: Case, adaptive: bool = False, backup: bool = True, otherwise: bool = False, masked: bool = False
+) -> tuple:
     params = case.tensors(1)
     grads = (case.otherwise() if otherwise else case).tensors(2, scale=0.01)
-    return params, grads, ops.new_backup(params) if backup else [], _number(0.05), _number(0.37), adaptive
+    mask = mask_of(params) if masked else None
+    return (
+        params,
+        grads,
+        [b.zero_() for b in ops.new_backup(params, mask)] if backup else [],
+        mask,
+        _number(0.05),
+        _number(0.37),
+        adaptive,
+    )
+
+
+def _scores(case: Case, ties: bool = False) -> list[Tensor]:
+    """Scores as topk_mask takes them: not negative, and no NaN; with `ties`, of few values, zero most of all."""
+    dtype = torch.float32 if case.dtype is None else case.dtype
+    scores = [
+        twin(t).abs_().nan_to_num_(nan=0.5, posinf=torch.inf) for t in replace(case, dtype=dtype).tensors(3)
+    ]
+    return [s.mul_(2).floor_() for s in scores] if ties else scores
+
+
+def _topk(case: Case, share: float, ties: bool = False) -> tuple:
+    scores = _scores(case, ties)
+    return scores, int(share * sum(s.numel() for s in scores))
+
+
+def _regrow(case: Case, drop: bool, grow: bool) -> tuple:
+    dtype = torch.float32 if case.dtype is None else case.dtype
+    params = replace(case, dtype=dtype).tensors(1)
+    scores = [
+        replace(case, dtype=dtype).tensors(seed, scale=0.1) if given else []
+        for seed, given in ((4, drop), (5, grow))
+    ]
+    count = sum(p.numel() for p in params) // 7
+    return mask_of(params), params, *scores, KEY, DRAW, _index(params), count
 
 
 # The operator, and after a comma which variant of it: how to make its arguments for one case.
@@ -241,11 +301,12 @@ OPERATORS: dict[str, Callable[[Case], tuple]] = {
     "perturb_": _perturb,
     "perturb_,bare": lambda case: _perturb(case, backup=False),
     "perturb_,fisher": lambda case: _perturb(case, eta=0.7),
-    "restore_": lambda case: (case.tensors(1), case.tensors(2), None, None, None, [], [], 0.0),
+    "restore_": lambda case: (case.tensors(1), case.tensors(2), *[None] * 4, [], [], 0.0),
+    "restore_,masked": _restore_masked,
     "restore_,otherwise": lambda case: (
         case.tensors(1),
         case.otherwise().tensors(2),
-        *[None] * 3,
+        *[None] * 4,
         [],
         [],
         0.0,
@@ -261,6 +322,19 @@ OPERATORS: dict[str, Callable[[Case], tuple]] = {
     "ascend_,bare": lambda case: _ascend(case, backup=False),
     "ascend_,adaptive": lambda case: _ascend(case, adaptive=True),
     "ascend_,otherwise": lambda case: _ascend(case, otherwise=True),
+    "ascend_,masked": lambda case: _ascend(case, masked=True),
+    "ascend_,masked,bare": lambda case: _ascend(case, masked=True, backup=False, adaptive=True),
+    "ascend_,masked,otherwise": lambda case: _ascend(case, masked=True, otherwise=True),
+    "fisher_": lambda case: (
+        replace(case, dtype=torch.float32).tensors(1),
+        case.tensors(2),
+        _number(0.5),
+    ),
+    "topk_mask": lambda case: _topk(case, 0.5),
+    "topk_mask,few": lambda case: _topk(case, 0.01),
+    "topk_mask,ties": lambda case: _topk(case, 0.6, ties=True),
+    "regrow_mask_": lambda case: _regrow(case, True, True),
+    "regrow_mask_,random": lambda case: _regrow(case, False, False),
 }
 
 

@@ -94,7 +94,6 @@ template <class T> struct alignas(64) Gathered { T x[REDUCE + W]; };
 
 // Between the list's backup and `count` elements beside each other, from slot `first` on.
 template <class T> FLATOPS_INLINE void to_slots(const Gathered<T>& from, void* backup, const Compact& c, int64_t first, int64_t count) {
-  if (first + count > c.slots) return;  // another mask's backup: the caller has been told (ops.py), nothing is overrun
   if (c.slot == sizeof(T)) __builtin_memcpy((T*)backup + first, from.x, count * sizeof(T));
   else for (int64_t k = 0; k < count; ++k) __builtin_memcpy((char*)backup + (first + k) * c.slot, from.x + k, sizeof(T));
 }
@@ -128,7 +127,8 @@ static void ascend_masked_of(const Tensor& t, const Block& b, const Compact& com
     const uint32_t* bits = t.bits + i / 32;
     T* w = (T*)t.data + i;
     const int64_t count = ones(bits, n);
-    if (!count) continue;
+    // What has no slot, because the backup is another mask's, stays as it is.
+    if (!count || (t.backup && t.ranks[i / REDUCE] + count > compact.slots)) continue;
     if (t.backup) {
       gather(w, bits, n, kept.x);
       to_slots(kept, t.backup, compact, t.ranks[i / REDUCE], count);

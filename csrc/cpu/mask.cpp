@@ -22,6 +22,7 @@ struct Scores {
   Noise noise = {};                   // random: the words ...
   uint32_t filter = 0;                // ... at a place of the counter that no filter has
 
+  DType dtype(const Tensor& t) const { return kind == random ? DType::f32 : t.dtype; }
   uint32_t eligible(const Tensor& t, int64_t word) const {
     return among == all ? ~0u : among == live ? t.bits[word] : ~t.bits[word];
   }
@@ -112,7 +113,7 @@ FLATOPS_INLINE const X* scores_of(const Tensor& t, const Scores& s, const Draws*
   const X* x = room.x;
   Tile tile;
   if (!draws) x = open((const T*)t.data + start, n, tile);
-  else if constexpr (std::is_same_v<X, float>) random_scores(draws->keys, draws->filter(s.filter, t.index), start, n, room.x);
+  else if constexpr (std::is_same_v<T, float>) random_scores(draws->keys, draws->filter(s.filter, t.index), start, n, room.x);
   if (!draws && s.kind == Scores::value && !s.lowest && !std::is_same_v<T, Bf16> && !std::is_same_v<T, F16>) return x;
   for (int64_t i = 0; i < n; ++i) {
     const X a = s.kind == Scores::magnitude ? std::abs(x[i]) : x[i];
@@ -163,7 +164,7 @@ static void mark_of(const Tensor& t, const Block& b, uint32_t* marks, const Scor
 }
 
 static void mark(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, const Bracket& bracket, uint32_t block, Found& found) {
-  FLATOPS_BY_DTYPE(t.dtype, mark_of, t, b, marks, s, bracket, block, found)
+  FLATOPS_BY_DTYPE(s.dtype(t), mark_of, t, b, marks, s, bracket, block, found)
 }
 
 // Marks the first `count` elements of a block whose score is `score`.
@@ -187,7 +188,7 @@ static void mark_equal_of(const Tensor& t, const Block& b, uint32_t* marks, cons
 }
 
 static void mark_equal(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, double score, int64_t count) {
-  FLATOPS_BY_DTYPE(t.dtype, mark_equal_of, t, b, marks, s, score, count)
+  FLATOPS_BY_DTYPE(s.dtype(t), mark_equal_of, t, b, marks, s, score, count)
 }
 
 #else
