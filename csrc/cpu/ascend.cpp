@@ -69,16 +69,6 @@ template <class T> FLATOPS_INLINE void scatter(T* w, const uint32_t* bits, int64
     for (uint32_t b = bits[j / 32] & (n - j < 32 ? (1u << (n - j)) - 1 : ~0u); b; b &= b - 1) w[j + __builtin_ctz(b)] = *in++;
 }
 FLATOPS_INLINE uint32_t bits_at(const uint32_t* bits, int64_t i) { return bits[i / 32] >> (i % 32) & uint32_t((uint64_t(1) << W) - 1); }
-template <> FLATOPS_INLINE void gather(const float* w, const uint32_t* bits, int64_t n, float* out) {  // writes W - 1 too many
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    const uint32_t b = bits_at(bits, i);
-    store(out, compress(b, load<F32>(w + i)));
-    out += __builtin_popcount(b);
-  }
-  for (; i < n; ++i)
-    if (bits[i / 32] >> (i % 32) & 1) *out++ = w[i];
-}
 template <> FLATOPS_INLINE void scatter(float* w, const uint32_t* bits, int64_t n, const float* in) {  // reads W - 1 too many
   int64_t i = 0;
   for (; i + W <= n; i += W) {
@@ -88,6 +78,11 @@ template <> FLATOPS_INLINE void scatter(float* w, const uint32_t* bits, int64_t 
   }
   for (; i < n; ++i)
     if (bits[i / 32] >> (i % 32) & 1) w[i] = *in++;
+}
+
+// The next tile, while this one is computed on: too much is done with each element for the processor to look that far ahead.
+template <class T> FLATOPS_INLINE void fetch(const T* p, int64_t n) {
+  for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + j);
 }
 
 template <class T> struct alignas(64) Gathered { T x[REDUCE + W]; };
@@ -102,16 +97,35 @@ template <class T> FLATOPS_INLINE void from_slots(Gathered<T>& to, const void* b
   else for (int64_t k = 0; k < count; ++k) __builtin_memcpy(to.x + k, (const char*)backup + (first + k) * c.slot, sizeof(T));
 }
 
-// The masked of n elements change; the others keep every bit, a NaN's too.
-FLATOPS_INLINE void put(float* w, const uint32_t* bits, int64_t n, const float* x) {
+// The masked of n weights are kept, and climb.
+template <bool ADAPTIVE>
+FLATOPS_INLINE void climb_masked(float* w, const float* g, const uint32_t* bits, double step, int64_t n, float* kept) {
+  const float scale = float(step);
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(w + i, choose(bits_at(bits, i), load<F32>(x + i), load<F32>(w + i)));
-  for (; i < n; ++i)
-    if (bits[i / 32] >> (i % 32) & 1) w[i] = x[i];
+  for (; i + W <= n; i += W) {
+    const uint32_t b = bits_at(bits, i);
+    const F32 v = load<F32>(w + i), d = load<F32>(g + i);
+    store(kept, compress(b, v));
+    kept += __builtin_popcount(b);
+    if (step != 0) store(w + i, choose(b, fma(F32{} + scale, ADAPTIVE ? v * v * d : d, v), v));
+  }
+  for (; i < n; ++i) {
+    if (!(bits[i / 32] >> (i % 32) & 1)) continue;
+    *kept++ = w[i];
+    if (step != 0) w[i] = __builtin_fmaf(scale, ADAPTIVE ? w[i] * w[i] * g[i] : g[i], w[i]);
+  }
 }
-template <class T> FLATOPS_INLINE void put(T* w, const uint32_t* bits, int64_t n, const Compute<T>* x) {
+// What does not change keeps every bit, a NaN's too.
+template <bool ADAPTIVE, class T>
+FLATOPS_INLINE void climb_masked(T* w, const T* g, const uint32_t* bits, double step, int64_t n, T* kept) {
+  gather(w, bits, n, kept);
+  if (step == 0) return;  // not even 0 times an infinite gradient
+  Tile room_w, room_g;
+  Compute<T> x[REDUCE];
   T narrowed[REDUCE];
-  if constexpr (std::is_same_v<T, double>) __builtin_memcpy(narrowed, x, n * sizeof(double));
+  __builtin_memcpy(x, open((const T*)w, n, room_w), n * sizeof(*x));
+  climb<ADAPTIVE>(x, open(g, n, room_g), step, n);
+  if constexpr (std::is_same_v<T, double>) __builtin_memcpy(narrowed, x, n * sizeof(T));
   else narrow(x, n, narrowed);
   for (int64_t j = 0; j < n; ++j)
     if (bits[j / 32] >> (j % 32) & 1) w[j] = narrowed[j];
@@ -119,27 +133,19 @@ template <class T> FLATOPS_INLINE void put(T* w, const uint32_t* bits, int64_t n
 
 template <class T>
 static void ascend_masked_of(const Tensor& t, const Block& b, const Compact& compact, double step, bool adaptive) {
-  Tile room_w, room_g;
   Gathered<T> kept;
-  alignas(64) Compute<T> climbed[REDUCE];
   for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
     const int64_t n = std::min(REDUCE, b.start + b.length - i);
     const uint32_t* bits = t.bits + i / 32;
-    T* w = (T*)t.data + i;
     const int64_t count = ones(bits, n);
     // What has no slot, because the backup is another mask's, stays as it is.
     if (!count || (t.backup && t.ranks[i / REDUCE] + count > compact.slots)) continue;
-    if (t.backup) {
-      gather(w, bits, n, kept.x);
-      to_slots(kept, t.backup, compact, t.ranks[i / REDUCE], count);
-    }
-    if (step == 0) continue;  // not even 0 times an infinite gradient
-    const Compute<T>* x = open((const T*)w, n, room_w);
-    __builtin_memcpy(climbed, x, n * sizeof(*x));
-    const Compute<T>* g = open((const T*)t.grad + i, n, room_g);
-    if (adaptive) climb<true>(climbed, g, step, n);
-    else climb<false>(climbed, g, step, n);
-    put(w, bits, n, climbed);
+    T* w = (T*)t.data + i;
+    const T* g = (const T*)t.grad + i;
+    fetch(w + REDUCE, n), fetch(g + REDUCE, n);
+    if (adaptive) climb_masked<true>(w, g, bits, step, n, kept.x);
+    else climb_masked<false>(w, g, bits, step, n, kept.x);
+    if (t.backup) to_slots(kept, t.backup, compact, t.ranks[i / REDUCE], count);
   }
 }
 
@@ -155,6 +161,7 @@ template <class T> static void restore_masked_of(const Tensor& t, const Block& b
     const uint32_t* bits = t.bits + i / 32;
     const int64_t count = ones(bits, n);
     if (!count || t.ranks[i / REDUCE] + count > compact.slots) continue;
+    fetch((T*)t.data + i + REDUCE, n);
     from_slots(kept, t.backup, compact, t.ranks[i / REDUCE], count);
     scatter((T*)t.data + i, bits, n, kept.x);
   }

@@ -27,6 +27,7 @@ FLATOPS_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 FLATOPS_INLINE I32 bits(F32 x) { return (I32)x; }
 FLATOPS_INLINE F32 as_float(I32 x) { return (F32)x; }
 
+// above and from: bit i says whether a[i] > b[i], or >=. choose, compress and expand take such bits.
 #if FLATOPS_LEVEL == 512
 
 const U64 BLOCK_ORDER = {0, 4, 1, 5, 2, 6, 3, 7};  // so that interleave() leaves memory order
@@ -50,7 +51,8 @@ FLATOPS_INLINE F32 half_to_float(const uint16_t* p) { return (F32)_mm512_cvtph_p
 FLATOPS_INLINE void float_to_half(uint16_t* p, F32 v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-FLATOPS_INLINE uint32_t sign_bits(I32 mask) { return _mm512_movepi32_mask((__m512i)mask); }
+FLATOPS_INLINE uint32_t above(F32 a, F32 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
+FLATOPS_INLINE uint32_t from(F32 a, F32 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
 FLATOPS_INLINE F32 choose(uint32_t bits, F32 set, F32 clear) { return (F32)_mm512_mask_blend_ps(__mmask16(bits), (__m512)clear, (__m512)set); }
 FLATOPS_INLINE F32 compress(uint32_t bits, F32 v) { return (F32)_mm512_maskz_compress_ps(__mmask16(bits), (__m512)v); }
 FLATOPS_INLINE F32 expand(uint32_t bits, F32 v) { return (F32)_mm512_maskz_expand_ps(__mmask16(bits), (__m512)v); }
@@ -77,7 +79,8 @@ FLATOPS_INLINE F32 half_to_float(const uint16_t* p) { return (F32)_mm256_cvtph_p
 FLATOPS_INLINE void float_to_half(uint16_t* p, F32 v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
-FLATOPS_INLINE uint32_t sign_bits(I32 mask) { return uint32_t(_mm256_movemask_ps((__m256)mask)); }
+FLATOPS_INLINE uint32_t above(F32 a, F32 b) { return uint32_t(_mm256_movemask_ps((__m256)(a > b))); }
+FLATOPS_INLINE uint32_t from(F32 a, F32 b) { return uint32_t(_mm256_movemask_ps((__m256)(a >= b))); }
 FLATOPS_INLINE I32 lanes_of(uint32_t bits) {  // -1 where a bit is set
   const I32 each = {1, 2, 4, 8, 16, 32, 64, 128};
   return ((I32{} + int32_t(bits)) & each) == each;
@@ -178,9 +181,14 @@ FLATOPS_INLINE void float_to_half(uint16_t* p, F32 v) {
     p[i] = uint16_t(h | sign);
   }
 }
-FLATOPS_INLINE uint32_t sign_bits(I32 mask) {
+FLATOPS_INLINE uint32_t above(F32 a, F32 b) {
   uint32_t out = 0;
-  for (int i = 0; i < W; ++i) out |= (uint32_t(mask[i]) >> 31) << i;
+  for (int i = 0; i < W; ++i) out |= uint32_t(a[i] > b[i]) << i;
+  return out;
+}
+FLATOPS_INLINE uint32_t from(F32 a, F32 b) {
+  uint32_t out = 0;
+  for (int i = 0; i < W; ++i) out |= uint32_t(a[i] >= b[i]) << i;
   return out;
 }
 FLATOPS_INLINE F32 choose(uint32_t bits, F32 set, F32 clear) {

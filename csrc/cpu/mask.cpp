@@ -28,30 +28,29 @@ struct Scores {
   }
 };
 
-struct Candidate {
-  double score;
-  uint32_t block, offset;
-};
-
 // What lies above `high` is marked; what lies from `low` to `high` is collected, or counted where that is one value.
 struct Bracket {
   double low, high;
   bool one_value() const { return low == high; }
 };
 
-// What a block holds.
+// What a block holds: how many lie above and within, and which these are.
 struct Found {
-  std::unique_ptr<Candidate[]> candidates;
+  std::unique_ptr<char[]> memory;
   int64_t size = 0, room = 0;
   int64_t above = 0, within = 0;
   bool bad = false;  // a NaN, or a negative value
 
-  void make_room(int64_t n) {
+  template <class X> X* scores() const { return (X*)memory.get(); }
+  template <class X> uint32_t* offsets() const { return (uint32_t*)(scores<X>() + room); }  // in the block
+  template <class X> void make_room(int64_t n) {
     if (size + n <= room) return;
-    room = 2 * room + n;
-    std::unique_ptr<Candidate[]> larger(new Candidate[room]);
-    std::copy_n(candidates.get(), size, larger.get());
-    candidates = std::move(larger);
+    Found larger;
+    larger.room = 2 * room + n;
+    larger.memory.reset(new char[larger.room * (sizeof(X) + sizeof(uint32_t))]);
+    std::copy_n(scores<X>(), size, larger.scores<X>());
+    std::copy_n(offsets<X>(), size, larger.offsets<X>());
+    memory = std::move(larger.memory), room = larger.room;
   }
 };
 
@@ -68,9 +67,9 @@ FLATOPS_INLINE Bits compare(const float* x, float low, float high, float least) 
   Bits bits{};
   FLATOPS_UNROLL for (int i = 0; i < 32; i += W) {
     const F32 v = load<F32>(x + i);
-    bits.above |= sign_bits(v > high) << i;
-    bits.from_low |= sign_bits(v >= low) << i;
-    bits.good |= sign_bits(v >= least) << i;
+    bits.above |= above(v, F32{} + high) << i;
+    bits.from_low |= from(v, F32{} + low) << i;
+    bits.good |= from(v, F32{} + least) << i;
   }
   return bits;
 }
@@ -82,6 +81,21 @@ FLATOPS_INLINE Bits compare(const double* x, double low, double high, double lea
     bits.good |= uint32_t(x[i] >= least) << i;
   }
   return bits;
+}
+
+// The places of the set bits of a tile's words, counted from `base`. Four of each 64 are written whether they are there or not,
+// which is faster than to ask; how many there are in truth is returned.
+FLATOPS_INLINE int64_t places(const uint32_t (&words)[REDUCE / 32], uint32_t base, uint32_t* out) {
+  const uint32_t* const begin = out;
+  for (int w = 0; w < REDUCE / 32; w += 2) {
+    uint64_t bits = words[w] | uint64_t(words[w + 1]) << 32;
+    const int n = __builtin_popcountll(bits);
+    FLATOPS_UNROLL for (int k = 0; k < 4; ++k, bits &= bits - 1)
+      out[k] = base + 32 * w + __builtin_ctzll(bits | uint64_t(1) << 63);
+    for (int k = 4; k < n; ++k, bits &= bits - 1) out[k] = base + 32 * w + __builtin_ctzll(bits);
+    out += n;
+  }
+  return out - begin;
 }
 
 // The upper 24 bits of the words of offsets start to start + n, as floats.
@@ -127,7 +141,7 @@ static std::unique_ptr<Draws> draws_of(const Scores& s) {
 }
 
 template <class T, class X = ScoreOf<T>>
-static void mark_of(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, const Bracket& bracket, uint32_t block, Found& found) {
+static void mark_of(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, const Bracket& bracket, Found& found) {
   const X low = X(bracket.low), high = X(bracket.high), least = s.kind == Scores::value ? X(0) : -std::numeric_limits<X>::infinity();
   const auto draws = draws_of(s);
   ScoreTile<X> room;
@@ -135,8 +149,10 @@ static void mark_of(const Tensor& t, const Block& b, uint32_t* marks, const Scor
   uint32_t good = ~0u;
   for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
     const int64_t n = std::min(REDUCE, b.start + b.length - i);
+    for (int64_t j = 0; !draws && j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch((const T*)t.data + i + REDUCE + j);
     const X* x = scores_of<T>(t, s, draws.get(), i, n, room);
-    if (!bracket.one_value()) found.make_room(n);
+    if (!bracket.one_value()) found.make_room<X>(n + 4);
+    uint32_t candidates[REDUCE / 32] = {};
     for (int64_t j = 0; j < n; j += 32) {
       const int64_t word = (i + j) / 32;
       uint32_t valid = s.eligible(t, word);
@@ -148,23 +164,25 @@ static void mark_of(const Tensor& t, const Block& b, uint32_t* marks, const Scor
       }
       const Bits bits = compare(p, low, high, least);
       const uint32_t above = bits.above & valid;
-      uint32_t within = bits.from_low & ~bits.above & valid;
+      const uint32_t within = bits.from_low & ~bits.above & valid;
+      candidates[j / 32] = within;
       good &= bits.good | ~valid;
       marks[word] = above;
       found.above += __builtin_popcount(above);
       found.within += __builtin_popcount(within);
-      if (!bracket.one_value())
-        for (; within; within &= within - 1) {
-          const int k = __builtin_ctz(within);
-          found.candidates[found.size++] = {p[k], block, uint32_t(i - b.start + j + k)};
-        }
     }
+    if (bracket.one_value()) continue;
+    uint32_t* const offsets = found.offsets<X>() + found.size;
+    const uint32_t base = uint32_t(i - b.start);
+    const int64_t fresh = places(candidates, base, offsets);
+    for (int64_t k = 0; k < fresh; ++k) found.scores<X>()[found.size + k] = x[offsets[k] - base];
+    found.size += fresh;
   }
   found.bad = good != ~0u;
 }
 
-static void mark(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, const Bracket& bracket, uint32_t block, Found& found) {
-  FLATOPS_BY_DTYPE(s.dtype(t), mark_of, t, b, marks, s, bracket, block, found)
+static void mark(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, const Bracket& bracket, Found& found) {
+  FLATOPS_BY_DTYPE(s.dtype(t), mark_of, t, b, marks, s, bracket, found)
 }
 
 // Marks the first `count` elements of a block whose score is `score`.
@@ -189,6 +207,17 @@ static void mark_equal_of(const Tensor& t, const Block& b, uint32_t* marks, cons
 
 static void mark_equal(const Tensor& t, const Block& b, uint32_t* marks, const Scores& s, double score, int64_t count) {
   FLATOPS_BY_DTYPE(s.dtype(t), mark_equal_of, t, b, marks, s, score, count)
+}
+
+// Writes the ranks of a mask, and returns how many ones it has.
+static int64_t rank(const TensorList& list) {
+  int64_t before = 0;
+  for (const Tensor& t : list.tensors)
+    for (int64_t w = 0; w < words(t.numel()); ++w) {
+      if (w % 32 == 0) t.ranks[w / 32] = uint32_t(before);
+      before += __builtin_popcount(t.bits[w]);
+    }
+  return before;
 }
 
 #else
@@ -217,9 +246,9 @@ struct Selection {
   }
 
   uint32_t* marks_of(const Block& b) const { return marks + first_word[b.tensor]; }
+  bool f64() const { return !list.tensors.empty() && scores.dtype(list.tensors[0]) == DType::f64; }  // all of them, or none
   double next(double x, double towards) const {
-    const bool f64 = std::any_of(list.tensors.begin(), list.tensors.end(), [](const Tensor& t) { return t.dtype == DType::f64; });
-    return f64 ? std::nextafter(x, towards) : double(std::nextafter(float(x), float(towards)));
+    return f64() ? std::nextafter(x, towards) : double(std::nextafter(float(x), float(towards)));
   }
 
   // Scores of elements at equal distances over the list.
@@ -254,17 +283,18 @@ struct Selection {
     }
     std::vector<double> seen = sample();
     const int64_t n = int64_t(seen.size()), rank = int64_t(q * double(n));
-    std::sort(seen.begin(), seen.end(), std::greater<>());
+    const auto at = [&](int64_t i, double otherwise) {
+      if (i < 0 || i >= n) return otherwise;
+      std::nth_element(seen.begin(), seen.begin() + i, seen.end(), std::greater<>());
+      return seen[i];
+    };
     for (double widen = 1; n >= 1024 && widen < 100; widen *= 8) {
-      const int64_t margin = int64_t(widen * (4 * std::sqrt(double(n) * q * (1 - q)) + 4));
-      Bracket b{rank + margin < n ? seen[rank + margin] : -INF, rank - margin >= 0 ? seen[rank - margin] : INF};
+      const int64_t margin = int64_t(widen * (2.5 * std::sqrt(double(n) * q * (1 - q)) + 4));
+      const Bracket ends{at(rank + margin, -INF), at(rank - margin, INF)};
       // A value that many share is left out of a bracket that it ends, and has one of its own should it be needed.
-      const auto shared = [&](double x) {
-        const auto [from, to] = std::equal_range(seen.begin(), seen.end(), x, std::greater<>());
-        return to - from > margin;
-      };
-      const Bracket ends = b;
-      if (!b.one_value() && shared(ends.low)) b.low = next(b.low, INF);
+      const auto shared = [&](double x) { return std::count(seen.begin(), seen.end(), x) > margin; };
+      Bracket b = ends;
+      if (!ends.one_value() && shared(ends.low)) b.low = next(b.low, INF);
       if (!ends.one_value() && shared(ends.high)) b.high = next(b.high, -INF);
       if (b.low > b.high) b = {ends.low, ends.low};
       if (attempt(b)) return bad;
@@ -283,7 +313,7 @@ struct Selection {
     const auto& blocks = list.blocks;
     std::vector<Found> found(blocks.size());
     parallel(int64_t(blocks.size()), [&](int64_t i) {
-      mark(list.tensors[blocks[i].tensor], blocks[i], marks_of(blocks[i]), scores, bracket, uint32_t(i), found[i]);
+      mark(list.tensors[blocks[i].tensor], blocks[i], marks_of(blocks[i]), scores, bracket, found[i]);
     });
     int64_t above = 0, within = 0;
     for (size_t i = 0; i < blocks.size(); ++i) {
@@ -295,7 +325,8 @@ struct Selection {
     surplus = missing < 0;
     if (missing < 0 || missing > within) return false;
     if (bracket.one_value()) mark_first(found, bracket.low, missing);
-    else mark_best(found, bracket, missing);
+    else if (f64()) mark_best<double>(found, bracket, missing);
+    else mark_best<float>(found, bracket, missing);
     return true;
   }
 
@@ -309,46 +340,38 @@ struct Selection {
     });
   }
 
-  void mark_best(const std::vector<Found>& found, const Bracket& bracket, int64_t missing) {
+  template <class X> void mark_best(const std::vector<Found>& found, const Bracket& bracket, int64_t missing) {
     // A histogram leaves few candidates to be put in order. An infinite bracket holds few to begin with, or everything.
     constexpr int BINS = 4096;
     const bool finite = bracket.low > -INF && bracket.high < INF;
-    const double scale = finite ? (BINS - 1) / (bracket.high - bracket.low) : 0;
-    const auto bin = [&](double score) { return finite ? int((score - bracket.low) * scale) : 0; };
+    const X low = finite ? X(bracket.low) : X(0), scale = finite ? X((BINS - 1) / (bracket.high - bracket.low)) : X(0);
+    const auto bin = [&](X score) { return finite ? std::min(int((score - low) * scale), BINS - 1) : 0; };
     std::vector<int64_t> bins(BINS);
     for (const Found& f : found)
-      for (int64_t k = 0; k < f.size; ++k) ++bins[bin(f.candidates[k].score)];
+      for (int64_t k = 0; k < f.size; ++k) ++bins[bin(f.scores<X>()[k])];
     int last = BINS - 1;
     while (last > 0 && bins[last] <= missing) missing -= bins[last--];
-    std::vector<Candidate> boundary;
-    for (const Found& f : found)
-      for (int64_t k = 0; k < f.size; ++k) {
-        const Candidate& c = f.candidates[k];
-        if (bin(c.score) > last) set(c);
-        else if (bin(c.score) == last) boundary.push_back(c);
+    struct Rest { X score; size_t block; uint32_t offset; };
+    std::vector<Rest> rest;
+    for (size_t i = 0; i < found.size(); ++i) {
+      uint32_t* const words = marks_of(list.blocks[i]) + list.blocks[i].start / 32;
+      const X* const x = found[i].scores<X>();
+      const uint32_t* const offset = found[i].offsets<X>();
+      for (int64_t k = 0; k < found[i].size; ++k) {
+        const int at = bin(x[k]);
+        words[offset[k] / 32] |= uint32_t(at > last) << (offset[k] % 32);
+        if (at == last) rest.push_back({x[k], i, offset[k]});
       }
-    std::nth_element(boundary.begin(), boundary.begin() + missing, boundary.end(), [](const Candidate& a, const Candidate& b) {
+    }
+    std::nth_element(rest.begin(), rest.begin() + missing, rest.end(), [](const Rest& a, const Rest& b) {
       return a.score != b.score ? a.score > b.score : a.block != b.block ? a.block < b.block : a.offset < b.offset;
     });
-    for (int64_t k = 0; k < missing; ++k) set(boundary[k]);
-  }
-
-  void set(const Candidate& c) {
-    const Block& b = list.blocks[c.block];
-    const int64_t i = b.start + c.offset;
-    marks_of(b)[i / 32] |= 1u << (i % 32);
-  }
-};
-
-void rank(const TensorList& list) {
-  uint32_t before = 0;
-  for (const Tensor& t : list.tensors) {
-    for (int64_t w = 0; w < words(t.numel()); ++w) {
-      if (w % 32 == 0) t.ranks[w / 32] = before;
-      before += __builtin_popcount(t.bits[w]);
+    for (int64_t k = 0; k < missing; ++k) {
+      const Block& b = list.blocks[rest[k].block];
+      marks_of(b)[(b.start + rest[k].offset) / 32] |= 1u << (rest[k].offset % 32);
     }
   }
-}
+};
 
 }  // namespace
 }  // namespace flatops::cpu
@@ -361,18 +384,16 @@ template <> void topk_mask(TensorList& list, int64_t count, int64_t* bad, const 
   for (const Tensor& t : list.tensors) elements += t.numel();
   const cpu::Scores scores{cpu::Scores::value};
   *bad = list.tensors.empty() ? -1 : cpu::Selection(list, scores, count, elements, list.tensors[0].bits, parallel).run();
-  cpu::rank(list);
+  FLATOPS_BEST(rank)(list);
 }
 
 template <>
 void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise, int64_t count, int64_t* bad, const Parallel& parallel) {
   drop.cut(/*whole=*/true);
   grow.cut(/*whole=*/true);
-  int64_t elements = 0, live = 0, size = 0;
-  for (const Tensor& t : drop.tensors) {
-    elements += t.numel(), size += words(t.numel());
-    for (int64_t w = 0; w < words(t.numel()); ++w) live += __builtin_popcount(t.bits[w]);
-  }
+  int64_t elements = 0, size = 0;
+  for (const Tensor& t : drop.tensors) elements += t.numel(), size += words(t.numel());
+  const int64_t live = FLATOPS_BEST(rank)(drop);
   count = std::min({count, live, elements - live});
   std::vector<uint32_t> dropped(size), grown(size);
   using cpu::Scores;
@@ -384,7 +405,7 @@ void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise
   if (*bad >= 0) return;
   uint32_t* const bits = drop.tensors[0].bits;
   for (int64_t w = 0; w < size; ++w) bits[w] = (bits[w] & ~dropped[w]) | grown[w];
-  cpu::rank(drop);
+  FLATOPS_BEST(rank)(drop);
 }
 
 }  // namespace flatops
