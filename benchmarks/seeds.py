@@ -51,3 +51,12 @@ def copy_back(params: list[Tensor], kept: list[Tensor]) -> None:
     """Restores the weights from their copies."""
     for p, k in zip(params, kept):
         p.copy_(k)
+
+
+@torch.no_grad()
+def mask(scores: list[Tensor], k: int) -> list[Tensor]:
+    """SSAM's mask: torch.topk over all scores in one row, and a dense float mask for every tensor."""
+    row = torch.cat([s.flatten() for s in scores])
+    dense = torch.zeros_like(row)
+    dense.scatter_(0, torch.topk(row, k).indices, torch.ones_like(row[:k]))
+    return [m.view_as(s) for m, s in zip(dense.split([s.numel() for s in scores]), scores)]
