@@ -343,8 +343,9 @@ struct Selection {
   template <class X> void mark_best(const std::vector<Found>& found, const Bracket& bracket, int64_t missing) {
     // A histogram leaves few candidates to be put in order. An infinite bracket holds few to begin with, or everything.
     constexpr int BINS = 4096;
-    const bool finite = bracket.low > -INF && bracket.high < INF;
-    const X low = finite ? X(bracket.low) : X(0), scale = finite ? X((BINS - 1) / (bracket.high - bracket.low)) : X(0);
+    // Nor is there a histogram of what lies so close that its scale overflows.
+    const X low = X(bracket.low), scale = X((BINS - 1) / (bracket.high - bracket.low));
+    const bool finite = std::isfinite(low) && std::isfinite(scale) && scale > 0;
     const auto bin = [&](X score) { return finite ? std::min(int((score - low) * scale), BINS - 1) : 0; };
     std::vector<int64_t> bins(BINS);
     for (const Found& f : found)
