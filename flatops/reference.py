@@ -309,10 +309,11 @@ def _slots(params: list[Tensor], mask: Tensor, backup: Tensor) -> list[Tensor]:
     return [s[:, : p.element_size()].view(p.dtype)[:, 0] for s, p in zip(slots, params)]
 
 
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """Which elements of a row are its `count` largest, the first of equals first."""
+def _largest(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+    """Which elements of a row, or of those `among` them, are its `count` largest, the first of equals first."""
+    places = torch.arange(len(scores), device=scores.device) if among is None else among.nonzero()[:, 0]
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen[scores.sort(descending=True, stable=True).indices[:count]] = True
+    chosen[places[scores[places].sort(descending=True, stable=True).indices[:count]]] = True
     return chosen
 
 
@@ -373,9 +374,8 @@ def regrow_mask_(mask, params, drop, grow, key, draw, index, count: int) -> Tens
             return _random_scores(params, key, draw, index, place)
         return torch.cat([rows(s, like=p).abs().double().reshape(-1) for s, p in zip(given, params)])
 
-    dropped = _largest(
-        torch.where(live, -scores(drop, 0xFFFFFFFE) if drop else scores(drop, 0xFFFFFFFE), -math.inf), count
-    )
-    grown = _largest(torch.where(live, -math.inf, scores(grow, 0xFFFFFFFF)), count)
+    lowest = -scores(drop, 0xFFFFFFFE) if drop else scores(drop, 0xFFFFFFFE)
+    dropped = _largest(lowest, count, among=live)
+    grown = _largest(scores(grow, 0xFFFFFFFF), count, among=~live)
     mask.copy_(pack(list((live & ~dropped | grown).split(sizes))))
     return first

@@ -175,6 +175,17 @@ def test_regrowing_moves_no_more_than_there_is(backend):
     assert int(after.sum()) == 97 and bool(after[~live].all())  # all three dead ones have come
 
 
+def test_infinite_scores_are_the_last_to_go(backend):
+    """Fewer finite ones among the live than are to be dropped: infinite ones go too, the first of them first."""
+    params = [torch.ones(64, device=backend.device)]
+    drop = [torch.full((64,), math.inf, device=backend.device)]
+    drop[0][40] = 1.0
+    mask = ops.pack_mask([torch.arange(64, device=backend.device) >= 32])
+    ops.regrow_mask_(mask, params, 3, drop=drop, grow=params, seed=0, draw=0)
+    live = ops.unpack_mask(mask, params)[0].cpu()
+    assert live.nonzero()[:, 0].tolist() == [0, 1, 2, *(i for i in range(34, 64) if i != 40)]
+
+
 def test_random_growth_is_uniform_and_new_each_time():
     params = [torch.zeros(400, 500)]
     start = ops.pack_mask([torch.arange(200_000).view(400, 500) < 100_000])

@@ -1,7 +1,9 @@
-// What runs over weights one by one, filters aside: ascend_, SAM's step along the gradient, and restore_'s copy from a backup.
+// What runs over weights one by one, filters aside: ascend_, SAM's step along the gradient, and restore_'s copy from a backup,
+// both also under a mask; fisher_.
 #include "ascend.h"
 
 #include "four.h"
+#include "mask.h"
 #include "table.h"
 
 namespace flatops::cuda {
@@ -34,12 +36,15 @@ __device__ double climb(double step, double w, double g, bool adaptive) {
   return __dadd_rn(w, __dmul_rn(step, adaptive ? __dmul_rn(__dmul_rn(w, w), g) : g));
 }
 
+__device__ double step_of(const double* rho, const double* norm) {
+  return *norm > 0 && isfinite(*norm) ? __ddiv_rn(*rho, *norm) : 0.0;
+}
+
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS)
     ascend(const __grid_constant__ Table<N> table, const double* const rho, const double* const norm, const bool adaptive) {
   __shared__ double shared_step;
-  if (threadIdx.x == 0)  // a division in float64 is dear
-    shared_step = *norm > 0 && isfinite(*norm) ? __ddiv_rn(*rho, *norm) : 0.0;
+  if (threadIdx.x == 0) shared_step = step_of(rho, norm);  // a division in float64 is dear
   const Entry& e = table.find(blockIdx.x);
   const Place place(e);
   T* const w = (T*)e.data + place.start;
@@ -66,9 +71,165 @@ __global__ void __launch_bounds__(THREADS) copy(const __grid_constant__ Table<N>
   store<STEP>((T*)e.data + place.start, x, place.left);
 }
 
+// F += (scale g)^2
+template <int N>
+__global__ void __launch_bounds__(THREADS) add_squares(const __grid_constant__ Table<N> table, const double* const scale) {
+  const Entry& e = table.find(blockIdx.x);
+  const Place place(e);
+  float* const f = (float*)e.data + place.start;
+  const float s = float(*scale);
+  Four<float> x[FOURS], g[FOURS];
+  load<STEP>(x, f, place.left);
+  load<STEP>(g, (const float*)e.other + place.start, place.left);
+#pragma unroll
+  for (int k = 0; k < FOURS; ++k)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float d = __fmul_rn(s, g[k].x[c]);
+      x[k].x[c] = __fmaf_rn(d, d, x[k].x[c]);
+    }
+  store<STEP>(f, x, place.left);
+}
+
+// --- under a mask: a warp takes a REDUCE, and only fours that hold a live element are read and written ---------------------
+
+struct Mask {
+  const uint32_t* words;
+  const uint32_t* ranks;  // null where there is no backup
+  Compact compact;
+};
+
+// The live elements of a warp's REDUCE, and where their slots are.
+struct Live {
+  uint32_t word, before;  // the lane's word; the ones before it
+  uint32_t flags;         // of the lane's own elements
+  char* slots;            // from the REDUCE's first one on
+
+  // False if there is nothing to do: no live element, or no room for them in the backup.
+  __device__ bool find(const Entry& e, const Part& part, const Mask& mask) {
+    const uint32_t ones = __popc(word);
+    before = sum_before(ones);
+    const uint32_t count = __shfl_sync(WHOLE_WARP, before + ones, WARP - 1);
+    if (!count) return false;
+    if (mask.ranks) {
+      const int64_t rank = mask.ranks[e.first_filter + part.reduce];
+      if (rank + count > mask.compact.slots) return false;
+      slots = (char*)e.backup + rank * mask.compact.slot;
+    }
+    flags = flags_of(word);
+    return true;
+  }
+
+  // Calls f(neighbour, slot) for the live ones of step k.
+  template <class T, class F> __device__ void each_slot(int k, int64_t slot, const F& f) const {
+    const int lane = threadIdx.x % WARP, from = 4 * k + lane / 8;
+    const uint32_t w = __shfl_sync(WHOLE_WARP, word, from), first = __shfl_sync(WHOLE_WARP, before, from);
+    const uint32_t mine = flags >> 4 * k & 15;
+    T* at[4];
+    uint32_t n = first + __popc(w & ((1u << lane % 8 * 4) - 1));
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      at[c] = (T*)(slots + n * slot);
+      n += mine >> c & 1;
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      if (mine >> c & 1) f(c, *at[c]);
+  }
+};
+
+// Of a warp's REDUCE, the fours that hold something live, FOURS of them from step `first` on.
+template <class T> __device__ void load_live(Four<T> (&x)[FOURS], const T* p, uint32_t flags, int first, Left left) {
+#pragma unroll
+  for (int k = 0; k < FOURS; ++k)
+    if (flags >> 4 * (first + k) & 15) x[k] = load(p + (first + k) * LANES, left - (first + k) * int(LANES));
+}
+template <class T> __device__ void store_live(T* p, const Four<T> (&x)[FOURS], uint32_t flags, int first, Left left) {
+#pragma unroll
+  for (int k = 0; k < FOURS; ++k)
+    if (flags >> 4 * (first + k) & 15) store(p + (first + k) * LANES, x[k], left - (first + k) * int(LANES));
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(THREADS)
+    ascend_masked(const __grid_constant__ Table<N> table, const Mask mask, const double* const rho, const double* const norm,
+                  const bool adaptive) {
+  __shared__ double shared_step;
+  if (threadIdx.x == 0) shared_step = step_of(rho, norm);
+  const Entry& e = table.find(blockIdx.x);
+  const Part part(e);
+  Live live;
+  live.word = part.has_word() ? mask.words[e.filters + part.word()] & part.inside() : 0;
+  __syncthreads();
+  const double step = shared_step;
+  if (!live.find(e, part, mask)) return;
+  T* const w = (T*)e.data + part.start();
+  const T* const d = (const T*)e.other + part.start();
+#pragma unroll 1
+  for (int first = 0; first < STEPS; first += FOURS) {
+    Four<T> x[FOURS], g[FOURS];
+    load_live(x, w, live.flags, first, part.left);
+    if (step != 0) load_live(g, d, live.flags, first, part.left);
+    if (mask.ranks)
+#pragma unroll
+      for (int k = 0; k < FOURS; ++k)
+        live.each_slot<T>(first + k, mask.compact.slot, [&](int c, T& slot) { slot = x[k].x[c]; });
+    if (step == 0) continue;  // not even 0 times an infinite gradient
+#pragma unroll
+    for (int k = 0; k < FOURS; ++k)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (live.flags >> (4 * (first + k) + c) & 1)
+          narrow(climb(step, widen(x[k].x[c]), widen(g[k].x[c]), adaptive), x[k].x[c]);
+    store_live(w, x, live.flags, first, part.left);  // dead ones with the bits that they have
+  }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(THREADS) restore_masked(const __grid_constant__ Table<N> table, const Mask mask) {
+  const Entry& e = table.find(blockIdx.x);
+  const Part part(e);
+  Live live;
+  live.word = part.has_word() ? mask.words[e.filters + part.word()] & part.inside() : 0;
+  if (!live.find(e, part, mask)) return;
+  T* const w = (T*)e.data + part.start();
+#pragma unroll 1
+  for (int first = 0; first < STEPS; first += FOURS) {
+    Four<T> x[FOURS];
+    load_live(x, w, live.flags, first, part.left);
+#pragma unroll
+    for (int k = 0; k < FOURS; ++k)
+      live.each_slot<T>(first + k, mask.compact.slot, [&](int c, T& slot) { x[k].x[c] = slot; });
+    store_live(w, x, live.flags, first, part.left);
+  }
+}
+
+bool is_masked(const TensorList& list) { return !list.tensors.empty() && list.tensors[0].bits; }
+
+Mask mask_of(const TensorList& list) {
+  const Tensor& first = list.tensors[0];
+  return {first.bits, first.backup ? first.ranks : nullptr, list.compact};
+}
+
+Work reduces(const TensorList& list, DType dtype) {
+  const Tensor& first = list.tensors[0];
+  Work work;
+  for (const Tensor& t : list.tensors)
+    if (t.dtype == dtype && t.filters)
+      work.add(masked(t, t.bits - first.bits, t.ranks - first.ranks), ceil_div(t.numel(), TILE));
+  return work;
+}
+
 }  // namespace
 
 void copy_back(const TensorList& list, const Gpu& gpu) {
+  if (is_masked(list)) {
+    for (DType dtype : DTYPES)
+      by_dtype(dtype, [&]<class T>(T*) {
+        launch(reduces(list, dtype), gpu, [](auto n) { return restore_masked<T, n.value>; }, mask_of(list));
+      });
+    return;
+  }
   for (DType dtype : DTYPES)
     by_dtype(dtype, [&]<class T>(T*) { launch(spans(list, dtype), gpu, [](auto n) { return copy<T, n.value>; }); });
 }
@@ -81,8 +242,16 @@ template <> void ascend_(TensorList& list, const double* rho, const double* norm
   using namespace cuda;
   for (DType dtype : DTYPES)
     by_dtype(dtype, [&]<class T>(T*) {
-      launch(spans(list, dtype), gpu, [](auto n) { return ascend<T, n.value>; }, rho, norm, adaptive);
+      if (is_masked(list))
+        launch(reduces(list, dtype), gpu, [](auto n) { return ascend_masked<T, n.value>; }, mask_of(list), rho, norm, adaptive);
+      else
+        launch(spans(list, dtype), gpu, [](auto n) { return ascend<T, n.value>; }, rho, norm, adaptive);
     });
+}
+
+template <> void fisher_(TensorList& list, const double* scale, const Gpu& gpu) {
+  using namespace cuda;
+  launch(spans(list, DType::f32), gpu, [](auto n) { return add_squares<n.value>; }, scale);
 }
 
 }  // namespace flatops

@@ -4,6 +4,6 @@
 
 namespace flatops::cuda {
 
-void copy_back(const TensorList& list, const Gpu& gpu);  // data = backup
+void copy_back(const TensorList& list, const Gpu& gpu);  // data = backup, under a mask where its bit is set
 
 }  // namespace flatops::cuda

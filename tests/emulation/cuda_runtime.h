@@ -122,22 +122,35 @@ struct Block {
 inline void __syncthreads() { emulation::Block::instance().wait(emulation::State::at_block); }
 inline void __threadfence() {}
 
-template <class T> T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+// The value that a lane of this warp has; all of them come here.
+template <class T> T __shfl_sync(unsigned mask, T value, int lane) {
   auto& block = emulation::Block::instance();
   if (mask != 0xffffffffu) throw std::logic_error("emulation: only whole warps shuffle");
   const unsigned me = threadIdx.x;
   auto& slots = block.slots[block.current().parity ^= true];
   std::memcpy(&slots[me], &value, sizeof value);
   block.wait(emulation::State::at_warp);
-  std::memcpy(&value, &slots[me ^ unsigned(lane_mask)], sizeof value);
+  std::memcpy(&value, &slots[(me & ~31u) | (unsigned(lane) & 31u)], sizeof value);
   return value;
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  return __shfl_sync(mask, value, int(threadIdx.x) ^ lane_mask);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
+  const unsigned lane = threadIdx.x % 32;
+  return __shfl_sync(mask, value, int(lane < delta ? lane : lane - delta));
 }
 
 inline uint32_t atomicAdd(uint32_t* p, uint32_t x) { return std::exchange(*p, *p + x); }
+inline uint32_t atomicOr(uint32_t* p, uint32_t x) { return std::exchange(*p, *p | x); }
+inline uint32_t atomicMax(uint32_t* p, uint32_t x) { return std::exchange(*p, std::max(*p, x)); }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 
 using std::isfinite;
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -156,6 +169,7 @@ template <class To, class From> To __bits(From x) {
   return to;
 }
 inline int __float_as_int(float x) { return __bits<int>(x); }
+inline int64_t __double_as_longlong(double x) { return __bits<int64_t>(x); }
 inline float __int_as_float(int x) { return __bits<float>(x); }
 inline float __uint_as_float(uint32_t x) { return __bits<float>(x); }
 
@@ -169,6 +183,10 @@ struct cudaLaunchConfig_t {
 };
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  return std::memset(p, value, bytes), cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {

@@ -1,0 +1,624 @@
+// topk_mask and regrow_mask_: the elements with the largest scores over a whole list, exactly so many, ties to the first.
+//
+// Scores become keys, integers in the same order, and the threshold is found BIN_BITS of it at a time: a histogram of these
+// bits over all keys whose upper bits are the threshold's says which bin it is in. The second pass marks what lies above the
+// first bin, and keeps a copy of what lies in it, a few per cent: the passes after it read nothing else. Where a REDUCE holds
+// more of it than there is room for, as where many scores are equal, its scores are read again instead. Last, elements equal to
+// the threshold are taken from the front, by a prefix sum over all blocks of the list. Zeros, which may be most of all scores,
+// are counted apart: where the threshold is zero, it is known after the first pass, and the others have next to nothing to do.
+//
+// The last block of a pass to be done (it takes the last ticket) draws the conclusion that the next launch starts from.
+#include "mask.h"
+
+#include "noise.h"
+
+namespace flatops::cuda {
+namespace {
+
+constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;
+constexpr int ROOM = 128;  // candidates that are kept of a REDUCE
+constexpr int OFFSET_BITS = 10;
+static_assert(REDUCE == 1 << OFFSET_BITS);
+
+// A score that is not negative is in the order of its bits, the sign's aside.
+template <class Key> constexpr int KEY_BITS = 8 * sizeof(Key) - 1;
+template <class Key> constexpr Key ALL_BITS = (Key(1) << KEY_BITS<Key>) - 1;
+template <class Key> constexpr int PASSES = (KEY_BITS<Key> + BIN_BITS - 1) / BIN_BITS;
+
+// A pass looks at the bits from here up to where the pass before it began.
+template <class Key> __host__ __device__ constexpr int shift_of(int pass) {
+  const int shift = KEY_BITS<Key> - BIN_BITS * (pass + 1);
+  return shift < 0 ? 0 : shift;
+}
+
+// What all blocks share, cleared by the host.
+template <class Key> struct alignas(8) State {
+  uint32_t bins[PASSES<Key>][BINS];
+  uint32_t tickets[PASSES<Key> + 1];
+  uint32_t bad;      // ~index of the first tensor with a bad score; 0: there is none
+  uint32_t missing;  // how many of the keys whose upper bits are the threshold's have to be chosen
+  uint32_t zeros;    // among all keys
+  uint32_t exact;    // the threshold is known
+  Key threshold;     // its upper bits, as far as they are known
+};
+
+// One choice among scores. Small, because a long table leaves little room to kernel parameters.
+template <class Key> struct Choice {
+  State<Key>* state;          // and the scratch behind it
+  uint32_t* marks;            // the words that get the bits of what is chosen
+  const uint32_t* among;      // the words of elements to choose from, or null: all
+  Noise noise;
+  uint32_t blocks;            // of all launches of a pass
+  uint32_t place : 29;        // random: 2^32 - that is the place in the counter, where no filter is
+  uint32_t dead : 1;          // among those whose bit is not set
+  uint32_t lowest : 1;        // the lowest scores first
+  uint32_t magnitudes : 1;    // of scores of either sign
+
+  // [blocks] over all blocks before one, chosen and << 32 equal to the threshold
+  __device__ uint64_t* before() const { return (uint64_t*)(state + 1); }
+  // [blocks, WARPS, ROOM] lower bits of the key, then the place in the REDUCE
+  __device__ Key* candidates() const { return (Key*)(before() + blocks); }
+  // [blocks, WARPS] surely chosen of a REDUCE and << 16: candidates, in the end those equal to the threshold
+  __device__ uint32_t* found() const { return (uint32_t*)(candidates() + int64_t(blocks) * WARPS * ROOM); }
+  // [blocks] the same over a block
+  __device__ uint32_t* block_found() const { return found() + int64_t(blocks) * WARPS; }
+
+  static int64_t scratch(int64_t blocks) {
+    return sizeof(State<Key>) +
+           blocks * (sizeof(uint64_t) + WARPS * (ROOM * sizeof(Key) + sizeof(uint32_t)) + sizeof(uint32_t));
+  }
+
+  __device__ Key flip() const { return lowest ? ALL_BITS<Key> : 0; }  // a zero's key, too
+};
+
+// The block's place in the list, whatever launch it is of.
+__device__ uint32_t block_of(const Entry& e) { return e.first_filter + (blockIdx.x - e.first_block); }
+
+__device__ uint32_t bits_of(float x) { return uint32_t(__float_as_int(x)); }
+__device__ uint64_t bits_of(double x) { return uint64_t(__double_as_longlong(x)); }
+template <class Key> constexpr Key INFINITE = sizeof(Key) == 4 ? Key(0x7f800000) : Key(0x7ff0000000000000);
+
+// The flags of a lane's elements to choose from.
+template <class Key> __device__ uint32_t eligible(const Entry& e, const Part& part, const Choice<Key>& choice) {
+  uint32_t word = part.inside();
+  if (choice.among && part.has_word()) word &= choice.among[e.filters + part.word()] ^ (choice.dead ? ~0u : 0u);
+  return flags_of(word);
+}
+
+// A lane's keys, of K steps from `first` on, and the flags of scores that have no place in the order; garbage where nothing is.
+template <class T, bool RANDOM, class Key, int K>
+__device__ __forceinline__ uint32_t load_keys(Key (&x)[K][4], int first, const Entry& e, const Part& part,
+                                              const Choice<Key>& choice) {
+  const Key flip = choice.flip();
+  uint32_t bad = 0;
+  if constexpr (RANDOM) {
+    const uint64_t key = uint64_t(*choice.noise.key);
+    const PhiloxKeys keys = philox_keys(key);
+    const PhiloxFilter filter = philox_filter(key, 0u - choice.place, e.index, uint32_t(*choice.noise.draw));
+    const uint32_t block = uint32_t(uint64_t(part.start()) / 4) + first * uint32_t(LANES / 4);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      Philox<1> p;
+      p.start(keys, filter, block + k * (LANES / 4), 0);
+      p.rounds(keys, 2, 10);
+      const uint32_t words[4] = {p.c0[0], p.c1[0], p.c2[0], p.c3[0]};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[k][c] = Key(words[c] >> 8 << 7) ^ flip;  // 24 bits, the upper ones of a key
+    }
+  } else {
+    Four<T> v[K];
+    load<LANES>(v, (const T*)e.data + part.start() + first * LANES, part.left - first * int(LANES));
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const Key bits = bits_of(widen(v[k].x[c])), magnitude = bits & ALL_BITS<Key>;
+        const bool wrong = choice.magnitudes ? magnitude > INFINITE<Key> : bits > INFINITE<Key> && magnitude;
+        bad |= uint32_t(wrong) << (4 * (first + k) + c);
+        x[k][c] = magnitude ^ flip;
+      }
+  }
+  return bad;
+}
+
+// --- histograms ------------------------------------------------------------------------------------------------------------
+
+// A block's own. Zeros may be most of all scores: each lane counts its own, rather than all lanes waiting for one bin.
+struct Histogram {
+  uint32_t* bins;  // [BINS], shared
+  int shift;
+  uint32_t mask;
+  uint32_t zeros = 0;
+
+  template <class Key> __device__ static Histogram of(uint32_t* bins, const Choice<Key>&, int pass) {
+    const int shift = shift_of<Key>(pass);
+    return {bins, shift, (1u << (shift_of<Key>(pass - 1) - shift)) - 1};
+  }
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
+    __syncthreads();
+  }
+  template <class Key> __device__ uint32_t bin(Key key) const { return uint32_t(key >> shift) & mask; }
+  template <class Key> __device__ void add(Key key) const { atomicAdd(bins + bin(key), 1u); }
+  // Those of K steps' keys that have their flag set.
+  template <class Key, int K> __device__ void add(const Key (&x)[K][4], uint32_t flags, Key zero) {
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (flags >> (4 * k + c) & 1) {
+          if (x[k][c] == zero) ++zeros;
+          else add(x[k][c]);
+        }
+  }
+  template <class Key> __device__ void add_zeros(Key zero) {
+    if (zeros) atomicAdd(bins + bin(zero), zeros);
+  }
+  __device__ void flush(uint32_t* to) const {
+    __syncthreads();
+    for (int i = threadIdx.x; i < BINS; i += THREADS)
+      if (bins[i]) atomicAdd(to + i, bins[i]);
+  }
+};
+
+// The sum over the threads before this one, and over all. The whole block comes here.
+__device__ uint64_t sum_before_in_block(uint64_t x, uint64_t& all) {
+  __shared__ uint64_t warps[WARPS];
+  const int warp = threadIdx.x / WARP;
+  uint64_t before = sum_before(x);
+  __syncthreads();  // what was there before has been read
+  if (threadIdx.x % WARP == WARP - 1) warps[warp] = before + x;
+  __syncthreads();
+  all = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    if (i == warp) before += all;
+    all += warps[i];
+  }
+  return before;
+}
+
+// Whether this block is the last of a pass; then it sees all that the others wrote.
+__device__ bool is_last(uint32_t* ticket, uint32_t blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == blocks - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// How many to choose: as many as asked for; to move ones among `elements`, not more than there are ones, or zeros.
+struct Wanted {
+  uint32_t count, elements;  // elements: 0 for no limit
+  __device__ uint32_t among(uint32_t eligible) const {
+    return elements ? min(count, min(eligible, elements - eligible)) : count;
+  }
+};
+
+// The bin that the threshold is in: the first from the top on that holds enough, with those above it.
+template <class Key> __device__ void find_bin(State<Key>* state, int pass, const Wanted* wanted, bool lowest) {
+  constexpr int MINE = BINS / THREADS;
+  const int top = BINS - 1 - MINE * threadIdx.x;
+  uint32_t n[MINE];
+  uint64_t sum = 0, all;
+#pragma unroll
+  for (int i = 0; i < MINE; ++i) sum += n[i] = state->bins[pass][top - i];
+  uint64_t above = sum_before_in_block(sum, all);
+  const uint64_t missing = wanted ? wanted->among(uint32_t(all)) : state->missing;
+  __syncthreads();  // before it changes
+  if (wanted && missing && state->zeros && (lowest ? missing <= state->zeros : missing > all - state->zeros)) {
+    if (threadIdx.x == 0) {
+      state->exact = 1;
+      state->threshold = lowest ? ALL_BITS<Key> : 0;
+      state->missing = uint32_t(lowest ? missing : missing - (all - state->zeros));
+    }
+    return;
+  }
+  if (missing ? above < missing && missing <= above + sum : threadIdx.x == 0) {
+    int i = 0;
+    while (i < MINE - 1 && above + n[i] < missing) above += n[i++];
+    state->threshold |= Key(top - i) << shift_of<Key>(pass);
+    state->missing = uint32_t(missing - above);
+  }
+}
+
+// --- the passes --------------------------------------------------------------------------------------------------------------
+
+// The first: of everything. Looks for bad scores on the way; those of an `earlier` choice come first.
+template <class T, bool RANDOM, class Key, int N>
+__global__ void __launch_bounds__(THREADS)
+    count_all(const __grid_constant__ Table<N> table, const Choice<Key> choice, const Wanted wanted,
+              const uint32_t* const earlier_bad, int64_t* const bad_tensor) {
+  __shared__ uint32_t bins[BINS];
+  Histogram histogram = Histogram::of(bins, choice, 0);
+  const Entry& e = table.find(blockIdx.x);
+  const Part part(e);
+  __shared__ uint32_t zeros;
+  if (threadIdx.x == 0) zeros = 0;
+  histogram.clear();
+  Key x[STEPS][4];
+  const uint32_t bad = load_keys<T, RANDOM>(x, 0, e, part, choice), flags = eligible(e, part, choice);
+  histogram.add(x, flags, choice.flip());
+  histogram.add_zeros(choice.flip());
+  if (histogram.zeros) atomicAdd(&zeros, histogram.zeros);
+  if (bad & flags) atomicMax(&choice.state->bad, ~e.index);
+  histogram.flush(choice.state->bins[0]);
+  if (threadIdx.x == 0 && zeros) atomicAdd(&choice.state->zeros, zeros);
+  if (!is_last(choice.state->tickets, choice.blocks)) return;
+  find_bin(choice.state, 0, &wanted, choice.lowest);
+  if (threadIdx.x == 0) {
+    const uint32_t first = earlier_bad && *earlier_bad ? *earlier_bad : choice.state->bad;
+    *bad_tensor = first ? int64_t(~first) : -1;
+  }
+}
+
+// The second: marks what lies above the first bin, keeps what lies in it.
+template <class T, bool RANDOM, class Key, int N>
+__global__ void __launch_bounds__(THREADS) mark_sure(const __grid_constant__ Table<N> table, const Choice<Key> choice) {
+  constexpr int SHIFT = shift_of<Key>(0);
+  static_assert(SHIFT + OFFSET_BITS <= 8 * sizeof(Key));
+  __shared__ uint32_t bins[BINS];
+  Histogram histogram = Histogram::of(bins, choice, 1);
+  histogram.clear();
+  const Entry& e = table.find(blockIdx.x);
+  const Part part(e);
+  const bool exact = choice.state->exact;
+  const int shift = exact ? 0 : SHIFT;
+  const Key threshold = choice.state->threshold >> shift;
+  Key x[STEPS][4];
+  uint32_t sure = 0, within = 0;
+  load_keys<T, RANDOM>(x, 0, e, part, choice);
+  const uint32_t flags = eligible(e, part, choice);
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const Key bits = x[k][c] >> shift;
+      sure |= uint32_t(bits > threshold) << (4 * k + c);
+      within |= uint32_t(bits == threshold) << (4 * k + c);
+    }
+  sure &= flags, within &= flags;
+  const uint32_t word = word_of(sure);
+  if (part.has_word()) choice.marks[e.filters + part.word()] = word;
+  const uint32_t mine = __popc(within), before = sum_before(mine);
+  const uint32_t sum = __shfl_sync(WHOLE_WARP, before + mine, WARP - 1), count = sum_warp(uint32_t(__popc(sure)));
+  const int64_t warp = int64_t(block_of(e)) * WARPS + threadIdx.x / WARP;
+  if (part.lane == 0) choice.found()[warp] = count | sum << 16;
+  if (exact) return;
+  if (sum <= ROOM) {
+    Key* at = choice.candidates() + warp * ROOM + before;
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (within >> (4 * k + c) & 1)
+          *at++ = (x[k][c] & ((Key(1) << SHIFT) - 1)) << OFFSET_BITS | Key(k * LANES + 4 * part.lane + c);
+  }
+  histogram.add(x, within, choice.flip());
+  histogram.add_zeros(choice.flip());
+  histogram.flush(choice.state->bins[1]);
+  if (is_last(choice.state->tickets + 1, choice.blocks)) find_bin(choice.state, 1, nullptr, choice.lowest);
+}
+
+// What mark_sure kept of a REDUCE; the loads are on their way at once.
+template <class Key> struct Candidates {
+  static constexpr int MINE = ROOM / WARP;
+  Key x[MINE];
+  uint32_t n;
+
+  __device__ Candidates(const Choice<Key>& choice, int64_t warp, uint32_t n) : n(n) {
+#pragma unroll
+    for (int i = 0; i < MINE; ++i)
+      if (const uint32_t at = threadIdx.x % WARP + i * WARP; at < n) x[i] = choice.candidates()[warp * ROOM + at];
+  }
+  // Calls f(lower bits of the key, place in the REDUCE).
+  template <class F> __device__ void each(const F& f) const {
+#pragma unroll
+    for (int i = 0; i < MINE; ++i)
+      if (threadIdx.x % WARP + i * WARP < n) f(x[i] >> OFFSET_BITS, uint32_t(x[i]) & (REDUCE - 1));
+  }
+};
+
+// Others: of what lies in the last pass's bin.
+template <class T, bool RANDOM, class Key, int N>
+__global__ void __launch_bounds__(THREADS)
+    count_within(const __grid_constant__ Table<N> table, const Choice<Key> choice, const int pass) {
+  __shared__ uint32_t bins[BINS];
+  if (choice.state->exact) return;
+  const Entry& e = table.find(blockIdx.x);
+  const Part part(e);
+  const int shift = shift_of<Key>(pass - 1), warp = threadIdx.x / WARP;
+  const Key threshold = choice.state->threshold, low = (Key(1) << shift_of<Key>(0)) - 1;
+  const int64_t first = int64_t(block_of(e)) * WARPS;
+  const Histogram all = Histogram::of(choice.state->bins[pass], choice, pass);
+  uint32_t n = 0;
+  bool again = false;  // whether a REDUCE of this block has to be read again
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    const uint32_t within = choice.found()[first + i] >> 16;
+    again |= within > ROOM;
+    if (i == warp) n = within;
+  }
+  if (n <= ROOM)  // few of them go on: no need of a histogram of the block's own
+    Candidates<Key>(choice, first + warp, n).each([&](Key key, uint32_t) {
+      if (key >> shift == (threshold & low) >> shift) all.add(key);
+    });
+  if (again) {
+    Histogram histogram = Histogram::of(bins, choice, pass);
+    histogram.clear();
+    if (n > ROOM) {
+      const uint32_t flags = eligible(e, part, choice);
+#pragma unroll 1
+      for (int k = 0; k < STEPS; ++k) {
+        Key x[1][4];
+        load_keys<T, RANDOM>(x, k, e, part, choice);
+        uint32_t mine = flags >> 4 * k & 15;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) mine &= ~(uint32_t(x[0][c] >> shift != threshold >> shift) << c);
+        histogram.add(x, mine, choice.flip());
+      }
+      histogram.add_zeros(choice.flip());
+    }
+    histogram.flush(choice.state->bins[pass]);
+  }
+  if (is_last(choice.state->tickets + pass, choice.blocks)) find_bin(choice.state, pass, nullptr, choice.lowest);
+}
+
+// Reads a REDUCE again: the flags of a lane's elements that lie above the threshold, and of those equal to it.
+template <class T, bool RANDOM, class Key>
+__device__ void compare(const Entry& e, const Part& part, const Choice<Key>& choice, Key threshold, uint32_t& above,
+                        uint32_t& equal) {
+  const uint32_t flags = eligible(e, part, choice);
+  above = equal = 0;
+#pragma unroll 1
+  for (int k = 0; k < STEPS; ++k) {
+    Key x[1][4];
+    load_keys<T, RANDOM>(x, k, e, part, choice);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      above |= uint32_t(x[0][c] > threshold) << (4 * k + c);
+      equal |= uint32_t(x[0][c] == threshold) << (4 * k + c);
+    }
+  }
+  above &= flags, equal &= flags;
+}
+
+// Two counts of 16 bits as two of 32.
+__device__ uint64_t apart(uint32_t counts) { return (counts & 0xffff) | uint64_t(counts >> 16) << 32; }
+
+// The threshold is known: marks the candidates above it, and counts what is equal to it.
+template <class T, bool RANDOM, class Key, int N>
+__global__ void __launch_bounds__(THREADS, 4)
+    mark_candidates(const __grid_constant__ Table<N> table, const Choice<Key> choice) {
+  __shared__ uint32_t added[THREADS], sums;
+  const Entry& e = table.find(blockIdx.x);
+  const Part part(e);
+  const Key threshold = choice.state->threshold;
+  const uint32_t block = block_of(e);
+  const int64_t warp = int64_t(block) * WARPS + threadIdx.x / WARP;
+  const uint32_t found = choice.found()[warp], n = choice.state->exact ? 0 : found >> 16;
+  uint32_t equals = 0;
+  added[threadIdx.x] = 0;
+  if (threadIdx.x == 0) sums = 0;
+  __syncthreads();
+  if (n <= ROOM) {
+    const Key low = threshold & ((Key(1) << shift_of<Key>(0)) - 1);
+    Candidates<Key>(choice, warp, n).each([&](Key key, uint32_t at) {
+      if (key > low) atomicOr(added + threadIdx.x / WARP * WARP + at / 32, 1u << at % 32);
+      equals += key == low;
+    });
+  } else {
+    uint32_t above, equal;
+    compare<T, RANDOM>(e, part, choice, threshold, above, equal);
+    added[threadIdx.x] = word_of(above);  // the sure ones again, which does no harm
+    equals = __popc(equal);
+  }
+  __syncthreads();
+  uint32_t* const word = choice.marks + e.filters + part.word();
+  const uint32_t marks = part.has_word() && n ? *word | added[threadIdx.x] : 0;
+  if (part.has_word() && n) *word = marks;
+  const uint32_t sum = sum_warp(uint32_t(__popc(marks)) | equals << 16);
+  if (part.lane == 0) {
+    const uint32_t all = n ? sum : found;
+    choice.found()[warp] = all;
+    atomicAdd(&sums, all);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) choice.block_found()[block] = sums;
+  if (!is_last(choice.state->tickets + PASSES<Key>, choice.blocks)) return;
+
+  constexpr uint32_t MINE = 8;
+  uint64_t before_all = 0;
+  for (uint32_t start = 0; start < choice.blocks; start += MINE * THREADS) {
+    const uint32_t first = start + MINE * threadIdx.x;
+    uint32_t each[MINE];
+    uint64_t mine = 0, all;
+#pragma unroll
+    for (uint32_t i = 0; i < MINE; ++i) {
+      each[i] = first + i < choice.blocks ? choice.block_found()[first + i] : 0;
+      mine += apart(each[i]);
+    }
+    uint64_t before = before_all + sum_before_in_block(mine, all);
+#pragma unroll
+    for (uint32_t i = 0; i < MINE; ++i) {
+      if (first + i < choice.blocks) choice.before()[first + i] = before;
+      before += apart(each[i]);
+    }
+    before_all += all;
+  }
+}
+
+// The last: ranks, and the first of those equal to the threshold.
+template <class T, bool RANDOM, class Key, int N>
+__global__ void __launch_bounds__(THREADS) mark_equal(const __grid_constant__ Table<N> table, const Choice<Key> choice) {
+  const Entry& e = table.find(blockIdx.x);
+  const Part part(e);
+  if (part.elements <= 0) return;
+  const uint32_t block = block_of(e), missing = choice.state->missing;
+  const Key threshold = choice.state->threshold;
+  const uint64_t before_block = choice.before()[block];
+  uint32_t chosen = uint32_t(before_block), equals = uint32_t(before_block >> 32), mine = 0;
+  for (int i = 0; i <= int(threadIdx.x / WARP); ++i) {
+    chosen += mine & 0xffff, equals += mine >> 16;
+    mine = choice.found()[int64_t(block) * WARPS + i];
+  }
+  mine >>= 16;
+  const uint32_t taken = min(equals, missing), take = min(mine, missing - taken);
+  if (part.lane == 0) ((uint32_t*)e.backup)[part.reduce] = chosen + taken;
+  if (!take) return;
+  uint32_t* const marks = choice.marks + e.filters + part.word();
+  uint32_t word, above, equal;
+  if (threshold == 0) {  // what is not above it
+    equal = eligible(e, part, choice);
+    word = word_of(equal) & ~(part.has_word() ? *marks : 0);
+  } else {
+    compare<T, RANDOM>(e, part, choice, threshold, above, equal);
+    word = word_of(equal);
+  }
+  const int count = __popc(word), room = int(take) - int(sum_before(uint32_t(count)));
+  for (int surplus = count - max(room, 0); surplus > 0; --surplus) word &= ~(0x80000000u >> __clz(word));
+  if (word) *marks |= word;
+}
+
+// Moves ones: both choices are among the mask as it was. A rank changes by what was chosen before it.
+__global__ void __launch_bounds__(THREADS)
+    move_ones(uint32_t* const words, const uint32_t* const dropped, const uint32_t* const grown, const int64_t count,
+              uint32_t* const ranks, const uint32_t* const dropped_before, const uint32_t* const grown_before,
+              const int64_t reduces, const int64_t* const bad_tensor) {
+  if (*bad_tensor >= 0) return;
+  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+  if (i < count) words[i] = (words[i] & ~dropped[i]) | grown[i];
+  if (i < reduces) ranks[i] += grown_before[i] - dropped_before[i];
+}
+
+// --- on the host -------------------------------------------------------------------------------------------------------------
+
+struct Size {
+  int64_t elements = 0, words = 0, reduces = 0, blocks = 0;
+
+  explicit Size(const TensorList& list) {
+    for (const Tensor& t : list.tensors) {
+      const int64_t n = t.numel();
+      elements += n, words += flatops::words(n), reduces += flatops::ranks(n), blocks += ceil_div(n, TILE);
+    }
+    if (elements > int64_t(UINT32_MAX))
+      throw std::invalid_argument("flatops: more than 2^32 scores in one list: a mask counts no further");
+  }
+};
+
+// What is asked for, apart from how it is found.
+struct Question {
+  bool random, magnitudes, lowest, dead;
+  const uint32_t* among;
+  Noise noise;
+  uint32_t place;
+  Wanted wanted;
+  const uint32_t* earlier_bad;
+  int64_t* bad_tensor;
+};
+
+// What it is found in.
+struct Marks {
+  uint32_t* words;
+  uint32_t* ranks;
+};
+
+template <bool RANDOM, class Key>
+const uint32_t* choose(const TensorList& list, const Question& q, const Marks& marks, const Gpu& gpu) {
+  const int64_t blocks = Size(list).blocks;
+  const Choice<Key> choice{(State<Key>*)gpu.scratch(Choice<Key>::scratch(blocks)), marks.words, q.among, q.noise,
+                           uint32_t(blocks), q.place, q.dead, q.lowest, q.magnitudes};
+  check(cudaMemsetAsync(choice.state, 0, sizeof(State<Key>), (cudaStream_t)gpu.stream));
+
+  // Random scores know no dtypes.
+  Work work[std::size(DTYPES)];
+  int64_t word = 0, reduce = 0, block = 0;
+  for (size_t i = 0; i < list.tensors.size(); ++i) {
+    const Tensor& t = list.tensors[i];
+    Entry e = masked(t, word, block);
+    e.backup = marks.ranks + reduce;
+    if (!RANDOM) e.index = uint32_t(i);
+    work[int(RANDOM ? DType::f32 : t.dtype)].add(e, ceil_div(t.numel(), TILE));
+    word += words(t.numel()), reduce += ranks(t.numel()), block += ceil_div(t.numel(), TILE);
+  }
+  const auto each_dtype = [&](const auto& f) {
+    if constexpr (RANDOM) return f((float*)nullptr, work[int(DType::f32)]);
+    else
+      for (DType dtype : DTYPES)
+        by_dtype(dtype, [&]<class T>(T* null) {
+          if constexpr ((sizeof(T) == 8) == (sizeof(Key) == 8)) f(null, work[int(dtype)]);
+        });
+  };
+  each_dtype([&]<class T>(T*, const Work& w) {
+    launch(w, gpu, [](auto n) { return count_all<T, RANDOM, Key, n.value>; }, choice, q.wanted, q.earlier_bad, q.bad_tensor);
+  });
+  each_dtype([&]<class T>(T*, const Work& w) {
+    launch(w, gpu, [](auto n) { return mark_sure<T, RANDOM, Key, n.value>; }, choice);
+  });
+  for (int pass = 2; pass < PASSES<Key>; ++pass)
+    each_dtype([&]<class T>(T*, const Work& w) {
+      launch(w, gpu, [](auto n) { return count_within<T, RANDOM, Key, n.value>; }, choice, pass);
+    });
+  each_dtype([&]<class T>(T*, const Work& w) {
+    launch(w, gpu, [](auto n) { return mark_candidates<T, RANDOM, Key, n.value>; }, choice);
+  });
+  each_dtype([&]<class T>(T*, const Work& w) {
+    launch(w, gpu, [](auto n) { return mark_equal<T, RANDOM, Key, n.value>; }, choice);
+  });
+  return &choice.state->bad;
+}
+
+// Returns where a later choice finds out whether this one met a bad score.
+const uint32_t* choose(const TensorList& list, const Question& q, const Marks& marks, const Gpu& gpu) {
+  if (q.random) return choose<true, uint32_t>(list, q, marks, gpu);
+  bool wide = false, others = false;
+  for (const Tensor& t : list.tensors)
+    if (t.filters) (t.dtype == DType::f64 ? wide : others) = true;
+  if (wide && others) throw std::invalid_argument("flatops: float64 scores among others: convert them to one dtype");
+  return wide ? choose<false, uint64_t>(list, q, marks, gpu) : choose<false, uint32_t>(list, q, marks, gpu);
+}
+
+}  // namespace
+}  // namespace flatops::cuda
+
+namespace flatops {
+
+template <> void topk_mask(TensorList& list, int64_t count, int64_t* bad, const Gpu& gpu) {
+  using namespace cuda;
+  if (!Size(list).elements) return check(cudaMemsetAsync(bad, 0xff, sizeof(*bad), (cudaStream_t)gpu.stream));
+  Question q{};
+  q.wanted.count = uint32_t(count);
+  q.bad_tensor = bad;
+  choose(list, q, {list.tensors[0].bits, list.tensors[0].ranks}, gpu);
+}
+
+template <>
+void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise, int64_t count, int64_t* bad, const Gpu& gpu) {
+  using namespace cuda;
+  const Size size(drop);
+  if (!size.elements) return check(cudaMemsetAsync(bad, 0xff, sizeof(*bad), (cudaStream_t)gpu.stream));
+  const auto room = [&](int64_t n) { return (uint32_t*)gpu.scratch(n * sizeof(uint32_t)); };
+  const Marks mask{drop.tensors[0].bits, drop.tensors[0].ranks};
+  const Marks dropped{room(size.words), room(size.reduces)}, grown{room(size.words), room(size.reduces)};
+  Question q{};
+  q.magnitudes = true;
+  q.among = mask.words;
+  q.noise = noise;
+  q.wanted = {uint32_t(std::min(count, size.elements)), uint32_t(size.elements)};
+  q.bad_tensor = bad;
+  q.random = random.drop, q.lowest = !random.drop, q.place = 2;
+  q.earlier_bad = choose(drop, q, dropped, gpu);
+  q.random = random.grow, q.lowest = false, q.dead = true, q.place = 1;
+  choose(grow, q, grown, gpu);
+
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(ceil_div(size.words, THREADS)));
+  config.blockDim = dim3(THREADS);
+  config.stream = (cudaStream_t)gpu.stream;
+  check(cudaLaunchKernelEx(&config, move_ones, mask.words, dropped.words, grown.words, size.words, mask.ranks, dropped.ranks,
+                           grown.ranks, size.reduces, bad));
+}
+
+}  // namespace flatops
