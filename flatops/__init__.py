@@ -1,8 +1,8 @@
-"""flatops: flat-minima training (RWP, m-RWP, ARWP, SAM, ASAM) on fused kernels, under PyTorch optimizers."""
+"""flatops: flat-minima training (RWP, m-RWP, ARWP, SAM, ASAM, SSAM) on fused kernels, under PyTorch optimizers."""
 
 from flatops import ops
 from flatops.backend import backend
-from flatops.optim import RWP, SAM, CosineRamp, freeze_batchnorm_stats, unwrap
+from flatops.optim import RWP, SAM, SSAM, CosineRamp, freeze_batchnorm_stats, unwrap
 
-__all__ = ["RWP", "SAM", "CosineRamp", "backend", "freeze_batchnorm_stats", "ops", "unwrap"]
+__all__ = ["RWP", "SAM", "SSAM", "CosineRamp", "backend", "freeze_batchnorm_stats", "ops", "unwrap"]
 __version__ = "0.1.0"

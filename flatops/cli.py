@@ -42,7 +42,7 @@ def info(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """train a network with SGD, RWP, m-RWP, ARWP, m-ARWP, SAM or ASAM"""
+    """train a network with SGD, RWP, m-RWP, ARWP, m-ARWP, SAM, ASAM or SSAM"""
     from flatops.train import TrainConfig, checkpoint, train
 
     config = parse(TrainConfig, "train", arguments)

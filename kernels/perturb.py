@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import narrow, widen
+from .ascend import restore_masked
 from .gaussian import normals
 from .sum import long_norms, sum_filters
 from .tensor_list import (
@@ -150,9 +151,11 @@ def perturb_(params, scales, backup, sigma, key, draw, index, fisher, eta):
 
 
 @operator
-def restore_(params, backup, scales, key, draw, index, fisher, eta):
-    tensors = TensorList(params, (), backup, fisher, index)
-    if scales is None:
+def restore_(params, backup, mask, scales, key, draw, index, fisher, eta):
+    tensors = TensorList(params, (), backup if mask is None else (), fisher, index)
+    if mask is not None:
+        restore_masked(tensors, params, backup, mask)
+    elif scales is None:
         tensors.run(copy_kernel, "whole")
     else:
         tensors.check_scales(scales)

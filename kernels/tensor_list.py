@@ -37,10 +37,12 @@ TYPES = {
 # --- what a program reads: a row of int64 for each tensor, a row of int32 for each block -------------------------------------
 
 # A tensor's numbers; the first four are addresses, or 0. At ALIGNED stands whether every filter can be read and written
-# 16 bytes at a time, and after it whether the tensor can that is one filter.
+# 16 bytes at a time, and after it whether the tensor can that is one filter. At FIRST_WORD and FIRST_RANK stands where a mask
+# over the list has the tensor's words and ranks.
 DATA, OTHER, BACKUP, FISHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 FILTERS, LENGTH, FIRST_FILTER = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
-INDEX, ONE_DIM, ALIGNED, FIELDS = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(11)
+INDEX, ONE_DIM, ALIGNED = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
+FIRST_WORD, FIRST_RANK, FIELDS = tl.constexpr(11), tl.constexpr(12), tl.constexpr(13)
 
 
 @triton.jit
@@ -122,6 +124,13 @@ class Shapes:
         self.filters = [0 if s.numel() == 0 else 1 if len(s) <= 1 else s[0] for s in shapes]
         self.lengths = [s.numel() // max(n, 1) for s, n in zip(shapes, self.filters)]
         self.first_filters = [0, *itertools.accumulate(self.filters)]
+        sizes = [f * n for f, n in zip(self.filters, self.lengths)]
+        self.elements = sum(sizes)
+        self.first_words = [0, *itertools.accumulate(triton.cdiv(n, 32) for n in sizes)]
+        self.words = self.first_words[-1]  # of a mask, before its ranks
+        ranks = (triton.cdiv(n, REDUCE.value) for n in sizes)
+        self.first_ranks = list(itertools.accumulate(ranks, initial=self.words))
+        self.mask_size = self.first_ranks[-1]
         self.cut = functools.cache(self.cut)
 
     def cut(self, kind: str) -> Cut:
@@ -225,6 +234,7 @@ class TensorList:
     Args:
         data: the tensors that filters are counted in.
         other, backup: as many of the same shapes and dtypes, taken in the storage order of `data`; or none.
+        other_dtype: of `other`, where it is not the same.
         fisher: float32, one entry per slice along dim 0; or none.
         index: the noise's `tensor`.
         changed: whether `data` is to be changed, so that two of them may not share memory.
@@ -238,14 +248,15 @@ class TensorList:
         fisher: Sequence[Tensor] = (),
         index: Sequence[int] = (),
         changed: bool = False,
+        other_dtype: torch.dtype | None = None,
     ) -> None:
         self.device = data[0].device
         if INTERPRETED and self.device.type != "cpu":
             raise RuntimeError("Triton's interpreter reads the host's memory alone: unset TRITON_INTERPRET")
         self.shapes = _shapes(tuple(t.shape for t in data), tuple(t.dtype for t in data))
         self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
-        for ts in (other, backup):
-            if any(t.numel() != p.numel() or t.dtype != p.dtype for t, p in zip(ts, data)):
+        for ts, dtype in ((other, other_dtype), (backup, None)):
+            if any(t.numel() != p.numel() or t.dtype != (dtype or p.dtype) for t, p in zip(ts, data)):
                 raise ValueError("tensors that belong together differ in shape or dtype")
         for i, (f, p) in enumerate(zip(fisher, data)):
             _check_array(f"fisher[{i}]", f, p.shape[0] if p.dim() else 1, self.device)
@@ -283,15 +294,18 @@ class TensorList:
         at_16 = [(a | b | c) % 16 == 0 for a, b, c in zip(data, other, backup)]
         columns.append([a and n % 4 == 0 for a, n in zip(at_16, shapes.lengths)])
         columns.append([a and f * n % 4 == 0 for a, f, n in zip(at_16, shapes.filters, shapes.lengths)])
+        columns += [shapes.first_words[:-1], shapes.first_ranks[:-1]]
         return torch.tensor(columns).T.contiguous()
 
-    def run(self, kernel, kind: str, *args, **constants) -> None:
-        """Launches a kernel over the blocks of `kind`, once a dtype."""
+    def run(self, kernel, kind: str, *args, by_dtype: bool = True, **constants) -> None:
+        """Launches a kernel over the blocks of `kind`, once a dtype; or once, with a dtype of None."""
         cut = self.shapes.cut(kind)
-        if cut.launches:
-            blocks = _on_device((self.device, self.shapes, kind, "blocks"), lambda: cut.blocks, self.device)
-        for dtype, first, count in cut.launches:
-            kernel[(count,)](self.table, blocks, first, *args, dtype=TYPES[dtype], **constants, **OPTIONS)
+        if not cut.launches:
+            return
+        blocks = _on_device((self.device, self.shapes, kind, "blocks"), lambda: cut.blocks, self.device)
+        for dtype, first, count in cut.launches if by_dtype else [(None, 0, len(cut.blocks))]:
+            constants["dtype"] = TYPES.get(dtype)
+            kernel[(count,)](self.table, blocks, first, *args, **constants, **OPTIONS)
 
     def fold(self, kernel, kind: str, *args) -> None:
         """Launches a kernel over the filters that `kind` cuts into pieces, if there are any."""
@@ -304,6 +318,10 @@ class TensorList:
         """Raises unless there is room for a number a filter."""
         _check_array("scales", scales, self.shapes.first_filters[-1], self.device)
 
+    def check_mask(self, mask: Tensor) -> None:
+        """Raises unless it can be a mask over this list."""
+        _check_array("mask", mask, self.shapes.mask_size, self.device, torch.int32)
+
     def wrote(self, *changed: Tensor) -> None:
         """Puts back what was changed in a copy, and tells autograd."""
         ids = {id(t) for t in changed}
@@ -315,9 +333,11 @@ class TensorList:
                 torch.autograd.graph.increment_version(t)
 
 
-def _check_array(name: str, t: Tensor, size: int, device: torch.device) -> None:
-    if (t.dtype, t.numel(), t.device) != (torch.float32, size, device) or not t.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous float32 tensor of {size} entries on {device}")
+def _check_array(
+    name: str, t: Tensor, size: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    if (t.dtype, t.numel(), t.device) != (dtype, size, device) or not t.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous {dtype} tensor of {size} entries on {device}")
 
 
 def operator(function: Callable) -> Callable:

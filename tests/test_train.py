@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import signal
 import subprocess
@@ -66,10 +67,14 @@ def test_two_epochs_teach_every_method_the_digits(method, bf16):
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_and_given_options_reach_the_optimizer(method):
     config = TrainConfig(method=method)
-    for options in (methods.used_options(config), {name: 0.25 for name in methods.METHODS[method].options}):
+    defaults = methods.used_options(config)
+    others = {"mask": "dynamic", "pattern": "layer"}
+    given = {name: others.get(name, 0.25) for name in defaults if name != "fisher_samples"}
+    for options in (defaults, given):
         optimizer = methods.create_optimizer(nn.Linear(2, 2).parameters(), replace(config, **options))
         assert isinstance(optimizer, torch.optim.SGD)
-        assert {name: optimizer.param_groups[0][name] for name in options} == options
+        wanted = {name: value for name, value in options.items() if name != "fisher_samples"}
+        assert {name: optimizer.param_groups[0][name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("method", ["sam", "mrwp"])
@@ -82,6 +87,28 @@ def test_batchnorm_statistics_come_from_the_clean_pass_alone(method):
     trainer._train_step(*batches)
     for name, buffer in twin.named_buffers():
         assert torch.equal(buffer, trainer.model.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+def test_ssam_makes_its_mask_anew_every_epoch(mask):
+    trainer = Trainer(TrainConfig(method="ssam", mask=mask, sparsity=0.8, epochs=3, batch_size=512))
+    weights = sum(p.numel() for p in trainer.model.parameters())
+    kept, masks = [], []
+    for _ in range(3):
+        trainer.run_epoch()
+        [held] = trainer.optimizer.masks.values()
+        kept.append(sum(int(live.sum()) for live in held.live().values()))
+        masks.append(held.bits.clone())
+    assert kept == [weights - math.ceil(0.8 * weights)] * 3
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+    assert trainer.optimizer.param_groups[0]["updates"] == (3 if mask == "fisher" else 2)
+
+
+def test_patterns_that_fix_the_sparsity_and_masks_without_samples():
+    trainer = Trainer(TrainConfig(method="ssam", pattern="1:4", epochs=1, batch_size=512))
+    trainer.run_epoch()
+    assert "sparsity" not in trainer.options and trainer.optimizer.param_groups[0]["sparsity"] == 0.75
+    assert "fisher_samples" not in methods.used_options(TrainConfig(method="ssam", mask="dynamic"))
 
 
 def test_the_mixed_step_is_the_weighted_sum_of_two_gradients():
@@ -194,11 +221,10 @@ def assert_same_run(left, right):
 
 
 @pytest.mark.parametrize("stop", [21, 30], ids=["between epochs", "in mid-epoch"])
-@pytest.mark.parametrize("method", ["sgd", "mrwp", "arwp", "sam"])
+@pytest.mark.parametrize("method", ["sgd", "mrwp", "arwp", "sam", "ssam", "ssam dynamic"])
 def test_resume_equals_no_interruption_to_the_bit(method, stop, tmp_path):
-    config = TrainConfig(
-        method=method, epochs=2, label_noise=0.2, sigma_end=0.1 if method == "mrwp" else None
-    )
+    options = {"mrwp": {"sigma_end": 0.1}, "ssam dynamic": {"mask": "dynamic"}}.get(method, {})
+    config = TrainConfig(method=method.split()[0], epochs=2, label_noise=0.2, **options)
     assert_same_run(train_in_two_parts(config, stop, tmp_path), train_whole(config))
 
 
@@ -313,6 +339,11 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(other, t
         ({"method": "rwp", "sigma": -0.1}, "sigma"),
         ({"method": "sam", "rho": float("nan")}, "rho"),
         ({"method": "mrwp", "lam": 1.5}, "lam"),
+        ({"method": "sam", "sparsity": 0.5}, "sam has no option sparsity"),
+        ({"method": "ssam", "sparsity": 1.0}, "sparsity"),
+        ({"method": "ssam", "pattern": "5:4"}, "pattern '5:4'"),
+        ({"method": "ssam", "pattern": "2:4", "sparsity": 0.5}, "pattern 2:4 has no option sparsity"),
+        ({"method": "ssam", "mask": "dynamic", "fisher_samples": 64}, "mask dynamic .* fisher_samples"),
     ],
     ids=str,
 )
@@ -375,6 +406,24 @@ def test_compare_writes_every_number_and_a_plot(tmp_path):
     assert "m-RWP" in text(console) and "One schedule for all" in text(console)
     alone = train_whole(TrainConfig(method="mrwp", epochs=1, sigma=0.03, label_noise=0.3, seed=1))
     assert timeless(result["runs"][3]["history"]) == timeless(alone.history)
+
+
+def test_compare_shows_ssam_and_its_options(tmp_path):
+    console = quiet()
+    config = CompareConfig(
+        methods=("sam", "ssam"), seeds=1, epochs=1, rho=0.1, sparsity=0.75, output=tmp_path
+    )
+    result = compare(config, console)
+    assert result["summary"][0]["options"] == {"rho": 0.1}
+    assert result["summary"][1]["options"]["sparsity"] == 0.75
+    assert "SSAM" in text(console) and "sparsity 0.75" in text(console)
+    assert CompareConfig().methods == ("sgd", "rwp", "mrwp", "sam", "ssam")
+
+
+def test_too_many_samples_for_a_mask_are_refused(capsys, tmp_path):
+    run = ["--method", "ssam", "--fisher-samples", "5000", "--output", str(tmp_path / "run")]
+    assert cli.main(["train", *run]) == 2
+    assert "1344 samples and 5000 are asked for" in capsys.readouterr().err
 
 
 def test_compare_refuses_an_option_that_no_method_knows(tmp_path):

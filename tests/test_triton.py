@@ -32,6 +32,18 @@ DTYPES = ["fp32", "bf16", "fp16", "fp64"]
 ARCHITECTURES = [80, 90, 100]
 # Of every kernel, the variant that does most; "noise" is perturb_ with a backup, as RWP calls it.
 PERTURB = {"backup": True, "fisher": True}
+TOPK = {
+    "mask": None,
+    "key": None,
+    "draw": None,
+    "column": 0,
+    "place": None,
+    "live": True,
+    "lowest": False,
+    "bits": None,  # as the dtype says
+}
+DROP = {"column": 1, "place": None, "live": True, "lowest": True, "bits": None}
+RANDOM = {"column": None, "place": 0xFFFFFFFF, "live": False, "lowest": False, "bits": 24}
 VARIANTS = {
     "perturb": ("perturb", "perturb_kernel", PERTURB),
     "noise": ("perturb", "perturb_kernel", {"backup": True, "fisher": False}),
@@ -50,22 +62,43 @@ VARIANTS = {
     "long_fisher": ("fisher", "long_fisher_kernel", {}),
     "whole_sums": ("sum", "whole_sums_kernel", {}),
     "whole_norm": ("sum", "whole_norm_kernel", {}),
+    "ascend_masked": ("ascend", "ascend_masked_kernel", {"adaptive": True, "width": 8}),
+    "restore_masked": ("ascend", "restore_masked_kernel", {"width": 8}),
+    "squares": ("fisher", "squares_kernel", {}),
+    "histogram": ("mask", "histogram_kernel", TOPK),
+    "histogram_drop": ("mask", "histogram_kernel", DROP),
+    "histogram_random": ("mask", "histogram_kernel", RANDOM),
+    "compare": ("mask", "compare_kernel", TOPK),
+    "compare_drop": ("mask", "compare_kernel", DROP),
+    "compare_random": ("mask", "compare_kernel", RANDOM),
+    "mask": ("mask", "mask_kernel", {"regrow": True}),
 }
 FOLDS = ["long_norms", "long_fisher", "whole_sums", "whole_norm"]  # they work on float64 sums alone
+# What is compiled for every dtype.
+BY_DTYPE = [
+    "perturb",
+    "ascend",
+    "sum",
+    "norms",
+    "fisher",
+    "ascend_masked",
+    "squares",
+    "histogram_drop",
+    "compare_drop",
+]
 CODE = [
     (arch, name, dtype)
     for arch in ARCHITECTURES
     for name in VARIANTS
-    for dtype in (
-        DTYPES if arch == 90 and name in ("perturb", "ascend", "sum", "norms", "fisher") else ["fp32"]
-    )
+    for dtype in (DTYPES if arch == 90 and name in BY_DTYPE else ["fp32"])
 ]
 ARGUMENTS = {
-    **dict.fromkeys(["tensors", "key", "draw"], "*i64"),
-    **dict.fromkeys(["blocks", "folds"], "*i32"),
+    **dict.fromkeys(["tensors", "key", "draw", "state", "result"], "*i64"),
+    **dict.fromkeys(["blocks", "folds", "mask", "found"], "*i32"),
     **dict.fromkeys(["scales", "norms"], "*fp32"),
-    **dict.fromkeys(["sums", "sigma", "rho", "norm", "scale", "out"], "*fp64"),
-    **dict.fromkeys(["first", "count"], "i32"),
+    **dict.fromkeys(["sums", "sigma", "rho", "norm", "scale", "out", "backup"], "*fp64"),
+    **dict.fromkeys(["first", "count", "digits"], "i32"),
+    **dict.fromkeys(["k", "elements", "size", "slots"], "i64"),
     "eta": "fp32",
     "beta": "fp64",
 }
@@ -83,6 +116,8 @@ def build(arch: int, name: str, dtype: str) -> dict:
     kernel = getattr(getattr(kernels, module), kernel)
     if "dtype" in kernel.arg_names:
         constants = {**constants, "dtype": tl.dtype(dtype)}
+    if "bits" in constants and constants["column"] is not None:
+        constants["bits"] = {"fp32": 32, "bf16": 16, "fp16": 24, "fp64": 64}[dtype]
     signature = {a: "constexpr" if a in constants else ARGUMENTS[a] for a in kernel.arg_names}
     index = kernel.arg_names.index
     source = ASTSource(
@@ -150,13 +185,17 @@ def test_machine_code(arch, name, dtype, compiled):
     }
     assert all(".rn" in op for op in code["ptx"] if op.startswith(("div.", "sqrt.", "fma.")) and ".f" in op)
     assert not any(".ftz" in op or ".approx" in op for op in code["ptx"])
-    if name not in ("ascend", "whole_norm"):  # which divide and take roots in float64, by fma
+    if name not in (
+        "ascend",
+        "ascend_masked",
+        "whole_norm",
+    ):  # which divide and take roots in float64, by fma
         assert code["ops"].get("DFMA", 0) == 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "name", ["noise", "perturb", "regenerate", "normal", "copy", "ascend", "sum", "norms"]
+    "name", ["noise", "perturb", "regenerate", "normal", "copy", "ascend", "sum", "norms", "squares"]
 )
 def test_accesses_are_128_bits_wide(arch, name, compiled):
     ops = compiled[arch, name, "fp32"]["ops"]
@@ -311,12 +350,61 @@ def test_versions_move_where_something_changes():
     """Also where odd layouts are copied: the gradient's copy is not put back."""
     params, grads, backup = ([torch.ones(6, 4).t()] for _ in range(3))
     rho, norm = torch.tensor(0.5, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
-    kernels.ascend_(params, grads, backup, rho, norm, False)
+    kernels.ascend_(params, grads, backup, None, rho, norm, False)
     assert (params[0] == 1.25).all() and (backup[0] == 1).all()
     assert (params[0]._version > 0, backup[0]._version > 0, grads[0]._version) == (True, True, 0)
     version = backup[0]._version
-    kernels.restore_(params, backup, None, None, None, [], [], 0.0)
+    kernels.restore_(params, backup, None, None, None, None, [], [], 0.0)
     assert (params[0] == 1).all() and backup[0]._version == version
+
+
+@interpreted
+def test_versions_move_where_masks_change():
+    params, fisher = [torch.ones(40)], [torch.zeros(40)]
+    kernels.fisher_(fisher, params, torch.tensor(2.0, dtype=torch.float64))
+    mask, bad = kernels.topk_mask(fisher, 3)
+    assert mask.tolist() == [7, 0, 0] and bad == -1 and fisher[0]._version > 0
+    version, key = mask._version, torch.tensor(1)
+    kernels.regrow_mask_(mask, params, params, params, key, key, [0], 2)
+    assert mask.tolist() == [0b11100, 0, 0] and mask._version > version and params[0]._version == 0
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", tensor_list.TYPES, ids=str)
+def test_choices_by_the_digits_that_a_gpu_takes(dtype, monkeypatch):
+    """The interpreter takes larger ones, and more elements at a time."""
+    sizes = {"DIGIT": 8, "BINS": 256, "STATE": 258, "SPAN": 256}
+    for name, value in sizes.items():
+        monkeypatch.setattr(kernels.mask, name, tl.constexpr(value))
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(n, generator=generator).to(dtype) for n in (700, 0, 1500)]
+    mask, bad = kernels.topk_mask([p.abs() for p in params], 900)
+    assert_same_bits([mask, bad], list(reference.topk_mask([p.abs() for p in params], 900)))
+    key, draw, index = torch.tensor(2**40 + 17), torch.tensor(5), [3, 4, 5]
+    for drop, grow in ((params, []), ([], params)):
+        ours, theirs = mask.clone(), mask.clone()
+        for function, changed in ((kernels.regrow_mask_, ours), (reference.regrow_mask_, theirs)):
+            function(changed, params, drop, grow, key, draw, index, 300)
+        assert_same_bits(ours, theirs)
+
+
+@interpreted
+def test_backups_with_too_few_slots_are_not_overrun():
+    """Weights without a slot stay, and all the others come back."""
+    params, norm = [torch.randn(5000)], torch.tensor(1.0, dtype=torch.float64)
+    before = params[0].clone()
+    mask, _ = kernels.topk_mask([before.abs()], 2500)
+    room = torch.full((1300,), 7.0)
+    backup = [room[:1200]]
+    kernels.ascend_(params, params, backup, mask, norm, norm, False)
+    changed = params[0] != before
+    assert changed[:2048].sum() == mask[-3] <= 1200 and not changed[3 * 1024 :].any()
+    assert (room[1200:] == 7).all()
+    kernels.restore_(params, backup, mask, None, None, None, [], [], 0.0)
+    assert_same_bits(params[0], before)
 
 
 class Stream:

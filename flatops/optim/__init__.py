@@ -5,5 +5,6 @@ from flatops.optim.flat import unwrap
 from flatops.optim.rwp import RWP
 from flatops.optim.sam import SAM
 from flatops.optim.schedules import CosineRamp
+from flatops.optim.ssam import SSAM
 
-__all__ = ["RWP", "SAM", "CosineRamp", "freeze_batchnorm_stats", "unwrap"]
+__all__ = ["RWP", "SAM", "SSAM", "CosineRamp", "freeze_batchnorm_stats", "unwrap"]

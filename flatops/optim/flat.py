@@ -1,4 +1,4 @@
-"""What RWP and SAM share: the class made from a base optimizer, the perturbed pass, and what survives a checkpoint."""
+"""What RWP, SAM and SSAM share: the class made from a base optimizer, the perturbed pass, and what survives a checkpoint."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Run:
     undo: list[Undo] = field(default_factory=list)
     backup: dict[Tensor, Tensor] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+    skipped: list[Tensor] = field(default_factory=list)  # need no gradient in SSAM's first pass
 
 
 class _Exit:
@@ -103,7 +104,7 @@ def _check_base(base: Any) -> None:
 
 
 class Flat(torch.optim.Optimizer):
-    """The base of every flat-minima optimizer; use `flatops.RWP` or `flatops.SAM`."""
+    """The base of every flat-minima optimizer; use `flatops.RWP`, `flatops.SAM` or `flatops.SSAM`."""
 
     base: type[torch.optim.Optimizer] | None = None
     flat: type[Flat]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from flatops import ops
-from flatops.optim.flat import Flat, check_range, check_tensor, on, perturbed_pass
+from flatops.optim.fisher import KeepsFisher
+from flatops.optim.flat import check_range, check_tensor, on, perturbed_pass
 
 
-class RWP(Flat):
+class RWP(KeepsFisher):
     """RWP: the gradient at randomly perturbed weights, the step at the weights themselves.
 
     eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0).
@@ -68,7 +69,6 @@ class RWP(Flat):
         restore: str = "exact",
         **kwargs: Any,
     ):
-        self.fisher: dict[Tensor, Tensor] = {}  # a parameter's F: one entry per slice along dim 0
         self.aside: list[
             tuple[Tensor, Tensor]
         ] = []  # gradients that are not to be taken for the perturbed pass's
@@ -215,12 +215,11 @@ class RWP(Flat):
             self._update_fisher(1.0 / scale)
         self._take_back()
 
-    def _fisher(self, p: Tensor) -> Tensor:
-        if p not in self.fisher:
-            self.fisher[p] = torch.zeros(
-                p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device
-            )
-        return self.fisher[p]
+    def _keeps_fisher(self, group: dict[str, Any]) -> bool:
+        return group["eta"] > 0
+
+    def _new_fisher(self, p: Tensor) -> Tensor:
+        return torch.zeros(p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device)
 
     def _mixes_fisher(self) -> bool:
         return 0 < self.perturbed_weight < 1 and any(group["eta"] > 0 for group in self.param_groups)
@@ -241,9 +240,6 @@ class RWP(Flat):
             if eta > 0:
                 fisher, grads = [self._fisher(p) for p in params], [p.grad for p in params]
                 ops.filter_fisher_(fisher, grads, beta, scale=on(device, scale))
-
-    def _after_step(self) -> None:
-        self._keep_fisher()
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         lam = self.perturbed_weight
@@ -271,42 +267,8 @@ class RWP(Flat):
                 p.grad = g.mul_(1 - lam) if p.grad is None else p.grad.add_(g, alpha=1 - lam)
         return loss
 
-    # --- checkpoints: F among the base optimizer's state ---------------------------------------------------------------------
-
-    def _keep_fisher(self) -> None:
-        """Puts F into `state`, where checkpoints look: beside what the base keeps there, for an entry of ours alone would
-        pass for its own, already made; or alone where the base keeps nothing at all."""
-        keeps_nothing = not any(entry.keys() - {"fisher"} for entry in self.state.values())
-        for group in self.param_groups:
-            for p in group["params"] if group["eta"] > 0 else []:
-                if p.requires_grad and (keeps_nothing or self.state.get(p)):
-                    self.state[p]["fisher"] = self._fisher(p)
-
-    def state_dict(self) -> dict[str, Any]:
-        packed = super().state_dict()
-        state = dict(packed["state"])
-        for group, ours in zip(packed["param_groups"], self.param_groups):
-            for i, p in zip(group["params"], ours["params"]):
-                if not packed["state"] and p in self.fisher:  # before the first step
-                    state[i] = {"fisher": self.fisher[p]}
-        return {**packed, "state": state}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # F comes out before the base sees it, which would cast it to the parameter's dtype.
-        state = {i: dict(entry) for i, entry in state_dict["state"].items()}
-        fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
-        super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
-        for f in self.fisher.values():  # in place: a captured graph goes on reading it there
-            f.zero_()
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            for i, p in zip(saved["params"], group["params"]):
-                if i in fisher:
-                    self._fisher(p).copy_(fisher[i])
-        if any(self.state.values()):
-            self._keep_fisher()
-
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"fisher": self.fisher, "stream": self.stream, "aside": self.aside, "loss_scale": None}
+        ours = {"stream": self.stream, "aside": self.aside, "loss_scale": None}
         return {**super().__getstate__(), **ours}
 
 

@@ -91,16 +91,20 @@ class SAM(Flat):
                     f"a gradient of shape {tuple(g.shape)} is {g.layout}: SAM needs dense gradients"
                 )
         norm = self._norm(parts, grads)
+        self._before_ascent(norm)
         for (device, rho, adaptive), (params, _) in parts.items():
-            if not isinstance(rho, Tensor) and rho == 0:
-                continue
-            backup = self._backup(params)
-            self._will_change(params, backup[-1], backup=backup)
-            part = grads[device, rho, adaptive]
-            ops.ascend_(
-                params, part, on(device, rho), norm=on(device, norm), adaptive=adaptive, backup=backup
-            )
+            if isinstance(rho, Tensor) or rho > 0:
+                part = grads[device, rho, adaptive]
+                self._ascend(params, part, on(device, rho), norm=on(device, norm), adaptive=adaptive)
         self._taint(parts, norm)
+
+    def _before_ascent(self, norm: Tensor) -> None:
+        """With the gradients of the first pass in p.grad and their norm known, before any weight changes."""
+
+    def _ascend(self, params: list[Tensor], grads: list[Tensor], rho: float | Tensor, **how: Any) -> None:
+        backup = self._backup(params)
+        self._will_change(params, backup[-1], backup=backup)
+        ops.ascend_(params, grads, rho, backup=backup, **how)
 
     def _norm(self, parts: dict, grads: dict) -> Tensor:
         """The norm over all parameters, float64, on the first one's device."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-MethodName = Literal["sgd", "rwp", "mrwp", "arwp", "marwp", "sam", "asam"]
+MethodName = Literal["sgd", "rwp", "mrwp", "arwp", "marwp", "sam", "asam", "ssam"]
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,16 @@ class Recipe:
     beta: float | None = None
     """ARWP family: decay of the Fisher information per step, 0 to 1 (paper: 0.99)."""
     rho: float | None = None
-    """SAM family: length of the ascent (papers: 0.05 to 0.2 for SAM, ten times that for ASAM)."""
+    """SAM family: length of the ascent (papers: 0.05 to 0.2 for SAM and SSAM, ten times that for ASAM)."""
+    sparsity: float | None = None
+    """SSAM: share of the weights that do not climb, 0 to less than 1 (paper: 0.5)."""
+    mask: Literal["fisher", "dynamic"] | None = None
+    """SSAM: fisher climbs with the weights of the largest Fisher information; dynamic with random ones at first, of which
+    those of the smallest gradients make room for others. Made anew every epoch."""
+    pattern: str | None = None
+    """SSAM: what the mask chooses among: global, layer, filter (whole ones), or n:m such as 2:4, which fixes the sparsity."""
+    fisher_samples: int | None = None
+    """SSAM with mask fisher: training images that the Fisher information is summed over (paper: 16 to 1024)."""
 
     device: str = "auto"
     """Where to train: auto (a CUDA device if there is one), cpu, cuda, cuda:1 …"""
@@ -88,7 +97,7 @@ class TrainConfig(Recipe):
 
     method: MethodName = "sgd"
     """rwp: random weight perturbation; mrwp: mixed with the clean gradient; arwp, marwp: adapted to the
-    Fisher information; sam: sharpness-aware minimisation; asam: adaptive SAM."""
+    Fisher information; sam: sharpness-aware minimisation; asam: adaptive SAM; ssam: sparse SAM."""
     seed: int = 0
     """Seed of the weights, the order of the data, the wrong labels and the noise."""
     output: Path | None = None
@@ -113,7 +122,7 @@ class CompareConfig(Recipe):
 
     label_noise: float = 0.3
     """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay right."""
-    methods: tuple[MethodName, ...] = ("sgd", "rwp", "mrwp", "sam")
+    methods: tuple[MethodName, ...] = ("sgd", "rwp", "mrwp", "sam", "ssam")
     """Methods to compare. Options such as --sigma reach those that know them."""
     seeds: int = 3
     """Runs of each method, with seeds 0, 1, 2 …"""
@@ -129,7 +138,18 @@ class CompareConfig(Recipe):
         )
 
 
-METHOD_OPTIONS = ("sigma", "sigma_end", "lam", "eta", "beta", "rho")
+METHOD_OPTIONS = (
+    "sigma",
+    "sigma_end",
+    "lam",
+    "eta",
+    "beta",
+    "rho",
+    "sparsity",
+    "mask",
+    "pattern",
+    "fisher_samples",
+)
 
 
 def check(right: bool, message: str) -> None:

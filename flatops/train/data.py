@@ -17,11 +17,8 @@ from .config import TrainConfig
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64
 
-CLEAN, PERTURBED, LABELS = (
-    0,
-    1,
-    2,
-)  # streams: the batches of the clean and perturbed passes, and the wrong labels
+# Streams: the batches of the clean and perturbed passes, the wrong labels, and what SSAM's masks are made from.
+CLEAN, PERTURBED, LABELS, FISHER = range(4)
 
 
 @dataclass

@@ -47,8 +47,8 @@ class Trainer:
         seed_everything(config.seed)
         self.model = models.create(config.model, self.data.classes, self.data.channels)
         self.model.to(self.device, memory_format=layout)
-        self.optimizer = methods.create_optimizer(self.model.parameters(), config)
         self.steps_per_epoch = len(self.data.train[1]) // config.batch_size
+        self.optimizer = methods.create_optimizer(self.model.parameters(), config, self.steps_per_epoch)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.schedules = self._schedules()
         if config.compile:
@@ -72,6 +72,8 @@ class Trainer:
             seed_everything(self.config.seed, self.epoch)
         self.model.train()
         started = time.perf_counter() - self.seconds
+        if self.step == 0 and "fisher_samples" in self.options:
+            self._update_mask()
         for batches in self._batches():
             self._train_step(*batches)
             self.seconds = time.perf_counter() - started
@@ -161,6 +163,16 @@ class Trainer:
         where = {"seed": self.config.seed, "epoch": self.epoch, "start": self.step}
         streams = (data.CLEAN, data.PERTURBED)[: self.method.batches]
         return zip(*(self.data.batches(self.config.batch_size, stream=stream, **where) for stream in streams))
+
+    def _update_mask(self) -> None:
+        where = {"seed": self.config.seed, "epoch": self.epoch, "stream": data.FISHER}
+        self.optimizer.update_mask(
+            self.model,
+            F.cross_entropy,
+            self.data.batches(self.config.batch_size, **where),
+            samples=self.options["fisher_samples"],
+            progress=False,
+        )
 
     def _train_step(self, *batches: data.Batch) -> None:
         output = self.method.step(self.model, self.optimizer, self._forward, *batches)

@@ -26,6 +26,7 @@ class Output(NamedTuple):
 
 
 Forward = Callable[[Batch], Output]
+Options = dict[str, float | str]
 
 
 def sgd(model: nn.Module, optimizer: torch.optim.Optimizer, forward: Forward, batch: Batch) -> Output:
@@ -53,7 +54,7 @@ def mrwp(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batc
 
 
 def sam(model: nn.Module, optimizer: flatops.SAM, forward: Forward, batch: Batch) -> Output:
-    """g = ∇L(w + e), e = ρ·∇L(w)/‖∇L(w)‖; ASAM: e = ρ·w²·∇L(w)/‖|w|·∇L(w)‖"""
+    """g = ∇L(w + e), e = ρ·∇L(w)/‖∇L(w)‖; ASAM: e = ρ·w²·∇L(w)/‖|w|·∇L(w)‖; SSAM: e times a mask"""
     output = forward(batch)
     output.loss.backward()
     with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
@@ -74,7 +75,7 @@ class Method:
 
     label: str
     step: Callable[..., Output]
-    options: dict[str, float]
+    options: Options
     batches: int = 1
 
 
@@ -86,6 +87,11 @@ METHODS = {
     "marwp": Method("m-ARWP", mrwp, {"sigma": 0.07, "lam": 0.5, "eta": 0.1, "beta": 0.99}, batches=2),
     "sam": Method("SAM", sam, {"rho": 0.15}),
     "asam": Method("ASAM", sam, {"rho": 1.0}),
+    "ssam": Method(
+        "SSAM",
+        sam,
+        {"rho": 0.2, "sparsity": 0.5, "mask": "fisher", "pattern": "global", "fisher_samples": 128},
+    ),
 }
 
 
@@ -106,7 +112,7 @@ def known_options(method: str) -> set[str]:
     return known | {"sigma_end"} if "sigma" in known else known
 
 
-def used_options(config: TrainConfig) -> dict[str, float]:
+def used_options(config: TrainConfig) -> Options:
     """The method's options with the values of this run.
 
     Raises:
@@ -116,11 +122,22 @@ def used_options(config: TrainConfig) -> dict[str, float]:
     foreign = sorted(set(given) - known_options(config.method))
     if foreign:
         raise ValueError(f"{config.method} has no option {', '.join(foreign)}")
-    return find(config.method).options | given
+    options = find(config.method).options | given
+    for name, useless in (
+        ("sparsity", ":" in options.get("pattern", "")),
+        ("fisher_samples", options.get("mask") == "dynamic"),
+    ):
+        if useless and name not in given:
+            del options[name]
+        elif useless:
+            raise ValueError(f"mask {options['mask']} with pattern {options['pattern']} has no option {name}")
+    return options
 
 
-def create_optimizer(params: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, or the method's optimizer on top of it.
+def create_optimizer(
+    params: Iterable[nn.Parameter], config: TrainConfig, steps_per_epoch: int = 1
+) -> torch.optim.Optimizer:
+    """SGD, or the method's optimizer on top of it; a dynamic mask moves every `steps_per_epoch` steps.
 
     Raises:
         ValueError: see used_options; also a value out of range (σ or ρ negative, λ outside [0, 1] …).
@@ -128,6 +145,11 @@ def create_optimizer(params: Iterable[nn.Parameter], config: TrainConfig) -> tor
     options = used_options(config)
     options.pop("sigma_end", None)
     base = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    if "mask" in options:
+        options.pop("fisher_samples", None)
+        if options["mask"] == "dynamic":
+            options |= {"update_every": steps_per_epoch, "total_updates": config.epochs}
+        return flatops.SSAM(params, torch.optim.SGD, seed=config.seed, **options, **base)
     if "sigma" in options:
         return flatops.RWP(params, torch.optim.SGD, seed=config.seed, **options, **base)
     if "rho" in options:

@@ -21,6 +21,7 @@ COLOURS = {  # one colour per method, in every plot; told apart by the colour-bl
     "marwp": "#8a3e6b",
     "sam": "#d55e00",
     "asam": "#e69f00",
+    "ssam": "#009e73",
 }
 
 

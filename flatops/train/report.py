@@ -16,6 +16,7 @@ from rich.text import Text
 
 from .config import TrainConfig
 from .engine import Row, Trainer
+from .methods import Options
 
 COLUMNS = {  # title: (key of the row, width, format)
     "epoch": ("epoch", 5, "d"),
@@ -163,9 +164,12 @@ def describe_method(trainer: Trainer) -> str:
     return "  ".join([trainer.method.label, describe_options(trainer.options)]).strip()
 
 
-def describe_options(options: dict[str, float]) -> str:
+def describe_options(options: Options) -> str:
     """Options and their values, such as `sigma 0.05  lam 0.5`."""
-    return "  ".join(f"{name} {value:g}" for name, value in options.items())
+    return "  ".join(
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
+        for name, value in options.items()
+    )
 
 
 def describe_schedule(config: TrainConfig) -> str:

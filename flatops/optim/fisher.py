@@ -1,0 +1,225 @@
+"""The Fisher information: kept with the optimizer's state, or summed over single samples there and then."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from flatops import ops
+from flatops.optim.flat import Flat, on
+
+
+class KeepsFisher(Flat):
+    """An optimizer with a running F for each parameter, which checkpoints hold among the base optimizer's state."""
+
+    def _construct(self, params: Any, options: dict[str, Any], base_kwargs: dict[str, Any]) -> None:
+        self.fisher: dict[Tensor, Tensor] = {}
+        super()._construct(params, options, base_kwargs)
+
+    @abc.abstractmethod
+    def _keeps_fisher(self, group: dict[str, Any]) -> bool:
+        """Whether the parameters of a group have an F."""
+
+    @abc.abstractmethod
+    def _new_fisher(self, p: Tensor) -> Tensor:
+        """A parameter's F at the start."""
+
+    def _fisher(self, p: Tensor) -> Tensor:
+        if p not in self.fisher:
+            self.fisher[p] = self._new_fisher(p)
+        return self.fisher[p]
+
+    def _after_step(self) -> None:
+        self._keep_fisher()
+
+    def _keep_fisher(self) -> None:
+        """Puts F into `state`, where checkpoints look: beside what the base keeps there, for an entry of ours alone would
+        pass for its own, already made; or alone where the base keeps nothing at all."""
+        keeps_nothing = not any(entry.keys() - {"fisher"} for entry in self.state.values())
+        for group in self.param_groups:
+            for p in group["params"] if self._keeps_fisher(group) else []:
+                if p.requires_grad and (keeps_nothing or self.state.get(p)):
+                    self.state[p]["fisher"] = self._fisher(p)
+
+    def state_dict(self) -> dict[str, Any]:
+        packed = super().state_dict()
+        state = dict(packed["state"])
+        for group, ours in zip(packed["param_groups"], self.param_groups):
+            for i, p in zip(group["params"], ours["params"]):
+                if not packed["state"] and p in self.fisher:  # before the first step
+                    state[i] = {"fisher": self.fisher[p]}
+        return {**packed, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # F comes out before the base sees it, which would cast it to the parameter's dtype.
+        state = {i: dict(entry) for i, entry in state_dict["state"].items()}
+        fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
+        super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
+        for f in self.fisher.values():  # in place: a captured graph goes on reading it there
+            f.zero_()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for i, p in zip(saved["params"], group["params"]):
+                if i in fisher:
+                    self._fisher(p).copy_(fisher[i])
+        if any(self.state.values()):
+            self._keep_fisher()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fisher": self.fisher}
+
+
+Gradients = Iterator[
+    dict[Tensor, Tensor]
+]  # a sample's, by parameter; those that the loss does not reach are missing
+
+
+def sample_fisher(
+    parts: list[list[Tensor]],
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    batches: Iterable[tuple[Any, Any]],
+    samples: int,
+    vectorize: bool,
+    progress: bool,
+) -> dict[Tensor, Tensor]:
+    """The empirical Fisher of every parameter, the sum of g^2 over single samples; see `SSAM.update_mask`.
+
+    `parts` holds the parameters, a list a device. Nothing but the result is left behind.
+    """
+    params = [p for part in parts for p in part]
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # its own forward would make ready for an all-reduce
+    devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
+    gradients = _vectorized if vectorize else _one_by_one
+    done = 0
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices),
+        _evaluating(model),
+        _bar(samples, progress) as show,
+    ):
+        fisher = {p: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in params}
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(f"batches must hold pairs (inputs, targets), not {type(batch).__name__}")
+            x, y = pytree.tree_map(lambda value: on(params[0].device, value), tuple(batch))
+            size = min(_length(x), samples - done)
+            for grads in gradients(params, model, loss_fn, *_rows((x, y), slice(size)), size):
+                for part in parts:
+                    if reached := [p for p in part if p in grads]:
+                        ops.fisher_([fisher[p] for p in reached], [grads[p] for p in reached])
+                done += 1
+                show(done)
+            if done == samples:
+                return fisher
+    raise ValueError(
+        f"batches holds {done} samples and {samples} are asked for" if done else "batches is empty"
+    )
+
+
+def _length(inputs: Any) -> int:
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    raise TypeError("inputs must hold a tensor whose first dimension counts the samples")
+
+
+def _rows(values: Any, which: slice) -> Any:
+    return pytree.tree_map(
+        lambda value: value[which] if isinstance(value, Tensor) and value.dim() else value, values
+    )
+
+
+def _one_by_one(
+    params: list[Tensor], model: nn.Module, loss_fn: Callable, x: Any, y: Any, size: int
+) -> Gradients:
+    for i in range(size):
+        one, target = _rows((x, y), slice(i, i + 1))
+        grads = torch.autograd.grad(loss_fn(model(one), target), params, allow_unused=True)
+        yield {p: g for p, g in zip(params, grads) if g is not None}
+
+
+def _vectorized(
+    params: list[Tensor], model: nn.Module, loss_fn: Callable, x: Any, y: Any, size: int
+) -> Gradients:
+    names = {p: name for name, p in model.named_parameters()}
+    wanted = {names[p]: p.detach() for p in params if p in names}
+    shapes = pytree.tree_map(lambda value: 0 if isinstance(value, Tensor) and value.dim() else None, (x, y))
+
+    def loss(weights: dict[str, Tensor], x: Any, y: Any) -> Tensor:
+        one, target = (
+            pytree.tree_map(lambda v, dim: v if dim is None else v[None], value, dims)
+            for value, dims in zip((x, y), shapes)
+        )
+        return loss_fn(torch.func.functional_call(model, weights, (one,)), target)
+
+    if size:
+        grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, *shapes))(wanted, x, y)
+        for i in range(size):
+            yield {p: grads[names[p]][i] for p in params if p in names}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every layer in evaluation mode: batches of one sample have no statistics, and dropout is noise."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar that comes up after two seconds, and goes at the end; on the first process alone."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(
+        *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn(), transient=True
+    )
+    task = bar.add_task("Fisher", total=total)
+    start = time.monotonic()
+    wanted = wanted and rank() == 0 and bar.console.is_terminal
+
+    def show(done: int) -> None:
+        bar.update(task, completed=done)
+        if wanted and not bar.live.is_started and time.monotonic() - start > 2:
+            bar.start()
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def _distributed() -> bool:
+    d = torch.distributed
+    return d.is_available() and d.is_initialized() and d.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's, 0 where there are no others."""
+    return torch.distributed.get_rank() if _distributed() else 0
+
+
+def all_reduce(tensors: Iterable[Tensor]) -> None:
+    """Sums tensors over all processes in place, where there are any."""
+    for t in tensors if _distributed() else ():
+        torch.distributed.all_reduce(t)
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """The first process's tensors, in place, where there are others."""
+    for t in tensors if _distributed() else ():
+        torch.distributed.broadcast(t, src=0)

@@ -1,0 +1,173 @@
+"""Masks of sparse SAM: what a pattern chooses, parts of a mask, and its form in a checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import math
+import re
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatops import ops, reference
+
+# --- patterns ------------------------------------------------------------------------------------------------------------
+
+
+def n_of_m(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of a pattern such as '2:4'; None for the patterns that have names.
+
+    Raises:
+        ValueError: for what is no pattern, or keeps more than there are.
+    """
+    if pattern in ("global", "layer", "filter"):
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    if not match:
+        raise ValueError(
+            f"pattern must be 'global', 'layer', 'filter' or 'n:m' such as '2:4', not {pattern!r}"
+        )
+    n, m = int(match[1]), int(match[2])
+    if not 1 <= n <= m:
+        raise ValueError(f"pattern {pattern!r} would keep {n} of every {m}: n must lie in [1, m]")
+    return n, m
+
+
+def keep(count: int, sparsity: float) -> int:
+    """How many of `count` a mask lets through."""
+    return count - math.ceil(sparsity * count)
+
+
+def choose(scores: list[Tensor], pattern: str, sparsity: float) -> Tensor:
+    """The mask of the largest scores by a pattern; see `SSAM`.
+
+    Raises:
+        ValueError: for a score that is NaN or negative.
+    """
+    if pattern == "global":
+        return ops.topk_mask(scores, keep(sum(t.numel() for t in scores), sparsity))
+    if pattern == "layer":
+        return join([ops.topk_mask([t], keep(t.numel(), sparsity)) for t in scores], scores)
+    rows = [reference.rows(t) for t in scores]
+    if pattern == "filter":
+        means = torch.cat([r.double().mean(1) for r in rows])
+        kept = ops.topk_mask([means], keep(len(means), sparsity))
+        live = ops.unpack_mask(kept, [means])[0].split([len(r) for r in rows])
+        return reference.pack([l[:, None].expand(r.shape).reshape(-1) for l, r in zip(live, rows)])
+    ops.topk_mask(scores, 0)  # raises for those that cannot be put in order
+    return reference.pack([_n_of_m(r, *n_of_m(pattern)).reshape(-1) for r in rows])
+
+
+def _n_of_m(rows: Tensor, n: int, m: int) -> Tensor:
+    whole = rows.shape[1] // m * m
+    groups, rest = rows[:, :whole].unflatten(1, (-1, m)), rows[:, whole:]
+    return torch.cat([_largest(groups, n).flatten(1), _largest(rest, -(-rest.shape[1] * n // m))], 1)
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """Which are the `count` largest along the last dimension, the first of equals first."""
+    order = x.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order, True)
+
+
+# --- masks and their parts -----------------------------------------------------------------------------------------------
+
+
+def split(mask: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """A mask for each tensor of a list on its own."""
+    return [ops.pack_mask([live]) for live in ops.unpack_mask(mask, params)]
+
+
+def join(masks: list[Tensor], params: list[Tensor]) -> Tensor:
+    """The mask of a list from those of its tensors: `split` undone."""
+    return ops.pack_mask([ops.unpack_mask(mask, [p])[0] for mask, p in zip(masks, params)])
+
+
+@dataclass
+class Part:
+    """What one ascent needs: the parameters that climb, their own mask, and room for what it lets through."""
+
+    params: list[Tensor]
+    mask: Tensor
+    backup: list[Tensor]
+    version: int  # of the whole mask, when this was made
+
+
+class Mask:
+    """One mask over all parameters on a device, and parts of it for lists in which some of them are missing."""
+
+    def __init__(self, params: list[Tensor], bits: Tensor) -> None:
+        self.params, self.bits = params, bits
+        self.place = {p: i for i, p in enumerate(params)}
+        self.parts: dict[tuple, Part] = {}
+        self.dead_at: tuple[int, list[Tensor]] = (-1, [])
+
+    def __reduce__(self) -> tuple:
+        return Mask, (self.params, self.bits)
+
+    def is_over(self, params: list[Tensor]) -> bool:
+        """Whether it is a mask of exactly this list."""
+        return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params))
+
+    def part(self, params: list[Tensor]) -> Part:
+        """The part for a list; made when it is first asked for and after every change of the mask, at the cost of unpacking it."""
+        chosen = [self.place[p] for p in params if p in self.place]
+        key = (params[0].dtype, *chosen)
+        part = self.parts.get(key)
+        if part is None or part.version != self.bits._version:
+            climb, mask = [self.params[i] for i in chosen], self.bits
+            if 0 < len(chosen) < len(self.params):
+                live = ops.unpack_mask(self.bits, self.params)
+                mask = ops.pack_mask([live[i] for i in chosen])
+            backup = part.backup if part else []
+            if climb and not (backup and len(backup[0]) == ops.count_mask(mask, climb)):
+                with torch.inference_mode(False):  # an inference tensor has no version
+                    backup = ops.new_backup(climb, mask)
+            if len(self.parts) > 8:  # lists that change from step to step
+                self.parts.clear()
+            part = self.parts[key] = Part(climb, mask, backup, self.bits._version)
+        return part
+
+    def live(self) -> dict[Tensor, Tensor]:
+        """Booleans for every parameter."""
+        return dict(zip(self.params, ops.unpack_mask(self.bits, self.params)))
+
+    def dead(self) -> list[Tensor]:
+        """The parameters of which nothing climbs; the host waits for them once a mask."""
+        if self.dead_at[0] != self.bits._version:
+            some = torch.stack([live.any() for live in self.live().values()]).tolist()
+            self.dead_at = self.bits._version, [p for p, climbs in zip(self.params, some) if not climbs]
+        return self.dead_at[1]
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def encode(live: list[Tensor]) -> str:
+    """Booleans of a group's parameters as text: a sum over their shapes, then a bit each, whatever their layout in memory."""
+    if not live:
+        return ""
+    words = ops.pack_mask([l.cpu().contiguous() for l in live])
+    raw = ctypes.string_at(words.data_ptr(), 4 * words.numel())
+    return f"{_shapes(live):08x}" + base64.b64encode(raw).decode()
+
+
+def decode(text: str, params: list[Tensor]) -> list[Tensor]:
+    """What `encode` was given, laid out as the parameters are.
+
+    Raises:
+        ValueError: for a mask of other parameters.
+    """
+    raw = bytearray(base64.b64decode(text[8:]))
+    like = [torch.empty(p.shape, dtype=torch.bool) for p in params]
+    if not params or int(text[:8], 16) != _shapes(params):
+        raise ValueError("the mask in the checkpoint is for parameters of other shapes: nothing was loaded")
+    live = ops.unpack_mask(torch.frombuffer(raw, dtype=torch.int32), like)
+    return [torch.empty_like(p, dtype=torch.bool, requires_grad=False).copy_(l) for p, l in zip(params, live)]
+
+
+def _shapes(tensors: list[Tensor]) -> int:
+    return zlib.crc32(repr([tuple(t.shape) for t in tensors]).encode())

@@ -1,0 +1,342 @@
+"""topk_mask and regrow_mask_: the elements with the largest scores over a whole list, exactly so many, ties to the first.
+
+Scores become unsigned keys of the same order. A histogram of the keys' first digits tells which digit the threshold has, one
+of the second digits among the keys that begin so tells the next, until the threshold is known. Then one pass writes two bits an
+element, whether its key lies above the threshold and whether it equals it, and their counts for every REDUCE; from the
+sums of the counts, a pass over the words alone knows which equals are the first, and the ranks.
+
+Every digit takes a launch, whose programs all work out the digit before from the counts that lie on the GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import INTERPRETED, widen
+from .bits import WORDS, first_ones, is_set, ones, reduces_of
+from .philox import philox
+from .tensor_list import (
+    BACKUP,
+    DATA,
+    FIELDS,
+    FIRST_RANK,
+    INDEX,
+    OTHER,
+    ROWS,
+    TensorList,
+    operator,
+)
+
+# How many bits of a key can differ between two scores of a dtype: bfloat16 and float16 are widened to float32 first, and the sign's
+# place is left out. Random scores are 24 bits of a word.
+KEY_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 18, torch.float64: 64}
+RANDOM, RANDOM_BITS = tl.constexpr(0xFFFFFF00), 24
+DIGIT = tl.constexpr(16 if INTERPRETED.value else 8)  # the interpreter wants few programs
+BINS = tl.constexpr(1 << DIGIT.value)
+# A row of int64 for every digit: the threshold's digits before it, how many of the keys that begin with them are wanted, and
+# how many keys have which digit next.
+STATE = tl.constexpr(2 + BINS.value)
+
+SPAN = tl.constexpr(1024 if INTERPRETED.value else 256)  # elements of a row at a time: registers
+
+# The counter's word for the filter, which no filter reaches; csrc/cpu/mask.cpp
+TO_DROP, TO_GROW = tl.constexpr(0xFFFFFFFE), tl.constexpr(0xFFFFFFFF)
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def keys_of(
+    tensor,
+    offset,
+    i,
+    count,
+    words,
+    key,
+    draw,
+    dtype: tl.constexpr,
+    column: tl.constexpr,
+    place: tl.constexpr,
+    live: tl.constexpr,
+    lowest: tl.constexpr,
+    bits: tl.constexpr,
+):
+    """The keys of elements i to i + SPAN of each row: unsigned numbers of `bits` bits, the larger the sooner to be chosen.
+
+    They come from the tensors in a column of the table, or without one from the words at a `place` of the counter. With the
+    words of a mask signs do not count.
+
+    Returns:
+        keys; which there are to choose from, all or those whose bit is `live`; and which have no order. [ROWS, SPAN]
+    """
+    at = i + tl.arange(0, SPAN)[None, :]
+    there = at < count
+    if words is not None:
+        there = there & (is_set(words, at, there) == live)
+    if column is None:
+        index, draw = tl.load(tensor + INDEX).to(tl.uint32), tl.load(draw).to(tl.uint32)
+        key = key.to(tl.pointer_type(tl.uint32))
+        k0, k1 = tl.load(key), tl.load(key + 1)
+        counter = ((offset + i) // 4).to(tl.uint32) + tl.arange(0, SPAN // 4)[None, :]
+        x0, x1, x2, x3 = philox(counter, tl.full([], place, tl.uint32), index, draw, k0, k1)
+        keys = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [ROWS, SPAN]) & RANDOM
+        bad = there & False
+    else:
+        data = tl.load(tensor + column).to(tl.pointer_type(dtype)) + offset
+        x = widen(tl.load(data + at, there, other=0.0))
+        bad = (x != x) | (x < 0) if words is None else x != x
+        keys = x.to(tl.int64 if dtype == tl.float64 else tl.int32, bitcast=True)
+        if lowest:
+            keys = ~keys
+        keys = keys.to(tl.uint64 if dtype == tl.float64 else tl.uint32, bitcast=True) << 1  # and -0 is 0
+    return keys >> (keys.dtype.primitive_bitwidth - bits), there, bad
+
+
+# --- the threshold ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def threshold(state, digits, k, elements, mask):
+    """The threshold's first `digits` digits, and how many of the keys that begin with them are wanted: int64.
+
+    One less than that is worked out already. Program 0 writes it down for the next launch.
+    """
+    prefix, wanted = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    if digits > 0:
+        row = state + (digits - 1) * STATE
+        bins = tl.load(row + (STATE - 1) - tl.arange(0, BINS))  # the last one first
+        wanted = tl.load(row + 1)
+        if digits == 1:
+            wanted += k
+            if mask is not None:  # what goes has to come elsewhere
+                total = tl.sum(bins, axis=0)
+                wanted = tl.minimum(wanted, tl.minimum(total, elements - total))
+        # All of a bin are wanted if there are too few with this digit or a larger one. How many bins, and how much is in them:
+        larger = tl.sum(tl.where(tl.cumsum(bins, axis=0) < wanted, (bins << DIGIT) + 1, 0), axis=0)
+        wanted -= larger >> DIGIT
+        prefix = (tl.load(row) << DIGIT) | (BINS - 1 - (larger & (BINS - 1)))
+        if tl.program_id(0) == 0:
+            tl.store(row + STATE, prefix)
+            tl.store(row + STATE + 1, wanted)
+    return prefix, wanted
+
+
+@triton.jit(do_not_specialize=["first", "digits"])
+def histogram_kernel(
+    tensors,
+    blocks,
+    first,
+    mask,
+    key,
+    draw,
+    state,
+    k: tl.int64,
+    elements: tl.int64,
+    digits,
+    dtype: tl.constexpr,
+    column: tl.constexpr,
+    place: tl.constexpr,
+    live: tl.constexpr,
+    lowest: tl.constexpr,
+    bits: tl.constexpr,
+):
+    """Counts the next digit of the keys that begin with the threshold's first `digits` digits."""
+    block = blocks + 4 * (first + tl.program_id(0))
+    tensor = tensors + tl.load(block) * FIELDS
+    prefix, wanted = threshold(state, digits, k, elements, mask)
+    offset, length, longest, word, rank = reduces_of(tensor, block)
+    words = None if mask is None else mask + word
+    bins = tl.full([BINS], 0, tl.int32)
+    i = 0
+    while i < longest:
+        keys, there, bad = keys_of(
+            tensor, offset, i, length, words, key, draw, dtype, column, place, live, lowest, bits
+        )
+        keys = keys >> (bits - DIGIT * (digits + 1))
+        there = there & (keys >> DIGIT == prefix.to(keys.dtype))
+        digit = (keys & (BINS - 1)).to(tl.int32)
+        bins += tl.histogram(tl.reshape(digit, [ROWS * SPAN]), BINS, tl.reshape(there, [ROWS * SPAN]))
+        i += SPAN
+    at = state + digits * STATE + 2 + tl.arange(0, BINS)
+    tl.atomic_add(at, bins.to(tl.int64), bins > 0, sem="relaxed")
+
+
+@triton.jit
+def write(words, i, count, chosen):
+    """Booleans [ROWS, SPAN] as words."""
+    bit = (tl.arange(0, SPAN) % 32)[None, :]
+    x = tl.sum(tl.reshape(chosen.to(tl.int32) << bit, [ROWS, SPAN // 32, 32]), axis=2)
+    word = i // 32 + tl.arange(0, SPAN // 32)[None, :]
+    tl.store(words + word, x, word * 32 < count)
+
+
+@triton.jit(do_not_specialize=["first", "digits", "size"])
+def compare_kernel(
+    tensors,
+    blocks,
+    first,
+    mask,
+    key,
+    draw,
+    state,
+    k: tl.int64,
+    elements: tl.int64,
+    digits,
+    found,
+    size: tl.int64,
+    result,
+    dtype: tl.constexpr,
+    column: tl.constexpr,
+    place: tl.constexpr,
+    live: tl.constexpr,
+    lowest: tl.constexpr,
+    bits: tl.constexpr,
+):
+    """Writes which keys lie above the threshold and, `size` behind, which equal it, as masks with counts for ranks.
+
+    And how many of the equals are wanted, and the first bad tensor.
+    """
+    block = blocks + 4 * (first + tl.program_id(0))
+    number = tl.load(block)
+    tensor = tensors + number * FIELDS
+    prefix, wanted = threshold(state, digits, k, elements, mask)
+    offset, length, longest, word, rank = reduces_of(tensor, block)
+    words = None if mask is None else mask + word
+    found += word
+    sums = tl.full([ROWS, SPAN], 0, tl.int32)
+    i = 0
+    while i < longest:
+        keys, there, bad = keys_of(
+            tensor, offset, i, length, words, key, draw, dtype, column, place, live, lowest, bits
+        )
+        limit = prefix.to(keys.dtype)
+        above, equal = there & (keys > limit), there & (keys == limit)
+        write(found, i, length, above)
+        write(found + size, i, length, equal)
+        # All three in one number, because the interpreter is slow at sums.
+        sums += above.to(tl.int32) + (equal.to(tl.int32) << 12) + (bad.to(tl.int32) << 24)
+        i += SPAN
+    sums = tl.sum(sums.to(tl.int64), axis=1, keep_dims=True)
+    # One place further than ranks, so that sums of all before come to lie where ranks do.
+    tl.store(found - word + rank + 1, (sums & 0xFFF).to(tl.int32), length > 0)
+    tl.store(found - word + size + rank + 1, ((sums >> 12) & 0xFFF).to(tl.int32), length > 0)
+    if tl.program_id(0) == 0:
+        tl.store(result + 1, wanted)
+    first_bad = result.to(tl.pointer_type(tl.uint64)) + tl.full(
+        [ROWS, 1], 0, tl.int32
+    )  # unsigned: -1 is the largest
+    tl.atomic_min(
+        first_bad, tl.full([ROWS, 1], 0, tl.uint64) + number.to(tl.uint64), sums >> 24 != 0, sem="relaxed"
+    )
+
+
+# --- the mask --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def chosen_of(word, rank, there, found, size, wanted):
+    """The words of what was chosen, all above and the first `wanted` equals; how much of it lies before each row."""
+    above = tl.load(found + word, there, other=0)
+    equal = tl.load(found + size + word, there, other=0)
+    above_before = tl.load(found + rank).to(tl.uint32, bitcast=True).to(tl.int64)
+    equal_before = tl.load(found + size + rank).to(tl.uint32, bitcast=True).to(tl.int64)
+    number = ones(equal)
+    left = wanted - equal_before - (tl.cumsum(number, axis=1) - number)
+    kept = first_ones(equal, number, left)
+    return above | kept, above_before + tl.minimum(equal_before, wanted)
+
+
+@triton.jit(do_not_specialize=["first", "size"])
+def mask_kernel(
+    tensors, blocks, first, mask, found, size: tl.int64, result, regrow: tl.constexpr, dtype: tl.constexpr
+):
+    """Writes what was chosen; or takes it away from the mask and adds what was chosen next, unless something is bad."""
+    block = blocks + 4 * (first + tl.program_id(0))
+    tensor = tensors + tl.load(block) * FIELDS
+    _, count, _, word, rank = reduces_of(tensor, block)
+    rank = tl.where(count > 0, rank, tl.load(tensor + FIRST_RANK))  # of a row that is there
+    if regrow:
+        count = tl.where(tl.maximum(tl.load(result), tl.load(result + 2)) < 0, count, 0)
+    i = tl.arange(0, WORDS)[None, :]
+    word, there = word + i, i * 32 < count
+    new, before = chosen_of(word, rank, there, found, size, tl.load(result + 1))
+    if regrow:
+        grown, grown_before = chosen_of(word, rank, there, found + 2 * size, size, tl.load(result + 3))
+        new = tl.load(mask + word, there, other=0) ^ new ^ grown
+        before = tl.load(mask + rank).to(tl.uint32, bitcast=True).to(tl.int64) - before + grown_before
+    tl.store(mask + word, new, there)
+    tl.store(mask + rank, before.to(tl.int32), count > 0)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------------
+
+
+class Selections:
+    """One or two choices from a list, and the mask that follows from them.
+
+    Attributes:
+        found: int32, for each choice two rows like a mask: what lies above its threshold, and what equals it. One longer.
+        result: int64, for each choice the first bad tensor or -1, and how many of the equals are wanted.
+    """
+
+    def __init__(self, tensors: TensorList, choices: int) -> None:
+        self.tensors = tensors
+        self.size = tensors.shapes.mask_size + 1
+        self.found = torch.empty(2 * choices, self.size, dtype=torch.int32, device=tensors.device)
+        self.result = torch.full((choices, 2), -1, dtype=torch.int64, device=tensors.device)
+
+    def choose(
+        self, choice: int, k: int, column=None, mask=None, key=None, draw=None, place=None, **constants
+    ) -> None:
+        """Finds the `k` first; under a mask as many as can be exchanged, if that is less."""
+        tensors = self.tensors
+        bits = RANDOM_BITS if column is None else max(KEY_BITS[d] for d in tensors.shapes.dtypes)
+        digits = triton.cdiv(bits, DIGIT.value)
+        state = torch.zeros(digits + 1, STATE.value, dtype=torch.int64, device=tensors.device)
+        args = (mask, key, draw, state, k, tensors.shapes.elements)
+        constants |= {
+            "column": column,
+            "place": place,
+            "bits": digits * DIGIT.value,
+            "by_dtype": column is not None,
+        }
+        for i in range(digits):
+            tensors.run(histogram_kernel, "whole", *args, i, **constants)
+        args += (digits, self.found[2 * choice], self.size, self.result[choice])
+        tensors.run(compare_kernel, "whole", *args, **constants)
+
+    def write(self, mask: Tensor, regrow: bool) -> None:
+        """Fills the mask."""
+        counts = self.found[:, self.tensors.shapes.words :]
+        counts[:, 0] = 0
+        for row in counts:  # one at a time is what PyTorch scans fast
+            row.cumsum_(0)
+        args = (mask, self.found, self.size, self.result)
+        self.tensors.run(mask_kernel, "whole", *args, regrow=regrow, by_dtype=False)
+        self.tensors.wrote(mask)
+
+
+@operator
+def topk_mask(scores, k):
+    selections = Selections(TensorList(scores), 1)
+    selections.choose(0, k, DATA, live=True, lowest=False)
+    mask = torch.empty_like(selections.found[0, 1:])
+    selections.write(mask, False)
+    return mask, selections.result[0, 0]
+
+
+@operator
+def regrow_mask_(mask, params, drop, grow, key, draw, index, count):
+    tensors = TensorList(params, drop, grow, index=index)
+    tensors.check_mask(mask)
+    selections = Selections(tensors, 2)
+    given = (mask, key, draw)
+    selections.choose(0, count, OTHER if drop else None, *given, TO_DROP, live=True, lowest=len(drop) > 0)
+    selections.choose(1, count, BACKUP if grow else None, *given, TO_GROW, live=False, lowest=False)
+    selections.write(mask, True)
+    bad_drop, bad_grow = selections.result[:, 0]
+    return torch.where(bad_drop < 0, bad_grow, bad_drop)
