@@ -1,5 +1,5 @@
 # Two commands do everything, on a machine that has Python (3.10 or later) and a C++ compiler:
-#   make demo   train on handwritten digits with SGD, RWP, m-RWP and SAM, and compare
+#   make demo   train on handwritten digits with SGD, RWP, m-RWP, SAM and SSAM, and compare
 #   make test   run the whole test suite
 PYTHON ?= python3
 VENV ?= .venv
