@@ -40,7 +40,9 @@ BINS = tl.constexpr(1 << DIGIT.value)
 # how many keys have which digit next.
 STATE = tl.constexpr(2 + BINS.value)
 
-SPAN = tl.constexpr(1024 if INTERPRETED.value else 256)  # elements of a row at a time: registers
+SPAN = tl.constexpr(
+    1024 if INTERPRETED.value else 256
+)  # elements of a row at a time: more would take too many registers
 
 # The counter's word for the filter, which no filter reaches; csrc/cpu/mask.cpp
 TO_DROP, TO_GROW = tl.constexpr(0xFFFFFFFE), tl.constexpr(0xFFFFFFFF)
@@ -217,7 +219,7 @@ def compare_kernel(
         above, equal = there & (keys > limit), there & (keys == limit)
         write(found, i, length, above)
         write(found + size, i, length, equal)
-        # All three in one number, because the interpreter is slow at sums.
+        # All three in one number: sums are slow in the interpreter.
         sums += above.to(tl.int32) + (equal.to(tl.int32) << 12) + (bad.to(tl.int32) << 24)
         i += SPAN
     sums = tl.sum(sums.to(tl.int64), axis=1, keep_dims=True)
@@ -226,12 +228,10 @@ def compare_kernel(
     tl.store(found - word + size + rank + 1, ((sums >> 12) & 0xFFF).to(tl.int32), length > 0)
     if tl.program_id(0) == 0:
         tl.store(result + 1, wanted)
-    first_bad = result.to(tl.pointer_type(tl.uint64)) + tl.full(
-        [ROWS, 1], 0, tl.int32
-    )  # unsigned: -1 is the largest
-    tl.atomic_min(
-        first_bad, tl.full([ROWS, 1], 0, tl.uint64) + number.to(tl.uint64), sums >> 24 != 0, sem="relaxed"
-    )
+    # As an unsigned number, of which -1 is the largest.
+    first_bad = result.to(tl.pointer_type(tl.uint64)) + tl.full([ROWS, 1], 0, tl.int32)
+    numbers = tl.full([ROWS, 1], 0, tl.uint64) + number.to(tl.uint64)
+    tl.atomic_min(first_bad, numbers, sums >> 24 != 0, sem="relaxed")
 
 
 # --- the mask --------------------------------------------------------------------------------------------------------------
