@@ -20,7 +20,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     rows = result["rows"]
     seeds = iter(row["floors"] for row in rows if row["name"] == "the seeds' way")
-    rwp, _, sam = seeds
+    rwp, _, sam, *_ = seeds
     by_name = {row["name"]: row["floors"] for row in rows if row["simd"] == result["simd"]}
     pairs = [
         ("RWP\nperturb, restore", rwp, by_name["perturb_, backup, restore_"]),
