@@ -132,8 +132,9 @@ def test_every_row_runs_and_nothing_adds_up(dtype, copies):
         for _ in range(copies):
             row.call()
         assert row.peer or row.bytes
-    for musts in bench.MUST.values():
-        assert set(musts) <= {row.name for row in rows}
+    if dtype == torch.float32:
+        for musts in bench.MUST.values():
+            assert set(musts) <= {row.name for row in rows}
 
 
 def test_copies_take_turns(monkeypatch):
