@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from flatops import ops
+from flatops import distributed, ops
+from flatops.distributed import local
 from flatops.optim.flat import Flat, on
 
 
@@ -63,11 +64,11 @@ class KeepsFisher(Flat):
         fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
         super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
         for f in self.fisher.values():  # in place: a captured graph goes on reading it there
-            f.zero_()
+            local(f).zero_()
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for i, p in zip(saved["params"], group["params"]):
                 if i in fisher:
-                    self._fisher(p).copy_(fisher[i])
+                    local(self._fisher(p)).copy_(distributed.shard_of(p, fisher[i]))
         if any(self.state.values()):
             self._keep_fisher()
 
@@ -91,13 +92,18 @@ def sample_fisher(
 ) -> dict[Tensor, Tensor]:
     """The empirical Fisher of every parameter, the sum of g^2 over single samples; see `SSAM.update_mask`.
 
-    `parts` holds the parameters, a list a device. Nothing but the result is left behind.
+    `parts` holds the parameters, a list a device. Of sharded ones each process gets the Fisher of its shard. Nothing but the
+    result is left behind.
     """
     params = [p for part in parts for p in part]
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own forward would make ready for an all-reduce
     devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
     gradients = _vectorized if vectorize else _one_by_one
+    if distributed.is_sharded_module(model):
+        if vectorize:
+            raise ValueError("vectorize=True does not go with fully_shard: torch.func knows no shards")
+        gradients = _by_shards
     done = 0
     with (
         torch.inference_mode(False),
@@ -106,7 +112,7 @@ def sample_fisher(
         _evaluating(model),
         _bar(samples, progress) as show,
     ):
-        fisher = {p: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in params}
+        fisher = {p: torch.zeros_like(local(p), dtype=torch.float32, requires_grad=False) for p in params}
         for batch in batches:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise TypeError(f"batches must hold pairs (inputs, targets), not {type(batch).__name__}")
@@ -115,7 +121,7 @@ def sample_fisher(
             for grads in gradients(params, model, loss_fn, *_rows((x, y), slice(size)), size):
                 for part in parts:
                     if reached := [p for p in part if p in grads]:
-                        ops.fisher_([fisher[p] for p in reached], [grads[p] for p in reached])
+                        ops.fisher_([fisher[p] for p in reached], [local(grads[p]) for p in reached])
                 done += 1
                 show(done)
             if done == samples:
@@ -145,6 +151,23 @@ def _one_by_one(
         one, target = _rows((x, y), slice(i, i + 1))
         grads = torch.autograd.grad(loss_fn(model(one), target), params, allow_unused=True)
         yield {p: g for p, g in zip(params, grads) if g is not None}
+
+
+def _by_shards(
+    params: list[Tensor], model: nn.Module, loss_fn: Callable, x: Any, y: Any, size: int
+) -> Gradients:
+    # FSDP2 reduces what backward() leaves in p.grad, and averages over processes: which is why all get the same samples.
+    kept = [(p, p.grad) for p in params]
+    try:
+        for i in range(size):
+            for p in params:
+                p.grad = None
+            one, target = _rows((x, y), slice(i, i + 1))
+            loss_fn(model(one), target).backward()
+            yield {p: p.grad for p in params if p.grad is not None}
+    finally:
+        for p, grad in kept:
+            p.grad = grad
 
 
 def _vectorized(
@@ -189,7 +212,7 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
     )
     task = bar.add_task("Fisher", total=total)
     start = time.monotonic()
-    wanted = wanted and rank() == 0 and bar.console.is_terminal
+    wanted = wanted and distributed.world()[0] == 0 and bar.console.is_terminal
 
     def show(done: int) -> None:
         bar.update(task, completed=done)
@@ -201,25 +224,3 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
     finally:
         if bar.live.is_started:
             bar.stop()
-
-
-def _distributed() -> bool:
-    d = torch.distributed
-    return d.is_available() and d.is_initialized() and d.get_world_size() > 1
-
-
-def rank() -> int:
-    """This process's, 0 where there are no others."""
-    return torch.distributed.get_rank() if _distributed() else 0
-
-
-def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Sums tensors over all processes in place, where there are any."""
-    for t in tensors if _distributed() else ():
-        torch.distributed.all_reduce(t)
-
-
-def broadcast(tensors: Iterable[Tensor]) -> None:
-    """The first process's tensors, in place, where there are others."""
-    for t in tensors if _distributed() else ():
-        torch.distributed.broadcast(t, src=0)

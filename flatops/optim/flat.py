@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatops import ops
+from flatops import distributed, ops
 from flatops.backend import _C
 
 
@@ -40,6 +40,9 @@ class Run:
     warned: bool = False
     undo: list[Undo] = field(default_factory=list)
     backup: dict[Tensor, Tensor] = field(default_factory=dict)
+    agreed: bool = False  # all processes have the same optimizer
+    modules: list[Any] = field(default_factory=list)  # under fully_shard
+    taint: tuple[list[Tensor], Tensor] | None = None  # sharded parameters, and whether SAM's first pass was finite
     hooks: list[Any] = field(default_factory=list)
     skipped: list[Tensor] = field(default_factory=list)  # need no gradient in SSAM's first pass
 
@@ -191,8 +194,28 @@ class Flat(torch.optim.Optimizer):
         self.run.perturbed = True
         torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
         self._check_groups()
+        if not self.run.agreed and torch.is_grad_enabled():  # without, it may be a look at the loss by one process alone
+            self._meet()
+        distributed.reshard(self.run.modules)
         with torch.no_grad():
             self._perturb()
+
+    def _meet(self) -> None:
+        """The first pass: finds out what other processes have."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        if distributed.any_distributed(params):
+            self.run.modules = distributed.sharded_modules()
+        if distributed.world()[1] > 1:
+            distributed.check_agreement(self._agreement(), params[0].device)
+        self.run.agreed = True
+
+    def _agreement(self) -> dict[str, Any]:
+        """What all processes have to have alike; the host waits for it, once."""
+        params = [[(*p.shape, p.dtype, p.requires_grad) for p in group["params"]] for group in self.param_groups]
+        return {"the optimizer": type(self).__name__, "params": params} | {
+            key: [_number(v) if isinstance(v := group[key], Tensor) else v for group in self.param_groups]
+            for key in self.options
+        }
 
     def _passed(self) -> None:
         """After a perturbed pass that ended well, with the weights back in place."""
@@ -210,6 +233,7 @@ class Flat(torch.optim.Optimizer):
         for hook in run.hooks:
             hook.remove()
         run.hooks.clear()
+        distributed.reshard(run.modules)
         torch.clear_autocast_cache()
         run.perturbed = False
 
@@ -217,21 +241,21 @@ class Flat(torch.optim.Optimizer):
         """Room for the weights, made once a parameter: addresses never change, and a step allocates nothing."""
         kept = self.run.backup
         with torch.inference_mode(False):  # an inference tensor has no version
-            for p in params:
+            for p, w in zip(params, distributed.all_local(params)):
                 b = kept.get(p)
                 if (
                     b is None
-                    or b.shape != p.shape
-                    or b.dtype != p.dtype
-                    or b.device != p.device
-                    or b.stride() != p.stride()
+                    or b.shape != w.shape
+                    or b.dtype != w.dtype
+                    or b.device != w.device
+                    or b.stride() != w.stride()
                 ):
-                    kept[p] = ops.new_backup([p])[0]
+                    kept[p] = ops.new_backup([w])[0]
         return [kept[p] for p in params]
 
     def _will_change(self, params: list[Tensor], token: Tensor, **how: Any) -> None:
-        """Announces a change of `params`, before it is made, and how to undo it."""
-        self.run.undo.append(Undo(params, how, token, token._version))
+        """Announces a change of this process's part of `params`, before it is made, and how to undo it."""
+        self.run.undo.append(Undo(distributed.all_local(params), how, token, token._version))
 
     def _trainable(
         self, keys: tuple[str, ...], with_grad: bool = False
@@ -347,7 +371,8 @@ class Flat(torch.optim.Optimizer):
         """Adds a group, with this optimizer's hyper-parameters where it does not set its own.
 
         Raises:
-            ValueError, TypeError: for a hyper-parameter out of range or a parameter of an unsupported dtype; nothing is added.
+            ValueError, TypeError: for a hyper-parameter out of range or a parameter of an unsupported dtype or placement; nothing
+                is added.
         """
         self._not_while_perturbed("add_param_group()")
         if isinstance(param_group, dict):  # torch refuses what is none
@@ -356,10 +381,15 @@ class Flat(torch.optim.Optimizer):
             self._check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for i, p in enumerate(group["params"]):
-            if p.dtype not in ops.DTYPES:
-                del self.param_groups[-1]
-                raise TypeError(f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16 or float64")
+        try:
+            for i, p in enumerate(group["params"]):
+                if p.dtype not in ops.DTYPES:
+                    raise TypeError(f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16 or float64")
+                distributed.check_layout(p, f"params[{i}]")
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+        self.run.agreed = False
         for key, default in list(self.options.items()):
             if isinstance(group[key], Tensor) and group["params"]:
                 given = group[key]
@@ -402,7 +432,7 @@ class Flat(torch.optim.Optimizer):
                         value = value.clone()
                     # In place: a captured graph goes on reading it there.
                     group[key] = value.fill_(ops.signed(loaded))
-        self.run.ready = False
+        self.run.ready = self.run.agreed = False
 
     def __reduce__(self) -> tuple:
         return _rebuild, (self.flat, self.base), self.__getstate__()

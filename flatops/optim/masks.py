@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flatops import ops, reference
+from flatops.distributed import all_local, local, shard_of
 
 # --- patterns ------------------------------------------------------------------------------------------------------------
 
@@ -97,7 +98,8 @@ class Part:
 
 
 class Mask:
-    """One mask over all parameters on a device, and parts of it for lists in which some of them are missing."""
+    """One mask over all parameters on a device, of sharded ones over what this process has, and parts of it for lists in which
+    some of them are missing."""
 
     def __init__(self, params: list[Tensor], bits: Tensor) -> None:
         self.params, self.bits = params, bits
@@ -120,12 +122,12 @@ class Mask:
         if part is None or part.version != self.bits._version:
             climb, mask = [self.params[i] for i in chosen], self.bits
             if 0 < len(chosen) < len(self.params):
-                live = ops.unpack_mask(self.bits, self.params)
-                mask = ops.pack_mask([live[i] for i in chosen])
-            backup = part.backup if part else []
-            if climb and not (backup and len(backup[0]) == ops.count_mask(mask, climb)):
+                live = self.live()
+                mask = ops.pack_mask([live[p] for p in climb])
+            backup, mine = part.backup if part else [], all_local(climb)
+            if climb and not (backup and len(backup[0]) == ops.count_mask(mask, mine)):
                 with torch.inference_mode(False):  # an inference tensor has no version
-                    backup = ops.new_backup(climb, mask)
+                    backup = ops.new_backup(mine, mask)
             if len(self.parts) > 8:  # lists that change from step to step
                 self.parts.clear()
             part = self.parts[key] = Part(climb, mask, backup, self.bits._version)
@@ -133,7 +135,7 @@ class Mask:
 
     def live(self) -> dict[Tensor, Tensor]:
         """Booleans for every parameter."""
-        return dict(zip(self.params, ops.unpack_mask(self.bits, self.params)))
+        return dict(zip(self.params, ops.unpack_mask(self.bits, all_local(self.params))))
 
     def dead(self) -> list[Tensor]:
         """The parameters of which nothing climbs; the host waits for them once a mask."""
@@ -156,7 +158,7 @@ def encode(live: list[Tensor]) -> str:
 
 
 def decode(text: str, params: list[Tensor]) -> list[Tensor]:
-    """What `encode` was given, laid out as the parameters are.
+    """What `encode` was given, laid out as the parameters are; this process's rows of sharded ones.
 
     Raises:
         ValueError: for a mask of other parameters.
@@ -166,7 +168,8 @@ def decode(text: str, params: list[Tensor]) -> list[Tensor]:
     if not params or int(text[:8], 16) != _shapes(params):
         raise ValueError("the mask in the checkpoint is for parameters of other shapes: nothing was loaded")
     live = ops.unpack_mask(torch.frombuffer(raw, dtype=torch.int32), like)
-    return [torch.empty_like(p, dtype=torch.bool, requires_grad=False).copy_(l) for p, l in zip(params, live)]
+    mine = [shard_of(p, l) for p, l in zip(params, live)]
+    return [torch.empty_like(local(p), dtype=torch.bool, requires_grad=False).copy_(l) for p, l in zip(params, mine)]
 
 
 def _shapes(tensors: list[Tensor]) -> int:

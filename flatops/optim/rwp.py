@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flatops import ops
+from flatops import distributed, ops
+from flatops.distributed import all_local, local
 from flatops.optim.fisher import KeepsFisher
 from flatops.optim.flat import check_range, check_tensor, on, perturbed_pass
 
@@ -21,6 +23,9 @@ class RWP(KeepsFisher):
     ARWP (eta > 0): eps_f is divided by sqrt(1 + eta F_f), where F <- beta F + g^2 from the gradient at the perturbed weights;
     one number a filter is kept. With lam = 1 that is the gradient that steps, clipped if it is clipped.
 
+    Parallel m-RWP (`parallel`): part of the replicas take the perturbed gradient, the others, the first among them, the clean
+    one, and the all-reduce that data-parallel training does anyway mixes the two, in the time of plain training.
+
     Args:
         params: parameters or groups, which may set their own sigma, eta and beta.
         base: the optimizer class that steps, such as torch.optim.SGD.
@@ -30,7 +35,10 @@ class RWP(KeepsFisher):
         eta: strength of the adaptation, >= 0; default 0 (off), typically 0.1 to 1.
         beta: decay of F, in [0, 1]; default 0.99.
         seed: of the noise, in [0, 2**64); default 0. A number, or an int64 tensor of one.
-        stream: which replica this is: replicas of one seed draw different noise; default 0.
+        stream: replicas of one seed draw different noise, each its own stream; default: the replica's number, 0 where there is
+            one. Under DistributedDataParallel each process is a replica, under FSDP2 all shards together are.
+        parallel: parallel m-RWP, for two replicas or more, of which the last half perturb (of 2 n + 1 the last n); default
+            False. What takes its F from g(w + eps), ARWP, takes it from the mixed gradient then.
         restore: 'exact' (default) keeps a copy of the weights during the perturbed pass; 'regenerate' keeps one number a
             filter, drifts by about 1.5e-8 sqrt(steps) and is refused for bfloat16 and float16.
         **kwargs: for the base optimizer.
@@ -50,6 +58,11 @@ class RWP(KeepsFisher):
         >>> with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
         ...     (optimizer.perturbed_weight * loss_fn(model(x2), y2)).backward()
 
+        and parallel m-RWP does so on every replica, where perturbed() perturbs on half of them:
+
+        >>> with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model, optimizer.is_perturbed):
+        ...     (optimizer.perturbed_weight * loss_fn(model(x), y)).backward()
+
     References:
         Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
         Li et al.: Revisiting Random Weight Perturbation for Efficiently Improving Generalization. arXiv 2404.00357.
@@ -65,7 +78,8 @@ class RWP(KeepsFisher):
         eta: float = 0.0,
         beta: float = 0.99,
         seed: int | Tensor = 0,
-        stream: int = 0,
+        stream: int | None = None,
+        parallel: bool = False,
         restore: str = "exact",
         **kwargs: Any,
     ):
@@ -73,9 +87,9 @@ class RWP(KeepsFisher):
             tuple[Tensor, Tensor]
         ] = []  # gradients that are not to be taken for the perturbed pass's
         self.loss_scale: float | Tensor | None = None
-        self.stream = stream
-        if not (isinstance(stream, int) and 0 <= stream < 2**31):
-            raise ValueError(f"stream must be an integer in [0, 2**31), not {stream!r}")
+        self.stream, self.parallel = stream, parallel
+        if not (stream is None or isinstance(stream, int) and 0 <= stream < 2**31):
+            raise ValueError(f"stream must be an integer in [0, 2**31) or None, not {stream!r}")
         options = {
             "sigma": sigma,
             "lam": lam,
@@ -104,10 +118,8 @@ class RWP(KeepsFisher):
         group = self.param_groups[-1]
         try:
             self._check_groups()
-            if group["lam"] != self.perturbed_weight:
-                raise ValueError(
-                    f"lam weighs the whole loss: {group['lam']} in a group and {self.perturbed_weight} in another"
-                )
+            if group["lam"] != (first := self.param_groups[0]["lam"]):
+                raise ValueError(f"lam weighs the whole loss: {group['lam']} in a group and {first} in another")
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -126,15 +138,62 @@ class RWP(KeepsFisher):
                     "restore='regenerate' would lose the low bits of bfloat16 and float16 weights: use 'exact'"
                 )
 
+    def _replica(self) -> tuple[int, int]:
+        """Which replica this is, of how many; told by the parameters, sharded ones first."""
+        if distributed.world()[1] == 1:
+            return 0, 1
+        params = [p for group in self.param_groups for p in group["params"]]
+        at = distributed.layout(next(filter(distributed.is_distributed, params), params[0]))
+        return at.replica, at.replicas
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether `perturbed()` changes the weights of this process: always, unless it is a clean one of parallel m-RWP."""
+        if not self._takes_roles():
+            return True
+        replica, replicas = self._replica()
+        return replica >= replicas - replicas // 2
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are perturbed now; for closures, which run in both passes."""
+        return self.run.perturbed and self.perturbs
+
+    def _takes_roles(self) -> bool:
+        return self.parallel and self.param_groups[0]["lam"] < 1
+
     @property
     def perturbed_weight(self) -> float:
-        """What to multiply the perturbed pass's loss by: lam."""
-        return self.param_groups[0]["lam"]
+        """What to multiply the loss inside `perturbed()` by: lam.
+
+        In parallel m-RWP this replica's weight, for gradients that are averaged over the R replicas, n of which perturb:
+        R lam / n or R (1 - lam) / (R - n).
+        """
+        lam = self.param_groups[0]["lam"]
+        if not self._takes_roles():
+            return lam
+        replicas = self._replica()[1]
+        half = replicas // 2
+        return replicas * lam / max(half, 1) if self.perturbs else replicas * (1 - lam) / (replicas - half)
 
     @property
     def clean_weight(self) -> float:
-        """What to multiply the clean pass's loss by: 1 - lam."""
-        return 1.0 - self.param_groups[0]["lam"]
+        """What to multiply the clean pass's loss by: 1 - lam, or 0 in parallel m-RWP, which has none."""
+        return 0.0 if self.parallel else 1.0 - self.param_groups[0]["lam"]
+
+    def role_group(self) -> Any:
+        """The process group of the replicas of this one's role in parallel m-RWP: for SyncBatchNorm, which would mix roles.
+
+        Collective: all processes call it, once.
+
+        Example:
+            >>> nn.SyncBatchNorm.convert_sync_batchnorm(model, optimizer.role_group())
+        """
+        rank, size = distributed.world()
+        roles = [None] * size
+        torch.distributed.all_gather_object(roles, self.perturbs)
+        groups = {role: torch.distributed.new_group([r for r in range(size) if roles[r] == role]) for role in sorted(set(roles))}
+        return groups[roles[rank]]
 
     @perturbed_pass
     def perturbed(self, loss_scale: float | Tensor | None = None) -> Iterator[None]:
@@ -159,7 +218,20 @@ class RWP(KeepsFisher):
         finally:
             self._take_back()
 
+    def _meet(self) -> None:
+        if self._takes_roles() and self._replica()[1] < 2:
+            raise ValueError(
+                "parallel m-RWP needs two replicas or more, and there is one: leave parallel out, and give both passes half a "
+                "batch, which takes the same time"
+            )
+        super()._meet()
+
+    def _agreement(self) -> dict[str, Any]:
+        return {**super()._agreement(), "parallel": self.parallel}
+
     def _perturb(self) -> None:
+        if not self.perturbs:
+            return
         if self._mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
             self._take_back()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -171,24 +243,46 @@ class RWP(KeepsFisher):
         ).items():
             if not isinstance(sigma, Tensor) and sigma == 0:
                 continue
-            sigma = on(device, sigma)
             noise = {
                 "seed": on(device, seed),
                 "draw": self._draw(device),
-                "stream": self.stream,
-                "index": index,
+                "stream": self._replica()[0] if self.stream is None else self.stream,
             }
-            if eta > 0:
-                noise |= {"eta": eta, "fisher": [self._fisher(p) for p in params]}
-            if how == "exact":
-                backup = self._backup(params)
-                self._will_change(params, backup[-1], backup=backup)
-                ops.perturb_(params, sigma, backup=backup, **noise)
-            else:
-                with torch.inference_mode(False):  # an inference tensor has no version
-                    scales = ops.new_scales(params)
-                self._will_change(params, scales, scales=scales, **noise)
-                ops.perturb_(params, sigma, scales=scales, **noise)
+            for gathered, part, places in _by_kind(params, index):
+                perturb = self._perturb_gathered if gathered else self._perturb_part
+                perturb(part, places, on(device, sigma), eta, how, noise)
+
+    def _perturb_part(
+        self, params: list[Tensor], index: list[int], sigma: float | Tensor, eta: float, how: str, noise: dict
+    ) -> None:
+        noise = {**noise, "index": index}
+        if distributed.any_distributed(params):
+            noise["first_row"] = [distributed.layout(p).first_row for p in params]
+        if eta > 0:
+            noise |= {"eta": eta, "fisher": all_local(map(self._fisher, params))}
+        mine = all_local(params)
+        if how == "exact":
+            backup = self._backup(params)
+            self._will_change(params, backup[-1], backup=backup)
+            ops.perturb_(mine, sigma, backup=backup, **noise)
+        else:
+            with torch.inference_mode(False):  # an inference tensor has no version
+                scales = ops.new_scales(mine)
+            self._will_change(params, scales, scales=scales, **noise)
+            ops.perturb_(mine, sigma, scales=scales, **noise)
+
+    def _perturb_gathered(
+        self, params: list[Tensor], index: list[int], sigma: float | Tensor, eta: float, how: str, noise: dict
+    ) -> None:
+        """One filter each, whose norm and noise need all of it: biases and scales, small enough to be gathered whole."""
+        mine, backup = all_local(params), self._backup(params)
+        whole = distributed.gather(params, mine)
+        if eta > 0:
+            noise = noise | {"eta": eta, "fisher": distributed.gather(params, all_local(map(self._fisher, params)))}
+        ops.perturb_(whole, sigma, index=index, **noise)
+        self._will_change(params, backup[-1], backup=backup)
+        torch._foreach_copy_(backup, mine)
+        torch._foreach_copy_(mine, [distributed.shard_of(p, w) for p, w in zip(params, whole)])
 
     def _draw(self, device: torch.device) -> Tensor:
         """The draw, which is the same in every group, as it lies on a device."""
@@ -219,14 +313,18 @@ class RWP(KeepsFisher):
         return group["eta"] > 0
 
     def _new_fisher(self, p: Tensor) -> Tensor:
-        return torch.zeros(p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device)
+        rows = local(p).shape[:1] if p.dim() else (1,)
+        mine = torch.zeros(rows, dtype=torch.float32, device=p.device)
+        return distributed.like_shard(p, mine, *p.shape[:1])
 
     def _mixes_fisher(self) -> bool:
-        return 0 < self.perturbed_weight < 1 and any(group["eta"] > 0 for group in self.param_groups)
+        lam = self.param_groups[0]["lam"]
+        return 0 < lam < 1 and not self.parallel and any(group["eta"] > 0 for group in self.param_groups)
 
     def _before_step(self) -> None:
         # With lam = 1 the gradient that steps is the perturbed one, by now unscaled. A fused base unscales it later itself.
-        if self.run.ready and self.perturbed_weight == 1:
+        # In parallel m-RWP no other is left.
+        if self.run.ready and (self.parallel or self.param_groups[0]["lam"] == 1):
             scale: float | Tensor = 1.0
             if getattr(self, "grad_scale", None) is not None:
                 scale = self.grad_scale.double().reciprocal()
@@ -238,13 +336,13 @@ class RWP(KeepsFisher):
     def _update_fisher(self, scale: float | Tensor) -> None:
         for (device, eta, beta), (params, _) in self._trainable(("eta", "beta"), with_grad=True).items():
             if eta > 0:
-                fisher, grads = [self._fisher(p) for p in params], [p.grad for p in params]
+                fisher, grads = all_local(map(self._fisher, params)), all_local(p.grad for p in params)
                 ops.filter_fisher_(fisher, grads, beta, scale=on(device, scale))
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        lam = self.perturbed_weight
-        if lam == 1:
-            with self.perturbed():
+        lam = self.param_groups[0]["lam"]
+        if lam == 1 or self.parallel:
+            with self.perturbed(), self._weighted():
                 self.run.inside_step = True
                 try:
                     return closure()
@@ -267,9 +365,36 @@ class RWP(KeepsFisher):
                 p.grad = g.mul_(1 - lam) if p.grad is None else p.grad.add_(g, alpha=1 - lam)
         return loss
 
+    @contextlib.contextmanager
+    def _weighted(self) -> Iterator[None]:
+        """Multiplies what arrives in p.grad by this replica's weight, before any all-reduce, where the closure's loss is not."""
+        weight = self.perturbed_weight if self._takes_roles() else 1.0
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if weight != 1 and any(map(distributed.is_distributed, params)):
+            raise RuntimeError("the gradients of sharded parameters cannot be weighed: multiply the loss by perturbed_weight")
+        hooks = [p.register_hook(lambda grad: grad * weight) for p in params if weight != 1]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"stream": self.stream, "aside": self.aside, "loss_scale": None}
+        ours = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside, "loss_scale": None}
         return {**super().__getstate__(), **ours}
+
+
+def _by_kind(params: list[Tensor], index: list[int]) -> list[tuple[bool, list[Tensor], list[int]]]:
+    """(one sharded filter each?, parameters, their positions): of one call each."""
+    if not distributed.any_distributed(params):
+        return [(False, params, index)]
+    kinds: dict[Any, tuple[list[Tensor], list[int]]] = {}
+    for p, i in zip(params, index):
+        group = distributed.layout(p).group if p.dim() < 2 else None
+        part = kinds.setdefault((group, p.dtype if group else None), ([], []))
+        part[0].append(p)
+        part[1].append(i)
+    return [(group is not None, *part) for (group, _), part in kinds.items()]
 
 
 def _own(grad: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flatops import ops
+from flatops import distributed, ops
+from flatops.distributed import all_local, local
 from flatops.optim.flat import Flat, check_range, check_tensor, on, perturbed_pass
 
 
@@ -84,7 +86,7 @@ class SAM(Flat):
             raise RuntimeError(
                 "no parameter has a gradient: run a backward at the weights themselves before perturbed()"
             )
-        grads = {key: [p.grad for p in params] for key, (params, _) in parts.items()}
+        grads = {key: all_local(p.grad for p in params) for key, (params, _) in parts.items()}
         for g in itertools.chain(*grads.values()):
             if g.layout != torch.strided:
                 raise TypeError(
@@ -104,24 +106,36 @@ class SAM(Flat):
     def _ascend(self, params: list[Tensor], grads: list[Tensor], rho: float | Tensor, **how: Any) -> None:
         backup = self._backup(params)
         self._will_change(params, backup[-1], backup=backup)
-        ops.ascend_(params, grads, rho, backup=backup, **how)
+        ops.ascend_(all_local(params), grads, rho, backup=backup, **how)
 
     def _norm(self, parts: dict, grads: dict) -> Tensor:
-        """The norm over all parameters, float64, on the first one's device."""
-        norms = [
-            ops.grad_norm(grads[device, rho, adaptive], params if adaptive else None)
-            for (device, rho, adaptive), (params, _) in parts.items()
-        ]
-        if len(norms) == 1:
-            return norms[0]
-        return torch.stack([on(norms[0].device, n) for n in norms]).square().sum().sqrt()
+        """The norm over all parameters and all their shards, float64, on the first one's device."""
+        norms: dict[Any, list[Tensor]] = {}  # by the process group that has the rest of it
+        for key, (params, _) in parts.items():
+            for group, places in distributed.by_group(params).items():
+                weights = distributed.all_local(params[i] for i in places) if key[-1] else None
+                norms.setdefault(group, []).append(ops.grad_norm([grads[key][i] for i in places], weights))
+        if list(norms) == [None] and len(norms[None]) == 1:
+            return norms[None][0]
+        device = next(iter(norms.values()))[0].device
+        squares = []
+        for group, of in norms.items():
+            square = torch.stack([on(device, n) for n in of]).square().sum()
+            if group is not None:
+                torch.distributed.all_reduce(square, group=group)
+            squares.append(square)
+        return torch.stack(squares).sum().sqrt()
 
     def _taint(self, parts: dict, norm: Tensor) -> None:
         """Carries an overflow of the first pass into the second one's gradient, before any all-reduce.
 
-        The first gradient to be made is enough: a GradScaler skips the step for one NaN.
+        The first gradient to be made is enough: a GradScaler skips the step for one NaN. Sharded gradients have no hooks, but
+        all processes have the same norm.
         """
         finite = norm.isfinite()
+        params = [p for params, _ in parts.values() for p in params]
+        shards = list(filter(distributed.is_distributed, params)) if distributed.any_distributed(params) else []
+        self.run.taint = (shards, finite) if shards else None
         pending = [True]
 
         def hook(grad: Tensor) -> Tensor | None:
@@ -130,7 +144,49 @@ class SAM(Flat):
             pending.clear()
             return torch.where(on(grad.device, finite), grad, math.nan)
 
-        self.run.hooks += [p.register_hook(hook) for params, _ in parts.values() for p in params]
+        self.run.hooks += [p.register_hook(hook) for p in params if not (shards and distributed.is_distributed(p))]
+
+    def _passed(self) -> None:
+        super()._passed()
+        shards, finite = self.run.taint or ((), None)
+        self.run.taint = None
+        for p in shards:
+            if p.grad is not None and local(p.grad).numel():
+                local(p.grad).add_(torch.where(finite, 0.0, math.nan).to(p.grad.dtype))
+                break
+
+    @contextlib.contextmanager
+    def ascent_pass(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Around the first forward and backward: with a DistributedDataParallel model every process climbs by its own gradient.
+
+        That is the m-sharpness of the SAM paper, and saves one of the two all-reduces. Without `model`, or with one that is not
+        distributed, it does nothing.
+
+        Example:
+            >>> with optimizer.ascent_pass(model):
+            ...     loss_fn(model(x), y).backward()
+            >>> with optimizer.perturbed():
+            ...     loss_fn(model(x), y).backward()
+
+        Raises:
+            RuntimeError: inside perturbed().
+            ValueError: for a model under fully_shard, whose processes have no gradient of their own, or with static_graph=True.
+        """
+        self._not_while_perturbed("ascent_pass()")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            if model.static_graph:
+                raise ValueError(
+                    "static_graph=True fixes what the first pass does, so it cannot leave out the all-reduce: build the model "
+                    "without it, or climb by the shared gradient with ascent_pass() and no model"
+                )
+            with model.no_sync():
+                yield
+            return
+        if model is not None and distributed.is_sharded_module(model):
+            raise ValueError(
+                "under fully_shard no process has a gradient of its own to climb by: use ascent_pass() without the model"
+            )
+        yield
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         loss = closure()

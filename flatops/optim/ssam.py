@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatops import ops
+from flatops import distributed, ops
+from flatops.distributed import all_reduce, broadcast, local
 from flatops.optim import masks
-from flatops.optim.fisher import KeepsFisher, all_reduce, broadcast, sample_fisher
+from flatops.optim.fisher import KeepsFisher, sample_fisher
 from flatops.optim.flat import _user_frame, check_range, on
 from flatops.optim.masks import Mask
 from flatops.optim.sam import SAM
@@ -212,6 +213,7 @@ class SSAM(KeepsFisher, SAM):
         For mask='dynamic' and fisher='minibatch', without arguments: from p.grad, and from what the passes gathered.
 
         Under torch.distributed F is summed over all processes, each with its own samples, and all get the first one's mask.
+        Under FSDP2 all processes give the same samples; the scores are gathered in the first one's memory, 4 bytes a weight.
 
         Args:
             model: whose parameters the optimizer has.
@@ -258,30 +260,55 @@ class SSAM(KeepsFisher, SAM):
                     raise RuntimeError(
                         "no perturbed pass since the last mask: there is nothing to make one from"
                     )
-                fisher = {p: self._fisher(p) for params, _ in self._trainable(()).values() for p in params}
-            all_reduce(fisher.values())
+                fisher = {p: local(self._fisher(p)) for params, _ in self._trainable(()).values() for p in params}
+            all_reduce(f for p, f in fisher.items() if not distributed.is_distributed(p))  # of the others it is a shard
             self._install(self._largest(fisher))
             for f in self.fisher.values():
-                f.zero_()
+                local(f).zero_()
         self._write(updates=first["updates"] + 1, passes=0)
 
     def _largest(self, scores: dict[Tensor, Tensor]) -> dict[torch.device, Mask]:
-        """The masks of the largest scores, over all devices together."""
+        """The masks of the largest scores, over all devices and shards together."""
         first = self.param_groups[0]
         params = [p for part, _ in self._trainable(()).values() for p in part]
+        if self._is_sharded():
+            whole = self._whole(scores)
+            return self._from_first(lambda: masks.choose(whole, first["pattern"], first["sparsity"]))
         together = [on(params[0].device, scores[p]) for p in params]
         bits = masks.choose(together, first["pattern"], first["sparsity"])
         if len(self._trainable(())) == 1:
             return {params[0].device: Mask(params, bits)}
         return self._spread(dict(zip(params, ops.unpack_mask(bits, together))))
 
+    def _is_sharded(self) -> bool:
+        parts = self._trainable(()).values()
+        return any(distributed.by_group(params).keys() != {None} for params, _ in parts)
+
+    def _whole(self, mine: dict[Tensor, Tensor]) -> list[Tensor]:
+        """All of what each process has a shard of, one tensor after the other, in the memory of the first process's host; empty
+        on the others. Collective."""
+        whole = []
+        for params, _ in self._trainable(()).values():
+            for p in params:
+                t = distributed.whole(p, mine[p])
+                whole += [t.cpu()] if distributed.world()[0] == 0 else []
+        return whole
+
+    def _from_first(self, make: Callable[[], Tensor]) -> dict[torch.device, Mask]:
+        """The masks for this process's shards, of one over whole parameters that the first process makes. Collective."""
+        params = [p for part, _ in self._trainable(()).values() for p in part]
+        like = [torch.empty(p.shape, dtype=torch.bool) for p in params]
+        size = ops.mask_size(like)
+        bits = distributed.from_first(make, (size,), torch.int32, params[0].device).cpu()
+        return self._spread({p: distributed.shard_of(p, l) for p, l in zip(params, ops.unpack_mask(bits, like))})
+
     def _spread(self, live: dict[Tensor, Tensor]) -> dict[torch.device, Mask]:
         """The masks in which these booleans are set, a device each."""
 
         def of(p: Tensor) -> Tensor:
             if p in live:
-                return on(p.device, live[p])
-            return torch.zeros_like(p, dtype=torch.bool, requires_grad=False)
+                return on(p.device, live[p]).contiguous() if distributed.is_distributed(p) else on(p.device, live[p])
+            return torch.zeros_like(local(p), dtype=torch.bool, requires_grad=False)
 
         return {
             device: Mask(params, ops.pack_mask([of(p) for p in params]))
@@ -295,7 +322,8 @@ class SSAM(KeepsFisher, SAM):
         for (device,), (params, index) in self._trainable(()).items():
             for p, i in zip(params, index):
                 z = ops.normal(p.shape, seed=first["seed"], draw=first["updates"], tensor=i, device=device)
-                scores[p] = torch.empty_like(p, dtype=torch.float32).copy_(z.abs_())
+                z = distributed.shard_of(p, z.abs_())
+                scores[p] = torch.empty_like(local(p), dtype=torch.float32).copy_(z)
         self._install(self._largest(scores))
 
     def _regrow(self) -> None:
@@ -311,45 +339,61 @@ class SSAM(KeepsFisher, SAM):
             self._draw()
         t, total = first["updates"], first["total_updates"]
         rate = first["drop_rate"] * ((1 + math.cos(math.pi * min(t, total) / total)) / 2 if total else 1)
+        if self._is_sharded():
+            self._install(self._regrow_shards(rate))
+            return
         new = {}
         for (device,), (params, index) in parts.items():
-            bits = self.masks[device].bits
-            if first["pattern"] == "global":
-                bits = bits.clone()
-                self._move(bits, params, index, rate)
-            else:
-                each = masks.split(bits, params)
-                for mask, p, i in zip(each, params, index):
-                    self._move(mask, [p], [i], rate)
-                bits = masks.join(each, params)
-            new[device] = Mask(params, bits)
+            scores = [self._scores(first[by], params) for by in ("drop", "grow")]
+            new[device] = Mask(params, self._moved(self.masks[device].bits, params, index, *scores, rate))
         self._install(new)
 
-    def _move(self, mask: Tensor, params: list[Tensor], index: list[int], rate: float) -> None:
+    def _regrow_shards(self, rate: float) -> dict[torch.device, Mask]:
+        """As on one process, in the memory of the first one's host."""
+        first = self.param_groups[0]
+        params, index = map(list, zip(*((p, i) for ps, at in self._trainable(()).values() for p, i in zip(ps, at))))
+        live = self._whole({p: l for mask in self.masks.values() for p, l in mask.live().items()})
+        drop, grow = (
+            None if scores is None else self._whole(dict(zip(params, scores)))
+            for scores in (self._scores(first[by], params) for by in ("drop", "grow"))
+        )
+        return self._from_first(lambda: self._moved(ops.pack_mask(live), live, index, drop, grow, rate))
+
+    @staticmethod
+    def _scores(kind: str, params: list[Tensor]) -> list[Tensor] | None:
+        if kind == "random":
+            return None
+        if kind == "weight":
+            return distributed.all_local(params)
+        return [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
+
+    def _moved(
+        self, bits: Tensor, like: list[Tensor], index: list[int], drop: Any, grow: Any, rate: float
+    ) -> Tensor:
+        """A mask over `like` some steps on, by the scores for dropping and growing."""
         first = self.param_groups[0]
 
-        def scores(kind: str) -> list[Tensor] | None:
-            if kind == "random":
-                return None
-            if kind == "weight":
-                return params
-            return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        def move(mask: Tensor, which: slice) -> Tensor:
+            ops.regrow_mask_(
+                mask,
+                like[which],
+                round(rate * ops.count_mask(mask, like[which])),
+                drop=drop and drop[which],
+                grow=grow and grow[which],
+                seed=first["seed"],
+                draw=first["updates"],
+                index=index[which],
+            )
+            return mask
 
-        count = round(rate * ops.count_mask(mask, params))
-        ops.regrow_mask_(
-            mask,
-            params,
-            count,
-            drop=scores(first["drop"]),
-            grow=scores(first["grow"]),
-            seed=first["seed"],
-            draw=first["updates"],
-            index=index,
-        )
+        if first["pattern"] == "global":
+            return move(bits.clone(), slice(None))
+        each = [move(mask, slice(i, i + 1)) for i, mask in enumerate(masks.split(bits, like))]
+        return masks.join(each, like)
 
     def _install(self, new: dict[torch.device, Mask], shared: bool = True) -> None:
         """Puts masks in place, the first process's; in the memory of those that there are, where they are over the same."""
-        if shared:
+        if shared and not self._is_sharded():
             broadcast(mask.bits for mask in new.values())
         for device in self.masks.keys() - new.keys():
             del self.masks[device]
@@ -367,12 +411,12 @@ class SSAM(KeepsFisher, SAM):
     # --- the first pass ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def ascent_pass(self) -> Iterator[None]:
-        """Around the first forward and backward, with `skip_masked`: tensors of which nothing climbs get no gradient.
+    def ascent_pass(self, model: nn.Module | None = None) -> Iterator[None]:
+        """As SAM's; with `skip_masked` tensors of which nothing climbs get no gradient besides.
 
         Autograd then neither makes their gradients nor goes below the lowest tensor of which something climbs. That pays with
         structured masks, pattern='filter' most of all. step(closure) does it by itself. Under DistributedDataParallel it
-        has to be inside no_sync(). Without skip_masked, or a mask, it does nothing.
+        needs `model`: an all-reduce would wait for what is skipped.
 
         Example:
             >>> with optimizer.ascent_pass():
@@ -380,14 +424,14 @@ class SSAM(KeepsFisher, SAM):
             >>> with optimizer.perturbed():
             ...     loss_fn(model(x), y).backward()
         """
-        self._not_while_perturbed("ascent_pass()")
-        self.run.skipped += [p for p in self._dead() if p.requires_grad]
-        for p in self.run.skipped:
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            self._unskip()
+        with super().ascent_pass(model):
+            self.run.skipped += [p for p in self._dead() if p.requires_grad]
+            for p in self.run.skipped:
+                p.requires_grad_(False)
+            try:
+                yield
+            finally:
+                self._unskip()
 
     def _unskip(self) -> None:
         while self.run.skipped:
@@ -450,7 +494,7 @@ class SSAM(KeepsFisher, SAM):
         if any(p.device != device for device, mask in self.masks.items() for p in mask.params):
             live: dict[Tensor, Tensor] = {}
             for mask in self.masks.values():
-                like = [torch.empty_like(p, dtype=torch.bool, device=mask.bits.device) for p in mask.params]
+                like = [torch.empty_like(local(p), dtype=torch.bool, device=mask.bits.device) for p in mask.params]
                 live.update(zip(mask.params, ops.unpack_mask(mask.bits, like)))
             self.masks.clear()
             self._install(self._spread(live), shared=False)
@@ -461,7 +505,7 @@ class SSAM(KeepsFisher, SAM):
         for (device,), (params, _) in self._trainable((), with_grad=True).items():
             scale = on(device, scale)
             for p in params:
-                self._fisher(p).add_(torch.where(scale > 0, p.grad.float() * scale, 0.0).square_())
+                local(self._fisher(p)).add_(torch.where(scale > 0, local(p.grad).float() * scale, 0.0).square_())
 
     def _ascend(self, params: list[Tensor], grads: list[Tensor], rho: float | Tensor, **how: Any) -> None:
         if not self.masks:
@@ -472,7 +516,7 @@ class SSAM(KeepsFisher, SAM):
                 grads = [g for p, g in zip(params, grads) if p in mask.place]
                 undo = {"backup": part.backup, "mask": part.mask}
                 self._will_change(part.params, part.backup[0], **undo)
-                ops.ascend_(part.params, grads, rho, **undo, **how)
+                ops.ascend_(distributed.all_local(part.params), grads, rho, **undo, **how)
 
     # --- checkpoints and copies --------------------------------------------------------------------------------------------
 
@@ -480,12 +524,12 @@ class SSAM(KeepsFisher, SAM):
         return group["fisher"] == "minibatch"
 
     def _new_fisher(self, p: Tensor) -> Tensor:
-        return torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+        return torch.zeros_like(p, dtype=torch.float32, requires_grad=False)  # sharded as p is
 
     def state_dict(self) -> dict[str, Any]:
         self._follow()
         packed = super().state_dict()
-        live = {p: l for mask in self.masks.values() for p, l in mask.live().items()}
+        live = {p: distributed.whole(p, l) for mask in self.masks.values() for p, l in mask.live().items()}
         for group, ours in zip(packed["param_groups"], self.param_groups if live else []):
             group["mask_bits"] = masks.encode(
                 [live.get(p, torch.zeros(p.shape, dtype=torch.bool)) for p in ours["params"]]

@@ -1,0 +1,457 @@
+"""Replicas under DistributedDataParallel: parallel m-RWP, synced and local ascent, what processes have to agree on."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import Net, all_bits, assert_same_bits, bits, loss_of, make_batch, make_net
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from workers import run
+
+import flatops
+
+SGD = torch.optim.SGD
+METHODS = {
+    "rwp": (flatops.RWP, {"sigma": 0.1}),
+    "arwp": (flatops.RWP, {"sigma": 0.1, "eta": 1.0}),
+    "mrwp": (flatops.RWP, {"sigma": 0.1, "lam": 0.5}),
+    "mrwp parallel": (flatops.RWP, {"sigma": 0.1, "lam": 0.4, "parallel": True}),
+    "marwp parallel": (flatops.RWP, {"sigma": 0.1, "lam": 0.5, "eta": 1.0, "parallel": True}),
+    "sam": (flatops.SAM, {"rho": 0.1}),
+    "sam local": (flatops.SAM, {"rho": 0.1}),
+    "asam": (flatops.SAM, {"rho": 1.0, "adaptive": True}),
+    "ssam": (flatops.SSAM, {"rho": 0.1, "fisher": "minibatch", "update_every": 3}),
+    "ssam dynamic local": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 3}),
+    "ssam skipping": (flatops.SSAM, {"rho": 0.1, "pattern": "filter", "sparsity": 0.7, "skip_masked": True}),
+}
+
+
+def groupnorm(channels: int) -> nn.Module:
+    return nn.GroupNorm(2, channels)
+
+
+def make_optimizer(method: str, model: nn.Module, **more) -> flatops.SAM | flatops.RWP:
+    flat, options = METHODS[method]
+    return flat(model.parameters(), SGD, **{**options, "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, **more})
+
+
+def part_of(batch: tuple[Tensor, Tensor], rank: int, world: int) -> tuple[Tensor, Tensor]:
+    return tuple(t.chunk(world)[rank] for t in batch)
+
+
+def passes(method: str, model: nn.Module, optimizer, batch, other=None) -> None:
+    """What a user writes between two steps."""
+    if isinstance(optimizer, flatops.SAM):
+        with optimizer.ascent_pass(model if "local" in method or "skipping" in method else None):
+            loss_of(model, batch).backward()
+        with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
+            loss_of(model, batch).backward()
+        return
+    if optimizer.clean_weight:
+        (optimizer.clean_weight * loss_of(model, other or batch)).backward()
+    with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model, optimizer.is_perturbed):
+        (optimizer.perturbed_weight * loss_of(model, batch)).backward()
+
+
+def gathered(t: Tensor) -> list[Tensor]:
+    each = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(each, t.detach().contiguous())
+    return each
+
+
+def assert_same_everywhere(tensors) -> None:
+    for i, t in enumerate(tensors):
+        for rank, other in enumerate(gathered(t)):
+            assert torch.equal(bits(other), bits(t)), f"tensor {i} differs from process {rank}'s"
+
+
+def assert_close(left, right, tolerance: float = 2e-6) -> None:
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m: f"tensor {i}: {m}")
+
+
+# --- parallel m-RWP ------------------------------------------------------------------------------------------------------
+
+
+def parallel_against_one_process(lam: float, closure: bool) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    net = make_net(1, norm=groupnorm)
+    alone = copy.deepcopy(net)
+    model = DDP(net)
+    optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.3, lam=lam, seed=7, parallel=True, lr=0.1)
+    assert optimizer.perturbs == (rank >= world - world // 2)
+    batch = make_batch(0, size=12)
+    mine = part_of(batch, rank, world)
+    before = all_bits(net.parameters())
+    if closure:
+
+        def evaluate():
+            optimizer.zero_grad()
+            assert optimizer.is_perturbed == optimizer.perturbs
+            loss = loss_of(model, mine)
+            loss.backward()
+            return loss
+
+        with optimizer.perturbed(), optimizer._weighted():
+            optimizer.run.inside_step = True
+            evaluate()
+            optimizer.run.inside_step = False
+    else:
+        with optimizer.perturbed():
+            changed = any(not torch.equal(a, bits(p)) for a, p in zip(before, net.parameters()))
+            assert changed == optimizer.is_perturbed == optimizer.perturbs
+            (optimizer.perturbed_weight * loss_of(model, mine)).backward()
+    assert_same_bits(before, all_bits(net.parameters()))
+    assert optimizer.param_groups[0]["draw"] == 1
+
+    expected = [torch.zeros_like(p) for p in alone.parameters()]
+    half = world // 2
+    for r in range(world):
+        noisy = r >= world - half
+        weight = lam / half if noisy else (1 - lam) / (world - half)
+        one = flatops.RWP(alone.parameters(), SGD, sigma=0.3 if noisy else 0.0, seed=7, stream=r, lr=0.1)
+        alone.zero_grad()
+        with one.perturbed():
+            loss_of(alone, part_of(batch, r, world)).backward()
+        for e, p in zip(expected, alone.parameters()):
+            e += weight * p.grad
+    assert_close([p.grad for p in net.parameters()], expected)
+
+
+@pytest.mark.parametrize("closure", [False, True], ids=["explicit", "closure"])
+@pytest.mark.parametrize("world, lam", [(2, 0.5), (2, 0.3), (3, 0.5), (4, 0.7)])
+def test_parallel_mrwp_is_the_mixed_gradient_of_one_process(world, lam, closure):
+    run(parallel_against_one_process, world, lam, closure)
+
+
+def step_with_a_closure() -> None:
+    """step(closure) and the explicit form take the same step."""
+    ways = []
+    for closure in (False, True):
+        net = make_net(1, norm=groupnorm)
+        model = DDP(net)
+        optimizer = make_optimizer("mrwp parallel", model)
+        for i in range(3):
+            mine = part_of(make_batch(i), dist.get_rank(), dist.get_world_size())
+            if closure:
+
+                def evaluate(mine=mine):
+                    optimizer.zero_grad()
+                    loss = loss_of(model, mine)
+                    loss.backward()
+                    return loss
+
+                optimizer.step(evaluate)
+            else:
+                optimizer.zero_grad()
+                passes("mrwp parallel", model, optimizer, mine)
+                optimizer.step()
+        ways.append([p.detach() for p in net.parameters()])
+    assert_close(*ways)
+
+
+def test_parallel_mrwp_by_a_closure():
+    run(step_with_a_closure, 2)
+
+
+def roles() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    optimizer = make_optimizer("mrwp parallel", make_net())
+    group = optimizer.role_group()
+    members = dist.get_process_group_ranks(group)
+    assert rank in members and set(members) == set(range(world // 2, world) if optimizer.perturbs else range(world // 2))
+    lone = make_optimizer("mrwp parallel", make_net(), lam=1.0)  # nothing to mix: all perturb
+    assert lone.perturbs and lone.perturbed_weight == 1.0
+
+
+def test_roles_have_process_groups():
+    run(roles, 4)
+
+
+def needs_two_replicas() -> None:
+    model = make_net()
+    optimizer = make_optimizer("mrwp parallel", model)
+    with pytest.raises(ValueError, match="needs two replicas"), optimizer.perturbed():
+        pass
+    assert not optimizer.is_perturbed and optimizer.param_groups[0]["draw"] <= 1
+
+
+def test_parallel_mrwp_alone_says_what_to_do():
+    needs_two_replicas()
+    run(needs_two_replicas, 1)
+
+
+# --- replicas stay the same ----------------------------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """The net with dropout, which every process draws for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.head(F.dropout(self.net.features(x).mean((2, 3)), 0.3, self.training))
+
+
+def fifty_steps(method: str) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(3)
+    net = Dropping()
+    model = DDP(net)
+    optimizer = make_optimizer(method, model)
+    if method == "ssam skipping":
+        batches = [make_batch(100 + rank)]
+        optimizer.update_mask(model, F.cross_entropy, batches, samples=4)
+    torch.manual_seed(rank)
+    for i in range(50):
+        optimizer.zero_grad()
+        passes(method, model, optimizer, make_batch(i * world + rank), make_batch(1000 + i * world + rank))
+        optimizer.step()
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert_same_everywhere(net.parameters())
+    if isinstance(optimizer, flatops.SSAM):
+        assert_same_everywhere(mask.bits for mask in optimizer.masks.values())
+    states = [s["momentum_buffer"] for s in optimizer.state.values()]
+    assert_same_everywhere(states)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_processes_stay_the_same_to_the_bit_over_fifty_steps(method):
+    run(fifty_steps, 2, method)
+
+
+@pytest.mark.parametrize("method", ["mrwp parallel", "sam local", "ssam"])
+def test_four_processes_stay_the_same_to_the_bit_over_fifty_steps(method):
+    run(fifty_steps, 4, method)
+
+
+# --- the SAM family ------------------------------------------------------------------------------------------------------
+
+
+def sam_against_one_process(method: str, flags: dict, pieces: int) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    net = make_net(2, norm=groupnorm)
+    alone = copy.deepcopy(net)
+    model = DDP(net, **flags)
+    optimizer, expected = make_optimizer(method, model), make_optimizer(method, alone)
+    for i in range(5):
+        batch = make_batch(i, size=16)
+        mine = part_of(batch, rank, world)
+
+        def accumulate(model, batch, distributed):
+            for k in range(pieces):
+                last = k == pieces - 1
+                with model.no_sync() if distributed and not last else torch.enable_grad():
+                    (loss_of(model, part_of(batch, k, pieces)) / pieces).backward()
+
+        for m, o, b in ((model, optimizer, mine), (alone, expected, batch)):
+            o.zero_grad()
+            accumulate(m, b, m is model)
+            with o.perturbed():
+                accumulate(m, b, m is model)
+            o.step()
+    assert_close(net.parameters(), alone.parameters(), 1e-5)
+    assert_same_everywhere(net.parameters())
+
+
+FLAGS = {
+    "plain": {},
+    "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
+    "find_unused_parameters": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("method", ["sam", "asam", "ssam"])
+def test_synced_ascent_equals_one_process(method, flags):
+    run(sam_against_one_process, 2, method, FLAGS[flags], 1)
+
+
+def test_synced_ascent_equals_one_process_on_four_and_by_accumulation():
+    run(sam_against_one_process, 4, "sam", {}, 1)
+    run(sam_against_one_process, 2, "sam", {}, 2)
+    run(sam_against_one_process, 2, "sam", {"gradient_as_bucket_view": True}, 2)
+
+
+def local_against_by_hand(flags: dict) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    net = make_net(2, norm=groupnorm)
+    alone = copy.deepcopy(net)
+    model = DDP(net, **flags)
+    optimizer = make_optimizer("sam", model, momentum=0.0, weight_decay=0.0)
+    reduced = []
+    model.register_comm_hook(None, lambda _, bucket: count_all_reduce(reduced, bucket))
+    for i in range(3):
+        optimizer.zero_grad()
+        batch = make_batch(i)
+        passes("sam local", model, optimizer, part_of(batch, rank, world))
+        optimizer.step()
+        each = []
+        for r in range(world):  # m-sharpness, written out
+            twin = copy.deepcopy(alone)
+            grads = torch.autograd.grad(loss_of(twin, part_of(batch, r, world)), list(twin.parameters()))
+            norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+            with torch.no_grad():
+                for p, g in zip(twin.parameters(), grads):
+                    p += 0.1 * g / norm
+            each.append(torch.autograd.grad(loss_of(twin, part_of(batch, r, world)), list(twin.parameters())))
+        with torch.no_grad():
+            for p, *gs in zip(alone.parameters(), *each):
+                p -= 0.05 * sum(gs) / world
+    assert_close(net.parameters(), alone.parameters(), 1e-5)
+    assert len(reduced) == 3, "the first pass must not communicate"
+
+
+def count_all_reduce(seen: list, bucket) -> torch.futures.Future:
+    seen.append(bucket.index())
+    world = dist.get_world_size()
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0].div_(world))
+
+
+@pytest.mark.parametrize("flags", ["plain", "gradient_as_bucket_view", "find_unused_parameters"])
+def test_local_ascent_is_m_sharpness_and_halves_the_communication(flags):
+    run(local_against_by_hand, 2, FLAGS[flags])
+
+
+def local_with_static_graph() -> None:
+    model = DDP(make_net(), static_graph=True)
+    optimizer = make_optimizer("sam", model)
+    with pytest.raises(ValueError, match="static_graph=True"), optimizer.ascent_pass(model):
+        pass
+
+
+def test_local_ascent_refuses_a_static_graph():
+    run(local_with_static_graph, 2)
+
+
+def overflow_on_one(method: str) -> None:
+    rank = dist.get_rank()
+    net = make_net(norm=groupnorm)
+    model = DDP(net)
+    optimizer, scaler = make_optimizer(method, model), torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = all_bits(net.parameters())
+    for i in range(3):
+        optimizer.zero_grad()
+        x, y = make_batch(i * 2 + rank)
+        bad = torch.where(torch.tensor(i == 1 and rank == 1), torch.inf, 1.0)
+        with optimizer.ascent_pass(model if "local" in method else None):
+            scaler.scale(loss_of(model, (x, y)) * bad).backward()
+        with optimizer.perturbed():
+            scaler.scale(loss_of(model, (x, y))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = all_bits(net.parameters())
+        assert (i == 1) == all(map(torch.equal, before, after))
+        assert scaler.get_scale() == (8.0 if i == 0 else 4.0)
+        before = after
+        assert_same_everywhere(net.parameters())
+
+
+@pytest.mark.parametrize("method", ["sam", "sam local", "ssam", "ssam dynamic local"])
+def test_an_overflow_on_one_process_skips_the_step_on_all(method):
+    run(overflow_on_one, 2, method)
+
+
+def masks_against_one_process(pattern: str, vectorize: bool) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = make_net()
+    batch = make_batch(5, size=8)
+    mine = [part_of(batch, rank, world)]
+    made = []
+    for wrapped, batches, samples in ((DDP(model), mine, 8 // world), (model, [batch], 8)):
+        sparsity = {} if ":" in pattern else {"sparsity": 0.6}
+        optimizer = flatops.SSAM(wrapped.parameters(), SGD, pattern=pattern, lr=0.1, **sparsity)
+        if wrapped is model:  # as on one process: undo the sum over all by giving every process all samples
+            scale = world
+        optimizer.update_mask(wrapped, F.cross_entropy, batches, samples=samples, vectorize=vectorize)
+        made.append([mask.bits for mask in optimizer.masks.values()])
+    assert scale
+    assert_same_bits(*made)
+    assert_same_everywhere(made[0])
+
+
+@pytest.mark.parametrize("pattern", ["global", "filter", "2:4"])
+def test_masks_of_two_processes_equal_those_of_one(pattern):
+    run(masks_against_one_process, 2, pattern, pattern == "global")
+
+
+# --- streams and agreement -----------------------------------------------------------------------------------------------
+
+
+def streams() -> None:
+    model = make_net()
+    optimizer = make_optimizer("rwp", model)
+    with optimizer.perturbed():
+        noisy = gathered(model.features[0].weight)
+    assert not any(torch.equal(noisy[0], other) for other in noisy[1:])
+    fixed = make_optimizer("rwp", model, stream=5)
+    with fixed.perturbed():
+        noisy = gathered(model.features[0].weight)
+    assert all(torch.equal(noisy[0], other) for other in noisy[1:])
+
+
+def test_replicas_draw_different_noise_unless_told_not_to():
+    run(streams, 3)
+
+
+def disagree(what: str) -> None:
+    rank = dist.get_rank()
+    model = make_net(norm=groupnorm)
+    params, more, wrong = model.parameters(), {}, what
+    if what == "seed":
+        more["seed"] = rank
+    elif what == "sigma":
+        more["sigma"] = torch.tensor(0.1 + rank)
+    elif what == "params":
+        params = list(params)[: 5 - rank]
+    elif what == "parallel":
+        more |= {"parallel": rank == 0, "lam": 0.5}
+    optimizer = flatops.RWP(params, SGD, **{"sigma": 0.1, "lr": 0.1, **more})
+    if what == "draw":
+        with torch.no_grad():  # a look at the loss that one process takes more than the other
+            for _ in range(rank):
+                with optimizer.perturbed():
+                    pass
+    if what == "the optimizer" and rank == 1:
+        optimizer = flatops.RWP(model.parameters(), torch.optim.AdamW, sigma=0.1, lr=0.1)
+    before = all_bits(model.parameters())
+    with pytest.raises(RuntimeError, match=f"processes disagree on {wrong}: .* on process 0, .* on process 1"):
+        with optimizer.perturbed():
+            pass
+    assert_same_bits(before, all_bits(model.parameters()))
+
+
+@pytest.mark.parametrize("what", ["seed", "sigma", "params", "draw", "parallel", "the optimizer"])
+def test_processes_that_disagree_are_told_on_what(what):
+    run(disagree, 2, what)
+
+
+def agreement_is_asked_for_once() -> None:
+    model = make_net(norm=groupnorm)
+    optimizer = make_optimizer("rwp", model)
+    calls = []
+    real = dist.all_gather
+    dist.all_gather = lambda *a, **k: calls.append(1) or real(*a, **k)
+    try:
+        for i in range(3):
+            optimizer.zero_grad()
+            passes("rwp", model, optimizer, make_batch(i))
+            optimizer.step()
+        assert len(calls) == 1
+        optimizer.load_state_dict(optimizer.state_dict())  # another checkpoint may be another's
+        passes("rwp", model, optimizer, make_batch(9))
+        assert len(calls) == 2
+    finally:
+        dist.all_gather = real
+
+
+def test_processes_meet_once():
+    run(agreement_is_asked_for_once, 2)
