@@ -221,7 +221,7 @@ def gather(params: list[Tensor], values: list[Tensor]) -> list[Tensor]:
     all_of_it = mine.new_empty(at[0].members * len(mine))
     dist.all_gather_into_tensor(all_of_it, mine, group=at[0].group)
     shards = all_of_it.view(at[0].members, -1).split([a.chunk for a in at], dim=1)
-    return [s.reshape(-1)[: p.shape[0]] for p, s in zip(params, shards)]
+    return [s.contiguous().view(-1)[: p.shape[0]] for p, s in zip(params, shards)]
 
 
 # --- modules -------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,16 @@ def train(model, optimizer, steps):
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("kind", ["arwp", "arwp, no momentum"])
+def test_loading_its_own_state_changes_nothing(kind):
+    model, optimizer = make(kind)
+    train(model, optimizer, range(2))
+    before = [f.clone() for f in optimizer.fisher.values()]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert before and all(f.any() for f in before)
+    assert_same_bits(before, optimizer.fisher.values())
+
+
 def everything(model, optimizer):
     params = [p for group in optimizer.param_groups for p in group["params"]]
     fisher = getattr(optimizer, "fisher", {})

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-LIMIT = 120  # seconds for one call
+LIMIT = 60  # seconds for one call
 MOST = 4
 
 
@@ -26,7 +26,7 @@ def _serve(inbox: Any, outbox: Any) -> None:
         function, rank, world, path, args = inbox.get()
         report = None
         try:
-            timeout = datetime.timedelta(seconds=LIMIT / 4)
+            timeout = datetime.timedelta(seconds=LIMIT / 2)
             dist.init_process_group("gloo", f"file://{path}", timeout, world, rank)
             function(*args)
         except BaseException:
@@ -54,11 +54,14 @@ class _Pool:
             for rank in range(world):
                 self.inboxes[rank].put((function, rank, world, os.path.join(folder, "store"), args))
             reports = []
+            patience = LIMIT
             for rank in range(world):
                 try:
-                    reports.append(self.outboxes[rank].get(timeout=LIMIT))
+                    reports.append(self.outboxes[rank].get(timeout=patience))
                 except queue.Empty:
-                    reports.append(f"process {rank}: no answer in {LIMIT} s")
+                    reports.append(f"process {rank}: no answer in {patience} s")
+                if reports[-1] is not None:
+                    patience = 3  # the others may be waiting for it
         return [report for report in reports if report is not None]
 
     def stop(self) -> None:

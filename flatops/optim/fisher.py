@@ -63,12 +63,13 @@ class KeepsFisher(Flat):
         state = {i: dict(entry) for i, entry in state_dict["state"].items()}
         fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
         super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
-        for f in self.fisher.values():  # in place: a captured graph goes on reading it there
-            local(f).zero_()
+        # In place: a captured graph goes on reading it there. What is loaded may be what is here: only the others become 0.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for i, p in zip(saved["params"], group["params"]):
                 if i in fisher:
                     local(self._fisher(p)).copy_(distributed.shard_of(p, fisher[i]))
+                elif p in self.fisher:
+                    local(self.fisher[p]).zero_()
         if any(self.state.values()):
             self._keep_fisher()
 

@@ -160,6 +160,8 @@ class SSAM(KeepsFisher, SAM):
                 raise ValueError(f"{name} must be an integer in [0, 2**64), not {group[name]!r}")
         if not isinstance(group["skip_masked"], bool):
             raise ValueError(f"skip_masked must be True or False, not {group['skip_masked']!r}")
+        if group["skip_masked"] and distributed.any_distributed(group.get("params", ())):
+            raise ValueError("skip_masked does not go with fully_shard, where each process sees its own shards alone")
         if group["skip_masked"] and (group["fisher"] == "minibatch" or group["grow"] == "gradient"):
             raise ValueError(
                 "skip_masked leaves no gradients to choose the next mask by: not with fisher='minibatch' or grow='gradient'"
@@ -357,7 +359,8 @@ class SSAM(KeepsFisher, SAM):
             None if scores is None else self._whole(dict(zip(params, scores)))
             for scores in (self._scores(first[by], params) for by in ("drop", "grow"))
         )
-        return self._from_first(lambda: self._moved(ops.pack_mask(live), live, index, drop, grow, rate))
+        like = drop or grow or [torch.empty(l.shape) for l in live]
+        return self._from_first(lambda: self._moved(ops.pack_mask(live), like, index, drop, grow, rate))
 
     @staticmethod
     def _scores(kind: str, params: list[Tensor]) -> list[Tensor] | None:

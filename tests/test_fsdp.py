@@ -1,0 +1,382 @@
+"""Shards under FSDP2: the same noise, masks and steps for any number of them, and checkpoints that any number goes on from."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from models import all_bits, assert_same_bits, bits, loss_of, make_batch, make_net
+from test_distributed import METHODS, assert_close, assert_same_everywhere, groupnorm, make_optimizer, part_of
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.placement_types import Shard
+from torch.nn import functional as F
+from workers import run
+
+import flatops
+
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+SHARDED = {name: method for name, method in METHODS.items() if "parallel" not in name and "local" not in name and "skip" not in name}
+METHODS |= {
+    "ssam dynamic": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 2}),
+    "ssam dynamic by weight": (
+        flatops.SSAM,
+        {"rho": 0.1, "mask": "dynamic", "update_every": 2, "drop": "weight", "grow": "gradient", "pattern": "layer"},
+    ),
+    "rwp regenerating": (flatops.RWP, {"sigma": 0.1, "restore": "regenerate"}),
+}
+SHARDED |= {name: METHODS[name] for name in ("ssam dynamic", "ssam dynamic by weight", "rwp regenerating")}
+
+
+def shard(net: nn.Module, mesh=None, **policy) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    fully_shard(net.features, mesh=mesh, **policy)
+    return fully_shard(net, mesh=mesh, **policy)
+
+
+def whole(t: Tensor) -> Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()  # of one shard it is the shard itself
+
+
+def wholes(model: nn.Module) -> list[Tensor]:
+    return [whole(p.detach()) for p in model.parameters()]
+
+
+def two_passes(optimizer, model, batch, other, seen: list | None = None) -> None:
+    """A step's passes, the same on one process and on shards; `seen` gets the perturbed weights."""
+    if isinstance(optimizer, flatops.SAM):
+        loss_of(model, batch).backward()
+    elif optimizer.clean_weight:
+        (optimizer.clean_weight * loss_of(model, other)).backward()
+    with optimizer.perturbed():
+        if seen is not None:
+            seen.append(wholes(model))
+        (getattr(optimizer, "perturbed_weight", 1.0) * loss_of(model, batch)).backward()
+
+
+def shards_against_none(method: str) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone))
+    stream = {"stream": 0} if issubclass(METHODS[method][0], flatops.RWP) else {}  # or each process would be a replica
+    optimizer, expected = (make_optimizer(method, m, **stream) for m in (model, alone))
+    for i in range(6):
+        batch, other = make_batch(i, size=12), make_batch(i + 50, size=12)
+        before = [p._local_tensor.clone() for p in model.parameters()]
+        noisy, noisy_alone = [], []
+        optimizer.zero_grad()
+        expected.zero_grad()
+        two_passes(optimizer, model, part_of(batch, rank, world), part_of(other, rank, world), noisy)
+        two_passes(expected, alone, batch, other, noisy_alone)
+        if "regenerating" in method:
+            assert_close([p._local_tensor for p in model.parameters()], before, 1e-6)
+        else:
+            assert_same_bits([p._local_tensor for p in model.parameters()], before)
+        if i == 0 and isinstance(optimizer, flatops.RWP):
+            assert_same_bits(noisy[0], noisy_alone[0])
+        else:
+            assert_close(noisy[0], noisy_alone[0], 2e-5)
+        optimizer.step()
+        expected.step()
+        if isinstance(optimizer, flatops.SSAM):
+            assert optimizer.state_dict()["param_groups"][0]["mask_bits"] == expected.state_dict()["param_groups"][0]["mask_bits"]
+        if world == 1:
+            assert_same_bits(wholes(model), alone.parameters())
+    assert_close(wholes(model), list(alone.parameters()), 2e-5)
+    for p, q in zip(model.parameters(), alone.parameters()):
+        if method == "arwp":
+            assert_close([whole(optimizer.fisher[p])], [expected.fisher[q]], 1e-3)
+
+
+@pytest.mark.parametrize("method", SHARDED)
+def test_three_shards_equal_none(method):
+    run(shards_against_none, 3, method)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("method", ["rwp", "arwp", "sam", "ssam", "ssam dynamic"])
+def test_any_number_of_shards_equals_none(method, world):
+    run(shards_against_none, world, method)
+
+
+def masks_from_samples(pattern: str) -> None:
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone))
+    sparsity = {} if ":" in pattern else {"sparsity": 0.6}
+    batches = [make_batch(1), make_batch(2)]
+    texts = []
+    for net in (model, alone):
+        optimizer = flatops.SSAM(net.parameters(), SGD, pattern=pattern, lr=0.1, **sparsity)
+        loss_of(net, make_batch(3)).backward()
+        kept = [whole(p.grad).clone() for p in net.parameters()]
+        if net is alone:  # its F is not to be summed over processes
+            fisher = flatops.optim.fisher.sample_fisher(
+                [list(net.parameters())], net, F.cross_entropy, batches, 12, False, False
+            )
+            optimizer._install(optimizer._largest(fisher))
+        else:
+            optimizer.update_mask(net, F.cross_entropy, batches, samples=12)
+        assert_same_bits(kept, [whole(p.grad) for p in net.parameters()])
+        texts.append(optimizer.state_dict()["param_groups"][0]["mask_bits"])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("pattern", ["global", "layer", "filter", "2:4"])
+def test_masks_from_samples_equal_those_of_one_process(pattern):
+    run(masks_from_samples, 3, pattern)
+
+
+def nan_scores() -> None:
+    model = shard(make_net(norm=groupnorm))
+    optimizer = make_optimizer("ssam", model)
+    loss_of(model, make_batch(0)).backward()
+    with optimizer.perturbed():
+        loss_of(model, make_batch(0)).backward()
+    for f in optimizer.fisher.values():
+        f._local_tensor.fill_(torch.nan)
+    with pytest.raises(ValueError, match="holds a NaN"):
+        optimizer.update_mask()
+    assert not optimizer.masks
+
+
+def test_scores_that_cannot_be_ordered_are_an_error_on_every_process():
+    run(nan_scores, 3)
+
+
+# --- gathered weights that are out of date --------------------------------------------------------------------------------
+
+
+def stale(reshard_after_forward: bool | int | None, backward_too: bool) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    policy = {} if reshard_after_forward is None else {"reshard_after_forward": reshard_after_forward}
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone), **policy)
+    if not backward_too:
+        model.set_reshard_after_backward(False)
+    optimizer, expected = (make_optimizer("mrwp", m, stream=0, sigma=0.5) for m in (model, alone))
+    batch = make_batch(0, size=12)
+
+    def look(net):
+        with torch.no_grad():
+            return loss_of(net, batch)
+
+    for i in range(3):
+        clean = look(model)  # leaves the root's weights gathered, and with False everybody's
+        assert_close([clean], [look(alone)], 1e-5)
+        with optimizer.perturbed(), expected.perturbed():
+            noisy = look(model)
+            assert_close([noisy], [look(alone)], 1e-5)
+        assert abs(noisy - clean) > 1e-3
+        assert_close([look(model)], [look(alone)], 1e-5)
+        optimizer.zero_grad()
+        expected.zero_grad()
+        two_passes(optimizer, model, part_of(batch, rank, world), part_of(batch, rank, world))
+        two_passes(expected, alone, batch, batch)
+        optimizer.step()
+        expected.step()
+    assert_close(wholes(model), list(alone.parameters()), 2e-5)
+
+
+@pytest.mark.parametrize("setting", [None, True, False, 1], ids=str)
+def test_evaluation_leaves_no_stale_weights(setting):
+    run(stale, 2, setting, True)
+
+
+def test_weights_left_gathered_after_backward_are_gathered_anew():
+    run(stale, 2, False, False)
+
+
+def low_precision(method: str) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(make_net(4, norm=groupnorm), mp_policy=policy)
+    optimizer = make_optimizer(method, model)
+    params = list(model.parameters())  # evaluation puts gathered ones in their place
+    first = None
+    for i in range(20):
+        optimizer.zero_grad()
+        batch = part_of(make_batch(i % 2, size=16), rank, world)
+        before = [p._local_tensor.clone() for p in params]
+        two_passes(optimizer, model, batch, batch)
+        assert_same_bits([p._local_tensor for p in params], before)
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in params)
+        optimizer.step()
+        with torch.no_grad():
+            loss = loss_of(model, make_batch(0, size=16))
+        first = loss if first is None else first
+    assert loss < first
+
+
+@pytest.mark.parametrize("method", ["arwp", "sam"])
+def test_mixed_precision_policy(method):
+    run(low_precision, 2, method)
+
+
+# --- HSDP ----------------------------------------------------------------------------------------------------------------
+
+
+def hybrid(method: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    replica = mesh.get_coordinate()[0]
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone), mesh)
+    optimizer = make_optimizer(method, model)
+    if method == "mrwp parallel":
+        assert optimizer.perturbs == (replica == 1)
+    with optimizer.perturbed():
+        noisy = wholes(model)
+    one = flatops.RWP(alone.parameters(), SGD, sigma=0.1, stream=replica, lr=0.1)
+    if method == "rwp" or replica:
+        with torch.no_grad(), one.perturbed():  # with gradients it would wait for the processes that take no part
+            assert_same_bits(noisy, alone.parameters())
+    else:
+        assert_same_bits(noisy, alone.parameters())
+    for i in range(5):
+        optimizer.zero_grad()
+        with optimizer.perturbed():
+            (optimizer.perturbed_weight * loss_of(model, make_batch(10 * i + dist.get_rank()))).backward()
+        optimizer.step()
+    assert_same_everywhere(wholes(model))
+
+
+@pytest.mark.parametrize("method", ["rwp", "mrwp parallel"])
+def test_replicas_of_hsdp_draw_different_noise_and_their_shards_the_same(method):
+    run(hybrid, 4, method)
+
+
+def hybrid_sam() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone), mesh)
+    optimizer, expected = make_optimizer("sam", model), make_optimizer("sam", alone)
+    for i in range(3):
+        batch = make_batch(i, size=16)
+        for o, m, b in ((optimizer, model, part_of(batch, dist.get_rank(), 4)), (expected, alone, batch)):
+            o.zero_grad()
+            two_passes(o, m, b, b)
+            o.step()
+    assert_close(wholes(model), list(alone.parameters()), 1e-5)
+
+
+def test_sam_under_hsdp_equals_one_process():
+    run(hybrid_sam, 4)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def refusals() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for placement in (Shard(1),):
+        p = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [placement]))
+        with pytest.raises(ValueError, match=r"params\[0\] has placements \(Shard\(dim=1\)"):
+            flatops.SAM([p], SGD, lr=0.1)
+    model = shard(make_net(norm=groupnorm))
+    optimizer = make_optimizer("mrwp parallel", model)
+    with pytest.raises(ValueError, match="needs two replicas"), optimizer.perturbed():
+        pass
+    sam = make_optimizer("sam", model)
+    with pytest.raises(ValueError, match="fully_shard"), sam.ascent_pass(model):
+        pass
+    ssam = flatops.SSAM(model.parameters(), SGD, lr=0.1)
+    with pytest.raises(ValueError, match="vectorize=True"):
+        ssam.update_mask(model, F.cross_entropy, [make_batch(0)], samples=2, vectorize=True)
+    with pytest.raises(ValueError, match="skip_masked"):
+        make_optimizer("ssam skipping", model)
+
+
+def test_what_cannot_work_is_refused_by_name():
+    run(refusals, 2)
+
+
+# --- overflow and checkpoints -----------------------------------------------------------------------------------------------
+
+
+def overflow(method: str) -> None:
+    model = shard(make_net(norm=groupnorm))
+    optimizer, scaler = make_optimizer(method, model), torch.amp.GradScaler("cpu", init_scale=8.0)
+    for i in range(3):
+        optimizer.zero_grad()
+        before = all_bits(wholes(model))
+        bad = torch.inf if i == 1 and dist.get_rank() == 1 else 1.0
+        scaler.scale(loss_of(model, make_batch(i)) * bad).backward()
+        with optimizer.perturbed():
+            scaler.scale(loss_of(model, make_batch(i))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = all_bits(wholes(model))
+        assert (i == 1) == all(map(torch.equal, before, after))
+        assert scaler.get_scale() == (8.0 if i == 0 else 4.0)
+
+
+@pytest.mark.parametrize("method", ["sam", "ssam"])
+def test_an_overflow_skips_the_step_on_all_shards(method):
+    run(overflow, 3, method)
+
+
+def save_and_resume(method: str, base, folder: str, phase: str) -> None:
+    """Trains 3 steps and saves, or loads and trains on, or trains all 6 steps."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    flat, options = METHODS[method]
+
+    def new(seed: int):
+        model = shard(make_net(seed, norm=groupnorm))
+        return model, flat(model.parameters(), base, lr=0.01, **options)
+
+    def steps(model, optimizer, which):
+        for i in which:
+            optimizer.zero_grad()
+            batch, other = make_batch(i, size=12), make_batch(i + 50, size=12)
+            two_passes(optimizer, model, part_of(batch, rank, world), part_of(other, rank, world))
+            optimizer.step()
+
+    if phase == "save":
+        model, optimizer = new(4)
+        steps(model, optimizer, range(3))
+        states = get_state_dict(model, optimizer)
+        dcp.save(dict(zip(("model", "optimizer"), states)), checkpoint_id=folder)
+        local = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, local)
+        steps(model, optimizer, range(3, 6))
+        if rank == 0:
+            full = [t.cpu() for t in wholes(model)]
+        else:
+            full = wholes(model) and None
+        if rank == 0:
+            torch.save(full, f"{folder}/end.pt")
+        again, resumed = new(9)  # torch.save, the same shards
+        local.seek(0)
+        state = torch.load(local, weights_only=False)
+        again.load_state_dict(state["model"])
+        resumed.load_state_dict(state["optimizer"])
+        steps(again, resumed, range(3, 6))
+        assert_same_bits(wholes(again), wholes(model))
+    else:
+        model, optimizer = new(9)
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+        dcp.load(states, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        steps(model, optimizer, range(3, 6))
+        end = torch.load(f"{folder}/end.pt")
+        if phase == "same":
+            assert_same_bits(wholes(model), end)
+        else:
+            assert_close(wholes(model), end, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, base", [("rwp", SGD), ("arwp", ADAMW), ("mrwp", SGD), ("sam", ADAMW), ("ssam", SGD), ("ssam dynamic", ADAMW)]
+)
+def test_checkpoints_go_on_with_any_number_of_shards(method, base, tmp_path):
+    run(save_and_resume, 2, method, base, str(tmp_path), "save")
+    run(save_and_resume, 2, method, base, str(tmp_path), "same")
+    for world in (1, 3):
+        run(save_and_resume, world, method, base, str(tmp_path), "other")
