@@ -126,7 +126,8 @@ def all_local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def any_distributed(tensors: Iterable[Tensor]) -> bool:
     """Whether there is a DTensor among them."""
-    return "torch.distributed.tensor" in sys.modules and any(map(is_distributed, tensors))
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
 def by_group(params: list[Tensor]) -> dict[Any, list[int]]:

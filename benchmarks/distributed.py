@@ -1,0 +1,233 @@
+"""What does a data-parallel step cost beside SGD's? Several processes on this machine, the same share of the same batch for each.
+
+Every method has its own model, all in the same processes; their steps take turns, and what counts is the median over rounds of
+the ratio to the SGD of the same round. Processes meet before and after each turn, so a turn lasts as long as the slowest.
+
+    python -m flatops.benchmarks.distributed
+    python -m flatops.benchmarks.distributed --parallel fsdp
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+
+import flatops
+from flatops.benchmarks.measure import in_turn, provenance, quantile
+from flatops.train import models
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Time the steps of each method on several processes of this machine."""
+
+    model: str = "resnet18"
+    """Any name of timm's, or cnn."""
+    batch: int = 32
+    """Images a step, over all processes."""
+    image: int = 32
+    """Their width and height."""
+    processes: int = 2
+    """How many, one thread each."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """DistributedDataParallel, or fully_shard."""
+    rounds: int = 15
+    """How often each method has its turn; the median counts."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+
+
+Step = Callable[[Tensor, Tensor], None]
+
+
+def sgd(model: nn.Module, optimizer: Any) -> Step:
+    def step(x: Tensor, y: Tensor) -> None:
+        cross_entropy(model(x), y).backward()
+
+    return step
+
+
+def rwp(model: nn.Module, optimizer: Any) -> Step:
+    """Serial m-RWP takes each of its two gradients over the whole batch, as it does on one process."""
+
+    def step(x: Tensor, y: Tensor) -> None:
+        if optimizer.clean_weight:
+            (optimizer.clean_weight * cross_entropy(model(x), y)).backward()
+        with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model, optimizer.is_perturbed):
+            (optimizer.perturbed_weight * cross_entropy(model(x), y)).backward()
+
+    return step
+
+
+def sam(model: nn.Module, optimizer: Any, local: bool = False) -> Step:
+    def step(x: Tensor, y: Tensor) -> None:
+        with optimizer.ascent_pass(model if local else None):
+            cross_entropy(model(x), y).backward()
+        with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
+            cross_entropy(model(x), y).backward()
+
+    return step
+
+
+def sam_local(model: nn.Module, optimizer: Any) -> Step:
+    return sam(model, optimizer, local=True)
+
+
+METHODS: dict[str, tuple[type | None, dict[str, Any], Callable[[nn.Module, Any], Step]]] = {
+    "SGD": (None, {}, sgd),
+    "RWP": (flatops.RWP, {"sigma": 1e-3}, rwp),
+    "m-RWP, serial": (flatops.RWP, {"sigma": 1e-3, "lam": 0.5}, rwp),
+    "m-RWP, parallel": (flatops.RWP, {"sigma": 1e-3, "lam": 0.5, "parallel": True}, rwp),
+    "SAM, synced ascent": (flatops.SAM, {"rho": 1e-3}, sam),
+    "SAM, local ascent": (flatops.SAM, {"rho": 1e-3}, sam_local),
+}
+SHARDED = {name: METHODS[name] for name in ("SGD", "RWP", "m-RWP, serial", "SAM, synced ascent")}
+
+
+def make(config: Config, name: str) -> tuple[Callable[[], None], Any]:
+    """A contender's whole step, and its optimizer."""
+    torch.manual_seed(0)
+    model = models.create(config.model, classes=10, channels=3)
+    if config.parallel == "fsdp":
+        for child in [child for child in model.children() if next(child.parameters(), None) is not None]:
+            torch.distributed.fsdp.fully_shard(child)
+        torch.distributed.fsdp.fully_shard(model)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    flat, options, of = METHODS[name]
+    base = {"lr": 1e-3, "momentum": 0.9}
+    if flat is None:
+        optimizer = torch.optim.SGD(model.parameters(), **base)
+    else:
+        optimizer = flat(model.parameters(), torch.optim.SGD, **options, **base)
+    passes = of(model, optimizer)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    share = config.batch // config.processes
+    x = torch.randn(share, 3, config.image, config.image, generator=generator)
+    y = torch.randint(10, (share,), generator=generator)
+
+    def step() -> None:
+        passes(x, y)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, optimizer
+
+
+def collectives(step: Callable[[], None]) -> int:
+    """How many collective calls a step makes."""
+    kinds = ("allreduce", "allgather", "_allgather", "reduce_scatter", "_reduce_scatter", "broadcast", "alltoall")
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        step()
+    names = [event.name.partition("c10d::")[2] for event in trace.events()]
+    return sum(name.startswith(kinds) for name in names)
+
+
+def work(rank: int, config: Config, store: str, report: str) -> None:
+    """One process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=config.processes)
+    try:
+        chosen = METHODS if config.parallel == "ddp" else SHARDED
+        contenders = {name: make(config, name) for name in chosen}
+
+        def turn(step: Callable[[], None]) -> Callable[[], float]:
+            def call() -> float:
+                dist.barrier()
+                start = time.perf_counter()
+                step()
+                dist.barrier()
+                return time.perf_counter() - start
+
+            return call
+
+        times = in_turn({name: turn(step) for name, (step, _) in contenders.items()}, config.rounds)
+        rows = []
+        for name, (step, optimizer) in contenders.items():
+            ratios = [t / s for t, s in zip(times[name], times["SGD"])]
+            weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+            backup = sum(b.nbytes for b in optimizer.run.backup.values()) if name != "SGD" else 0
+            shares: list[Any] = [None] * config.processes
+            dist.all_gather_object(shares, backup)
+            rows.append(
+                {
+                    "method": name,
+                    "ratio": quantile(ratios, 0.5),
+                    "low": quantile(ratios, 0.25),
+                    "high": quantile(ratios, 0.75),
+                    "ms": quantile(times[name], 0.5) * 1e3,
+                    "collectives": collectives(step),
+                    "backup_bytes_per_weight": max(shares) / weights,
+                }
+            )
+        if rank == 0:
+            Path(report).write_text(json.dumps(rows))
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Starts the processes and returns their rows, with the machine and the versions."""
+    if config.batch % config.processes:
+        raise ValueError(f"batch {config.batch} must be divisible by processes {config.processes}")
+    with tempfile.TemporaryDirectory() as folder:
+        report = str(Path(folder, "report"))
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or every profile says that it begins and ends
+        torch.multiprocessing.spawn(work, (config, str(Path(folder, "store")), report), nprocs=config.processes)
+        rows = json.loads(Path(report).read_text())
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    return {**provenance(), "config": options, "rows": rows}
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table on the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    config = result["config"]
+    table = Table(
+        title=f"{config['model']}, batch {config['batch']} of {config['image']}x{config['image']}, "
+        f"{config['processes']} processes, {config['parallel']}",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("method", no_wrap=True)
+    for title in ("SGD = 1", "quartiles", "ms", "collectives", "backup"):
+        table.add_column(title, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            row["method"],
+            f"{row['ratio']:.2f}",
+            f"{row['low']:.2f}–{row['high']:.2f}",
+            f"{row['ms']:.0f}",
+            str(row["collectives"]),
+            f"{row['backup_bytes_per_weight']:.1f} B/w",
+        )
+    Console().print(table)
+
+
+def main(config: Config) -> int:
+    """Measures, shows, writes."""
+    result = measure(config)
+    show(result)
+    if config.json:
+        config.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    import tyro
+
+    raise SystemExit(main(tyro.cli(Config)))
