@@ -81,12 +81,13 @@ struct Launch {
 
   // With a mask, backup is one tensor or none.
   Launch(const at::TensorList& data, const at::TensorList& grads, const at::TensorList& backup,
-         const at::TensorList& fisher, at::IntArrayRef index, const std::optional<at::Tensor>& mask = {})
+         const at::TensorList& fisher, at::IntArrayRef index, at::IntArrayRef first_row, const std::optional<at::Tensor>& mask = {})
       : device(data.empty() ? at::Device(Place::type) : data[0].device()), place(device), operands(data) {
     const size_t n = data.size();
     TORCH_CHECK(device.type() == Place::type, "flatops: tensors are on ", device, ", expected ", Place::type);
     const auto fits = [n](size_t m) { return m == 0 || m == n; };
-    TORCH_CHECK(fits(grads.size()) && (mask ? backup.size() < 2 : fits(backup.size())) && fits(fisher.size()) && fits(index.size()),
+    TORCH_CHECK(fits(grads.size()) && (mask ? backup.size() < 2 : fits(backup.size())) && fits(fisher.size()) && fits(index.size()) &&
+                    fits(first_row.size()),
                 "flatops: lists differ in length");
     list.tensors.reserve(n);
     for (size_t i = 0; i < n; ++i) {
@@ -105,7 +106,7 @@ struct Launch {
       list.tensors.push_back({operands.data(i), grads.empty() ? nullptr : operands.like(i, grads[i], others),
                               backup.empty() || mask ? nullptr : operands.like(i, backup[i], backups_), f, nullptr, nullptr,
                               filters, filters ? t.numel() / filters : 0, list.filters,
-                              uint32_t(index.empty() ? i : index[i]), dtype_of(t), one_dim});
+                              uint32_t(index.empty() ? i : index[i]), first_row.empty() ? 0 : uint32_t(first_row[i]), dtype_of(t), one_dim});
       list.filters += filters;
     }
     if (mask) give_mask(*mask, backup);
@@ -177,7 +178,7 @@ struct Launch {
 
 template <class Place>
 at::Tensor filter_norms(at::TensorList params) {
-  Launch<Place> launch(params, {}, {}, {}, {});
+  Launch<Place> launch(params, {}, {}, {}, {}, {});
   at::Tensor out = launch.empty({launch.list.filters}, at::kFloat);
   flatops::filter_norms(launch.list, out.data_ptr<float>(), launch.place.where);
   return out;
@@ -185,8 +186,9 @@ at::Tensor filter_norms(at::TensorList params) {
 
 template <class Place>
 void perturb_(at::TensorList params, at::Tensor scales, at::TensorList backup, const at::Tensor& sigma,
-              const at::Tensor& key, const at::Tensor& draw, at::IntArrayRef index, at::TensorList fisher, double eta) {
-  Launch<Place> launch(params, {}, backup, fisher, index);
+              const at::Tensor& key, const at::Tensor& draw, at::IntArrayRef index, at::IntArrayRef first_row,
+              at::TensorList fisher, double eta) {
+  Launch<Place> launch(params, {}, backup, fisher, index, first_row);
   launch.check_disjoint("params");
   flatops::perturb_(launch.list, launch.per_filter(scales), launch.template scalar<double>(sigma, "sigma"),
                     launch.noise(key, draw), eta, launch.place.where);
@@ -199,8 +201,8 @@ template <class Place>
 void restore_(at::TensorList params, at::TensorList backup, const std::optional<at::Tensor>& mask,
               const std::optional<at::Tensor>& scales,
               const std::optional<at::Tensor>& key, const std::optional<at::Tensor>& draw, at::IntArrayRef index,
-              at::TensorList fisher, double eta) {
-  Launch<Place> launch(params, {}, backup, fisher, index, mask);
+              at::IntArrayRef first_row, at::TensorList fisher, double eta) {
+  Launch<Place> launch(params, {}, backup, fisher, index, first_row, mask);
   if (scales) {
     TORCH_CHECK(backup.empty() && !mask && key && draw, "flatops: restore_ takes a backup, or scales, key and draw");
     flatops::restore_(launch.list, launch.per_filter(*scales), launch.noise(*key, *draw), eta, launch.place.where);
@@ -215,21 +217,21 @@ template <class Place>
 void normal_(at::Tensor out, const at::Tensor& key, const at::Tensor& draw, int64_t index) {
   TORCH_CHECK(out.scalar_type() == at::kFloat, "flatops: normal_ fills float32");
   const std::vector<at::Tensor> outs{out};
-  Launch<Place> launch(outs, {}, {}, {}, {index});
+  Launch<Place> launch(outs, {}, {}, {}, {index}, {});
   flatops::normal_(launch.list, launch.noise(key, draw), launch.place.where);
   launch.wrote(outs);
 }
 
 template <class Place>
 void filter_fisher_(at::TensorList fisher, at::TensorList grads, double beta, const at::Tensor& scale) {
-  Launch<Place> launch(grads, {}, {}, fisher, {});
+  Launch<Place> launch(grads, {}, {}, fisher, {}, {});
   flatops::filter_fisher_(launch.list, beta, launch.template scalar<double>(scale, "scale"), launch.place.where);
   Launch<Place>::bump(fisher);
 }
 
 template <class Place>
 at::Tensor grad_norm(at::TensorList grads, at::TensorList params) {
-  Launch<Place> launch(params.empty() ? grads : params, params.empty() ? at::TensorList{} : grads, {}, {}, {});
+  Launch<Place> launch(params.empty() ? grads : params, params.empty() ? at::TensorList{} : grads, {}, {}, {}, {});
   at::Tensor out = launch.empty({}, at::kDouble);
   flatops::grad_norm(launch.list, !params.empty(), out.data_ptr<double>(), launch.place.where);
   return out;
@@ -239,7 +241,7 @@ template <class Place>
 void ascend_(at::TensorList params, at::TensorList grads, at::TensorList backup, const std::optional<at::Tensor>& mask,
              const at::Tensor& rho, const at::Tensor& norm, bool adaptive) {
   TORCH_CHECK(grads.size() == params.size(), "flatops: lists differ in length");
-  Launch<Place> launch(params, grads, backup, {}, {}, mask);
+  Launch<Place> launch(params, grads, backup, {}, {}, {}, mask);
   launch.check_disjoint("params");
   flatops::ascend_(launch.list, launch.template scalar<double>(rho, "rho"), launch.template scalar<double>(norm, "norm"),
                    adaptive, launch.place.where);
@@ -250,7 +252,7 @@ void ascend_(at::TensorList params, at::TensorList grads, at::TensorList backup,
 template <class Place>
 void fisher_(at::TensorList fisher, at::TensorList grads, const at::Tensor& scale) {
   TORCH_CHECK(grads.size() == fisher.size(), "flatops: lists differ in length");
-  Launch<Place> launch(fisher, grads, {}, {}, {});
+  Launch<Place> launch(fisher, grads, {}, {}, {}, {});
   for (const Tensor& t : launch.list.tensors) TORCH_CHECK(t.dtype == DType::f32, "flatops: fisher_ adds to float32");
   flatops::fisher_(launch.list, launch.template scalar<double>(scale, "scale"), launch.place.where);
   launch.wrote(fisher);
@@ -258,7 +260,7 @@ void fisher_(at::TensorList fisher, at::TensorList grads, const at::Tensor& scal
 
 template <class Place>
 std::tuple<at::Tensor, at::Tensor> topk_mask(at::TensorList scores, int64_t k) {
-  Launch<Place> launch(scores, {}, {}, {}, {});
+  Launch<Place> launch(scores, {}, {}, {}, {}, {});
   int64_t size = 0, elements = 0;
   for (const Tensor& t : launch.list.tensors) size += words(t.numel()) + ranks(t.numel()), elements += t.numel();
   TORCH_CHECK(0 <= k && k <= elements, "flatops: k must lie in [0, ", elements, "], not ", k);
@@ -272,7 +274,7 @@ template <class Place>
 at::Tensor regrow_mask_(at::Tensor mask, at::TensorList params, at::TensorList drop, at::TensorList grow, const at::Tensor& key,
                         const at::Tensor& draw, at::IntArrayRef index, int64_t count) {
   // The scores are the second operand, in the order of the parameters; at random, there are none.
-  Launch<Place> drops(params, drop, {}, {}, index, mask), grows(params, grow, {}, {}, index, mask);
+  Launch<Place> drops(params, drop, {}, {}, index, {}, mask), grows(params, grow, {}, {}, index, {}, mask);
   TORCH_CHECK(count >= 0, "flatops: count must be >= 0, not ", count);
   for (auto* list : {&drops.list, &grows.list})
     for (Tensor& t : list->tensors)

@@ -21,6 +21,7 @@ struct Tensor {
   int64_t filters, length;
   int64_t first_filter;    // position of filter 0 in per-filter arrays over the whole list
   uint32_t index;          // the parameter's position in the optimizer: the noise's `tensor`
+  uint32_t first_row;      // the number of filter 0 in the whole parameter, of which this may be a shard: the noise's filter is counted from there
   DType dtype;
   bool one_dim;            // dim() <= 1
 

@@ -99,6 +99,21 @@ def _check_fisher(fisher: Sequence[Tensor], params: Sequence[Tensor]) -> None:
             )
 
 
+def _check_first_row(first_row: Sequence[int], params: Sequence[Tensor]) -> None:
+    if len(first_row) != len(params):
+        raise ValueError(
+            f"first_row has {len(first_row)} entries and params has {len(params)}: they must match"
+        )
+    for i, (row, p) in enumerate(zip(first_row, params)):
+        if not isinstance(row, int) or not 0 <= row < 2**31:
+            raise ValueError(f"first_row[{i}] must be an integer in [0, 2**31), not {row!r}")
+        if row and p.dim() <= 1:
+            raise ValueError(
+                f"first_row[{i}] is {row} and params[{i}] has {p.dim()} dimensions: a tensor of one or none is one filter, "
+                "so its first_row must be 0"
+            )
+
+
 def _check_scales(scales: Tensor, params: Sequence[Tensor]) -> None:
     count = sum(map(filters, params))
     device = params[0].device
@@ -279,6 +294,7 @@ def perturb_(
     backup: Sequence[Tensor] | None = None,
     scales: Tensor | None = None,
     index: Sequence[int] | None = None,
+    first_row: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Adds filter-norm-scaled Gaussian noise in place: random weight perturbation.
@@ -295,6 +311,8 @@ def perturb_(
         backup: from `new_backup`; filled with the weights as they were.
         scales: float32 [filters] to write s_f (before ARWP's factor) to; made if left out.
         index: each parameter's position in the optimizer, the noise's `tensor`; default 0, 1, 2, ...
+        first_row: the number of each tensor's first filter in the whole parameter of which it is a shard; default 0. The noise
+            is then that of those rows of the whole; a tensor of one dimension or none cannot be such a shard.
 
     Returns:
         scales, for `restore_` without a backup.
@@ -316,6 +334,8 @@ def perturb_(
         _check_fisher(fisher, params)
     if index is not None and len(index) != len(params):
         raise ValueError(f"index has {len(index)} entries and params has {len(params)}: they must match")
+    if first_row is not None:
+        _check_first_row(first_row, params)
     device = params[0].device
     if scales is None:
         scales = new_scales(params)
@@ -329,6 +349,7 @@ def perturb_(
         _key(seed, stream, device),
         _scalar("draw", draw, device, torch.int64),
         index if index is not None else list(range(len(params))),
+        first_row or [],
         fisher or [],
         eta,
     )
@@ -347,6 +368,7 @@ def restore_(
     eta: float = 0.0,
     fisher: Sequence[Tensor] | None = None,
     index: Sequence[int] | None = None,
+    first_row: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> None:
     """Undoes `perturb_` or `ascend_` in place: bit for bit from a backup, or `perturb_` alone by drawing the noise again.
@@ -357,7 +379,7 @@ def restore_(
     Args:
         params: the perturbed tensors, changed in place.
         backup, mask: what `perturb_` or `ascend_` filled, and the mask that `ascend_` was given; or
-        scales, seed, draw, stream, eta, fisher, index: what `perturb_` returned and was given.
+        scales, seed, draw, stream, eta, fisher, index, first_row: what `perturb_` returned and was given.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -369,7 +391,7 @@ def restore_(
         raise ValueError("restore_ takes either a backup or scales, seed and draw")
     if backup is not None:
         _check_backup(backup, mask, params)
-        operators(device, backend).restore_(params, backup, mask, None, None, None, [], [], 0.0)
+        operators(device, backend).restore_(params, backup, mask, None, None, None, [], [], [], 0.0)
         return
     if mask is not None:
         raise ValueError("a mask is for a backup: noise is never masked")
@@ -381,6 +403,8 @@ def restore_(
         )
     if fisher is not None:
         _check_fisher(fisher, params)
+    if first_row is not None:
+        _check_first_row(first_row, params)
     _check_scales(scales, params)
     operators(device, backend).restore_(
         params,
@@ -390,6 +414,7 @@ def restore_(
         _key(seed, stream, device),
         _scalar("draw", draw, device, torch.int64),
         index if index is not None else list(range(len(params))),
+        first_row or [],
         fisher or [],
         eta,
     )

@@ -150,14 +150,14 @@ def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return r * torch.where(odd, s, c), r * torch.where(odd, c, s)
 
 
-def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int) -> Tensor:
-    """The noise of one tensor, float32 [filters, length].
+def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int, first_row: int = 0) -> Tensor:
+    """The noise of one tensor, or of a shard of it that begins with filter `first_row`, float32 [filters, length].
 
     Philox with counter (offset // 4, filter, index, draw); words (0, 1) and (2, 3) become the normals of offsets
     4 i + (0, 1) and 4 i + (2, 3).
     """
     block = torch.arange((length + 3) // 4, device=key.device)[None, :]
-    filter = torch.arange(filters, device=key.device)[:, None]
+    filter = first_row + torch.arange(filters, device=key.device)[:, None]
     counter = torch.broadcast_tensors(
         block, filter, torch.full_like(block, index), (draw & _WORD).reshape(1, 1)
     )
@@ -183,10 +183,17 @@ def _per_filter(params: list[Tensor], values: Tensor) -> list[Tensor]:
 
 
 def _add_noise(
-    p: Tensor, scale: Tensor, key: Tensor, draw: Tensor, index: int, fisher: Tensor | None, eta: float
+    p: Tensor,
+    scale: Tensor,
+    key: Tensor,
+    draw: Tensor,
+    index: int,
+    first_row: int,
+    fisher: Tensor | None,
+    eta: float,
 ) -> None:
     w = rows(p)
-    z = normals(*w.shape, key, draw, index)
+    z = normals(*w.shape, key, draw, index, first_row)
     scale = scale[:, None]
     if fisher is not None:
         scale = scale / sqrt(fma(eta, fisher, 1.0)).reshape((1, -1) if p.dim() <= 1 else (-1, 1))
@@ -201,17 +208,18 @@ def filter_norms(params: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def perturb_(params, scales, backup, sigma, key, draw, index, fisher, eta) -> None:
+def perturb_(params, scales, backup, sigma, key, draw, index, first_row, fisher, eta) -> None:
     for b, p in zip(backup, params):  # all of them before any weight changes
         b.copy_(p)
+    first = first_row or [0] * len(params)
     for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
         scale.copy_(sigma.float() * _norms(rows(p)))
         if p.numel():
-            _add_noise(p, scale, key, draw, index[i], fisher[i] if fisher else None, eta)
+            _add_noise(p, scale, key, draw, index[i], first[i], fisher[i] if fisher else None, eta)
 
 
 @torch.no_grad()
-def restore_(params, backup, mask, scales, key, draw, index, fisher, eta) -> None:
+def restore_(params, backup, mask, scales, key, draw, index, first_row, fisher, eta) -> None:
     if mask is not None:
         for p, live, slots in zip(params, unpack(mask, params), _slots(params, mask, backup[0])):
             w = rows(p).clone()
@@ -221,9 +229,10 @@ def restore_(params, backup, mask, scales, key, draw, index, fisher, eta) -> Non
         for p, b in zip(params, backup):
             p.copy_(b)
     else:
+        first = first_row or [0] * len(params)
         for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
             if p.numel():
-                _add_noise(p, -scale, key, draw, index[i], fisher[i] if fisher else None, eta)
+                _add_noise(p, -scale, key, draw, index[i], first[i], fisher[i] if fisher else None, eta)
 
 
 @torch.no_grad()

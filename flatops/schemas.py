@@ -2,7 +2,8 @@
 
 What changes between steps (sigma, rho, draw, a norm) is a tensor of one element, float64 or int64, on the device of the
 parameters: a Python number would be compiled into a graph and would have to be copied to a GPU. `key` is
-`seed ^ (stream << 32)`; `index` is each parameter's position in the optimizer. A mask is int32: one bit an element in storage order,
+`seed ^ (stream << 32)`; `index` is each parameter's position in the optimizer, `first_row` the number of its first filter in the
+whole of which it is a shard (none: all 0). A mask is int32: one bit an element in storage order,
 each tensor from a new word on, then for every 1,024 elements how many ones come before them in the list. Under a mask, `backup` is one
 tensor for the whole list, a slot for each element that the mask lets through.
 """
@@ -16,9 +17,9 @@ import torch
 SCHEMAS = {
     "filter_norms": "(Tensor[] params) -> Tensor",
     "perturb_": "(Tensor(a!)[] params, Tensor(b!) scales, Tensor(c!)[] backup, Tensor sigma, Tensor key, Tensor draw, "
-    "int[] index, Tensor[] fisher, float eta) -> ()",
+    "int[] index, int[] first_row, Tensor[] fisher, float eta) -> ()",
     "restore_": "(Tensor(a!)[] params, Tensor[] backup, Tensor? mask, Tensor? scales, Tensor? key, Tensor? draw, int[] index, "
-    "Tensor[] fisher, float eta) -> ()",
+    "int[] first_row, Tensor[] fisher, float eta) -> ()",
     "normal_": "(Tensor(a!) out, Tensor key, Tensor draw, int index) -> ()",
     "filter_fisher_": "(Tensor(a!)[] fisher, Tensor[] grads, float beta, Tensor scale) -> ()",
     "grad_norm": "(Tensor[] grads, Tensor[] params) -> Tensor",

@@ -12,6 +12,7 @@ from .sum import long_norms, sum_filters
 from .tensor_list import (
     ALIGNED,
     FIELDS,
+    FIRST_ROW,
     FISHER,
     INDEX,
     LANES,
@@ -56,10 +57,11 @@ def add_noise(
     index, draw = tl.load(tensor + INDEX).to(tl.uint32), tl.load(draw).to(tl.uint32)
     key = key.to(tl.pointer_type(tl.uint32))
     k0, k1 = tl.load(key), tl.load(key + 1)
+    row = filter.to(tl.uint32) + tl.load(tensor + FIRST_ROW).to(tl.uint32)
     counter = (offset // 4).to(tl.uint32) + tl.arange(0, LANES // 4)[None, :]
     step = 0
     while step < steps:
-        z = normals(counter + step * (LANES // 4), filter.to(tl.uint32), index, draw, k0, k1)
+        z = normals(counter + step * (LANES // 4), row, index, draw, k0, k1)
         i = step * LANES + tl.arange(0, LANES)[None, :]
         if scale is None:
             x = z
@@ -141,8 +143,8 @@ def copy_kernel(tensors, blocks, first, dtype: tl.constexpr):
 
 
 @operator
-def perturb_(params, scales, backup, sigma, key, draw, index, fisher, eta):
-    tensors = TensorList(params, (), backup, fisher, index, changed=True)
+def perturb_(params, scales, backup, sigma, key, draw, index, first_row, fisher, eta):
+    tensors = TensorList(params, (), backup, fisher, index, first_row, changed=True)
     tensors.check_scales(scales)
     long_norms(tensors, scales, sigma)
     noise = (scales, sigma, key, draw, eta)
@@ -151,8 +153,8 @@ def perturb_(params, scales, backup, sigma, key, draw, index, fisher, eta):
 
 
 @operator
-def restore_(params, backup, mask, scales, key, draw, index, fisher, eta):
-    tensors = TensorList(params, (), backup if mask is None else (), fisher, index)
+def restore_(params, backup, mask, scales, key, draw, index, first_row, fisher, eta):
+    tensors = TensorList(params, (), backup if mask is None else (), fisher, index, first_row)
     if mask is not None:
         restore_masked(tensors, params, backup, mask)
     elif scales is None:

@@ -41,8 +41,8 @@ TYPES = {
 # over the list has the tensor's words and ranks.
 DATA, OTHER, BACKUP, FISHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 FILTERS, LENGTH, FIRST_FILTER = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
-INDEX, ONE_DIM, ALIGNED = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
-FIRST_WORD, FIRST_RANK, FIELDS = tl.constexpr(11), tl.constexpr(12), tl.constexpr(13)
+INDEX, FIRST_ROW, ONE_DIM, ALIGNED = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
+FIRST_WORD, FIRST_RANK, FIELDS = tl.constexpr(12), tl.constexpr(13), tl.constexpr(14)
 
 
 @triton.jit
@@ -237,6 +237,7 @@ class TensorList:
         other_dtype: of `other`, where it is not the same.
         fisher: float32, one entry per slice along dim 0; or none.
         index: the noise's `tensor`.
+        first_row: from which the noise's filters are counted; or none, for 0.
         changed: whether `data` is to be changed, so that two of them may not share memory.
     """
 
@@ -247,6 +248,7 @@ class TensorList:
         backup: Sequence[Tensor] = (),
         fisher: Sequence[Tensor] = (),
         index: Sequence[int] = (),
+        first_row: Sequence[int] = (),
         changed: bool = False,
         other_dtype: torch.dtype | None = None,
     ) -> None:
@@ -269,8 +271,8 @@ class TensorList:
             for ts in (data, other, backup)
         )
         addresses += (tuple(f.data_ptr() for f in fisher),)
-        key = (self.device, self.shapes, addresses, tuple(index), changed)
-        self.table = _on_device(key, lambda: self._table(addresses, index, changed), self.device)
+        key = (self.device, self.shapes, addresses, tuple(index), tuple(first_row), changed)
+        self.table = _on_device(key, lambda: self._table(addresses, index, first_row, changed), self.device)
 
     def _lay_out(self, t: Tensor, like: Tensor) -> Tensor:
         """What lies as the filters of `like` do, in the storage order of `like`: `t` or a copy."""
@@ -280,7 +282,13 @@ class TensorList:
         self._copies.append((t, view, view.contiguous()))
         return self._copies[-1][2]
 
-    def _table(self, addresses: tuple[tuple[int, ...], ...], index: Sequence[int], changed: bool) -> Tensor:
+    def _table(
+        self,
+        addresses: tuple[tuple[int, ...], ...],
+        index: Sequence[int],
+        first_row: Sequence[int],
+        changed: bool,
+    ) -> Tensor:
         shapes, none = self.shapes, [0] * len(self.shapes.dtypes)
         if changed:
             sizes = [f * n * d.itemsize for f, n, d in zip(shapes.filters, shapes.lengths, shapes.dtypes)]
@@ -289,7 +297,8 @@ class TensorList:
                 if end > begin:
                     raise ValueError(f"params[{i}] and params[{j}] share memory: pass it once")
         columns = [a or none for a in addresses]
-        columns += [shapes.filters, shapes.lengths, shapes.first_filters[:-1], index or none, shapes.one_dim]
+        columns += [shapes.filters, shapes.lengths, shapes.first_filters[:-1]]
+        columns += [index or none, first_row or none, shapes.one_dim]
         data, other, backup = columns[:3]
         at_16 = [(a | b | c) % 16 == 0 for a, b, c in zip(data, other, backup)]
         columns.append([a and n % 4 == 0 for a, n in zip(at_16, shapes.lengths)])

@@ -111,6 +111,8 @@ SHAPES = {
     "many": [(1 + i % 3, 1 + i % 5) for i in range(900)],
     "few": [(7,), (0, 3), (5, 9), (2, 1025), (4, 5, 3, 2, 2), (16, 3, 3, 3)],
     "tiny": [(7,), (2, 3, 3, 3), (4, 9)],
+    # To be cut into shards of rows; the last one's filters are split over blocks by every backend.
+    "shards": [(), (7,), (0, 3), (5, 9), (70, 36), (16, 3, 3, 3), (2, 70001)],
     "special": [(3, 37)] * 10,  # one of the values that `special` names in each
 }
 LAYOUTS = ["contiguous", "channels_last", "transposed", "strided", "unaligned"]
@@ -202,6 +204,11 @@ def _index(params: list[Tensor]) -> list[int]:
     return [3 * i + 1 for i in range(len(params))]
 
 
+def _first_row(params: list[Tensor]) -> list[int]:
+    """Shards from the largest parameters that there may be."""
+    return [2**31 - 1 - 5 * i if p.dim() > 1 else 0 for i, p in enumerate(params)]
+
+
 def fisher_of(params: list[Tensor]) -> list[Tensor]:
     """F of every parameter, as ARWP may have gathered it."""
     generator = torch.Generator().manual_seed(11)
@@ -218,6 +225,7 @@ def _perturb(case: Case, eta: float = 0.0, backup: bool = True) -> tuple:
         KEY,
         DRAW,
         _index(params),
+        _first_row(params) if backup else [],
         fisher_of(params) if eta else [],
         eta,
     )
@@ -238,7 +246,8 @@ def mask_of(tensors: list[Tensor]) -> Tensor:
 def _restore(case: Case, eta: float = 0.0) -> tuple:
     params = case.tensors(1)
     scales = torch.rand(ops.new_scales(params).shape, generator=torch.Generator().manual_seed(2))
-    return params, [], None, scales, KEY, DRAW, _index(params), fisher_of(params) if eta else [], eta
+    fisher = fisher_of(params) if eta else []
+    return params, [], None, scales, KEY, DRAW, _index(params), _first_row(params), fisher, eta
 
 
 def _restore_masked(case: Case) -> tuple:
@@ -250,7 +259,7 @@ def _restore_masked(case: Case) -> tuple:
             0, 256, (backup[0].nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
         )
     )
-    return params, backup, mask, None, None, None, [], [], 0.0
+    return params, backup, mask, None, None, None, [], [], [], 0.0
 
 
 def _ascend(
@@ -301,12 +310,13 @@ OPERATORS: dict[str, Callable[[Case], tuple]] = {
     "perturb_": _perturb,
     "perturb_,bare": lambda case: _perturb(case, backup=False),
     "perturb_,fisher": lambda case: _perturb(case, eta=0.7),
-    "restore_": lambda case: (case.tensors(1), case.tensors(2), *[None] * 4, [], [], 0.0),
+    "restore_": lambda case: (case.tensors(1), case.tensors(2), *[None] * 4, [], [], [], 0.0),
     "restore_,masked": _restore_masked,
     "restore_,otherwise": lambda case: (
         case.tensors(1),
         case.otherwise().tensors(2),
         *[None] * 4,
+        [],
         [],
         [],
         0.0,

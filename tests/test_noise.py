@@ -1,17 +1,19 @@
 """The noise contract: known answers, equal bits, and the statistics of a standard normal."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from cases import CONFORMING, assert_same_bits
+from cases import CONFORMING, DTYPES, LAYOUTS, Case, assert_same_bits, fisher_of, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import flatops
-from flatops import reference
+from flatops import ops, reference
 
 # Random123's own: counter, key, words.
 KNOWN_ANSWERS = [
@@ -74,10 +76,54 @@ def test_bits_do_not_depend_on_level_or_threads(on, threads):
         assert_same_bits(flatops.ops.normal(shape, seed=3, draw=9, tensor=4), expected)
 
 
-def test_a_shard_of_rows_draws_what_the_whole_does():
-    """A filter's noise is its own: the whole tensor's rows are those of any shorter tensor."""
-    whole = flatops.ops.normal((64, 99), seed=1, draw=2)
-    assert_same_bits(flatops.ops.normal((10, 99), seed=1, draw=2), whole[:10])
+def cut(params: list[Tensor], generator: torch.Generator) -> list[tuple[int, int, int]]:
+    """Shards of consecutive rows, some empty: the parameter, its first row and the one after its last."""
+    shards = []
+    for i, p in enumerate(params):
+        rows = p.shape[0] if p.dim() > 1 else 0
+        ends = torch.randint(0, rows + 1, (3 if rows else 0,), generator=generator).sort().values.tolist()
+        shards += [(i, a, b) for a, b in itertools.pairwise([0, *ends, rows])]
+    return shards
+
+
+def test_a_shard_of_rows_draws_what_the_whole_does(backend):
+    """However parameters are cut into rows, and cut anew before their noise is drawn again."""
+
+    @settings(max_examples=2 if backend.slow else 6, deadline=None)
+    @given(
+        st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.sampled_from([0.0, 0.7])
+    )
+    def check(seed, dtype, layout, eta):
+        generator = torch.Generator().manual_seed(seed)
+        case = Case("shards", dtype, layout)
+        params = [twin(t, backend.device) for t in case.tensors(seed)]
+        expected = [twin(p) for p in params]
+        fisher = [f.to(backend.device) for f in fisher_of(params)] if eta else None
+        how = {"seed": seed, "draw": 5, "stream": 3, "eta": eta}
+
+        def of_shards(shards, tensors):
+            return [tensors[i][a:b] if params[i].dim() > 1 else tensors[i] for i, a, b in shards]
+
+        def where(shards):
+            index, first_row, _ = zip(*shards)
+            return {
+                **how,
+                "fisher": fisher and of_shards(shards, fisher),
+                "index": index,
+                "first_row": first_row,
+            }
+
+        shards = cut(params, generator)
+        scales = ops.perturb_(expected, 0.03, **how, fisher=fisher)
+        theirs = ops.perturb_(of_shards(shards, params), 0.03, **where(shards))
+        assert_same_bits([theirs, *params], [scales, *expected])
+        if dtype in (torch.float32, torch.float64):
+            shards = cut(params, generator)
+            ops.restore_(expected, scales=scales, **how, fisher=fisher)
+            ops.restore_(of_shards(shards, params), scales=scales, **where(shards))
+            assert_same_bits(params, expected)
+
+    check()
 
 
 def test_the_angle_and_radius_of_box_muller_are_accurate():

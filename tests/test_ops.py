@@ -251,7 +251,7 @@ def test_compile_over_a_perturb_restore_pair(compiler, backend):
 
     def step(w, x, sigma, draw):
         backup = ops.new_backup([w])
-        ops.perturb_([w], sigma, seed=1, draw=draw, backup=backup)
+        ops.perturb_([w], sigma, seed=1, draw=draw, first_row=[3], backup=backup)
         loss = (x @ w.T).sin().sum()
         ops.restore_([w], backup=backup)
         return loss
@@ -333,10 +333,29 @@ BAD = [
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, fisher=[]), ValueError, "fisher"),
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, scales=torch.ones(4)), ValueError, "scales"),
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, index=[1, 2]), ValueError, "index"),
+    (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, first_row=[1, 2]), ValueError, "first_row"),
+    (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, first_row=[-1]), ValueError, r"first_row\[0\]"),
+    (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, first_row=[2**31]), ValueError, r"first_row\[0\]"),
+    (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, first_row=[0.5]), ValueError, r"first_row\[0\]"),
+    (
+        lambda: ops.perturb_([W, W[0]], 0.1, seed=0, draw=0, first_row=[1, 1]),
+        ValueError,
+        r"first_row\[1\] is 1 and params\[1\] has 1 dimension",
+    ),
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, backend="metal"), ValueError, "unknown backend 'metal'"),
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, backend="cuda"), ValueError, "does not serve cpu"),
     (lambda: ops.restore_([W]), ValueError, "backup or scales"),
     (lambda: ops.restore_([W], scales=torch.ones(3)), ValueError, "seed"),
+    (
+        lambda: ops.restore_([W], scales=torch.ones(3), seed=0, draw=0, first_row=[]),
+        ValueError,
+        "first_row",
+    ),
+    (
+        lambda: ops.restore_([W[0]], scales=torch.ones(1), seed=0, draw=0, first_row=[1]),
+        ValueError,
+        r"first_row\[0\]",
+    ),
     (lambda: ops.restore_([W], backup=[W, W]), ValueError, "backup"),
     (lambda: ops.restore_([W.bfloat16()], scales=torch.ones(3), seed=0, draw=0), TypeError, "bfloat16"),
     (lambda: ops.grad_norm([W], [torch.ones(4, 3)]), ValueError, r"grads\[0\]"),

@@ -48,7 +48,7 @@ static void perturb_block_of(const Tensor& t, const Block& b, const Draws& draws
     float scale = args.sign * stored;
     const bool adapt = t.fisher && !t.one_dim, adapt_each = t.fisher && t.one_dim;
     if (adapt) scale = adapted(scale, args.eta, t.fisher[f]);
-    const PhiloxFilter filter = draws.filter(f, t.index);
+    const PhiloxFilter filter = draws.filter(t.first_row + f, t.index);
     for (int64_t i = 0; i < b.length; i += REDUCE) {
       const int64_t n = std::min(REDUCE, b.length - i);
       if (!backup)
@@ -83,7 +83,7 @@ static void normal_block(const Tensor& t, const Block& b, Noise noise) {
   const Draws draws = Draws::make(noise);
   Tile z;
   for (int64_t f = b.filter; f < b.filter + b.filters; ++f) {
-    const PhiloxFilter filter = draws.filter(f, t.index);
+    const PhiloxFilter filter = draws.filter(t.first_row + f, t.index);
     float* out = (float*)t.data + f * t.length + b.start;
     for (int64_t i = 0; i < b.length; i += REDUCE) {
       const int64_t n = std::min(REDUCE, b.length - i);

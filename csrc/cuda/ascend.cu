@@ -24,7 +24,7 @@ struct Place {
   int64_t start;
   Left left;
   __device__ Place(const Entry& e) : start(int64_t(blockIdx.x - e.first_block) * SPAN + 4 * threadIdx.x) {
-    left.elements = int(min(int64_t(e.length) - start, SPAN));
+    left.elements = int(min(e.length - start, SPAN));
     left.vector = e.aligned ? left.elements : 0;
   }
 };

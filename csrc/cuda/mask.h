@@ -17,7 +17,7 @@ struct Part {
 
   __device__ Part(const Entry& e)
       : reduce(int64_t(blockIdx.x - e.first_block) * WARPS + threadIdx.x / WARP), lane(threadIdx.x % WARP) {
-    elements = int(min(int64_t(e.length) - reduce * REDUCE, REDUCE));
+    elements = int(min(e.length - reduce * REDUCE, REDUCE));
     left.elements = elements - 4 * lane;
     left.vector = e.aligned ? left.elements : 0;
   }

@@ -27,7 +27,7 @@ __device__ double add(float scale, float z, double w) { return __dadd_rn(w, __dm
 template <class T, Mode MODE, bool VECTOR>
 __device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bool split, const PerturbArgs& args) {
   __shared__ double sums[WARPS];
-  const int64_t at = s.filter * int64_t(e.length) + s.offset;
+  const int64_t at = s.filter * e.length + s.offset;
   T* const w = (T*)e.data + at;
 
   Four<T> x[STEPS];
@@ -50,7 +50,7 @@ __device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bo
 
   const uint64_t key = uint64_t(*args.noise.key);
   const PhiloxKeys keys = philox_keys(key);
-  const PhiloxFilter filter = philox_filter(key, uint32_t(s.filter), e.index, uint32_t(*args.noise.draw));
+  const PhiloxFilter filter = philox_filter(key, e.first_row + uint32_t(s.filter), e.index, uint32_t(*args.noise.draw));
   const uint32_t block = uint32_t(uint64_t(s.offset) / 4);
 #pragma unroll
   for (int k = 0; k < STEPS; ++k) {

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(THREADS) filter_sums(const __grid_constant__ T
   const bool each = finish.kind == Finish::fisher && e.one_dim;
   const Share s = share(e, blockIdx.x - e.first_block, each);
   Four<T> x[STEPS];
-  load<LANES>(x, (const T*)e.data + s.filter * int64_t(e.length) + s.offset, s.left);
+  load<LANES>(x, (const T*)e.data + s.filter * e.length + s.offset, s.left);
   if (each) {
 #pragma unroll
     for (int k = 0; k < STEPS; ++k)
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS)
   if (ticket && blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
   const Entry& e = table.find(blockIdx.x);
   const Share s = share(e, blockIdx.x - e.first_block, true);
-  const int64_t at = s.filter * int64_t(e.length) + s.offset;
+  const int64_t at = s.filter * e.length + s.offset;
   Four<T> x[STEPS], y[STEPS];
   load<LANES>(x, (const T*)e.data + at, s.left);
   if (PRODUCT) load<LANES>(y, (const T*)e.other + at, s.left);

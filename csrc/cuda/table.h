@@ -21,17 +21,18 @@ struct Entry {
   void* data;
   const void* other;      // the gradient, or ARWP's Fisher
   void* backup;           // or null
-  uint64_t length : 62;   // of a filter
-  uint64_t aligned : 1;   // four neighbours can be moved at once
-  uint64_t one_dim : 1;
+  int64_t length;         // of a filter
   uint32_t filters;
   uint32_t first_filter;  // where the tensor's values begin in per-filter arrays
   uint32_t index;         // the noise's `tensor`; for sums over parts of filters, where they begin
+  uint32_t first_row;     // of a shard: the noise's filter is counted from there
   uint32_t first_block;
+  bool aligned;           // four neighbours can be moved at once
+  bool one_dim;
 
   __device__ const float* fisher() const { return (const float*)other; }
 };
-static_assert(sizeof(Entry) == 48);
+static_assert(sizeof(Entry) == 56);
 
 template <int N>
 struct Table {
@@ -50,7 +51,7 @@ struct Table {
 };
 
 // A table is copied at every launch, so a short list gets a short one.
-constexpr int SHORT_TABLE = 168, LONG_TABLE = 680;
+constexpr int SHORT_TABLE = 168, LONG_TABLE = 580;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -125,8 +126,8 @@ inline Entry entry(const Tensor& t) {
   const uintptr_t size = size_of(t.dtype), four = size < 4 ? 4 * size : 16;
   const auto at = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % four == 0; };
   const bool aligned = at(t.data) && at(t.grad) && at(t.backup) && (t.length % 4 == 0 || t.filters == 1);
-  return {t.data, t.grad ? t.grad : t.fisher, t.backup, uint64_t(t.length), aligned, t.one_dim,
-          uint32_t(t.filters), uint32_t(t.first_filter), t.index, 0};
+  return {t.data, t.grad ? t.grad : t.fisher, t.backup, t.length, uint32_t(t.filters), uint32_t(t.first_filter),
+          t.index, t.first_row, 0, aligned, t.one_dim};
 }
 
 // The same tensor with all its elements as one filter, for what knows no filters.
