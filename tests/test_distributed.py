@@ -30,6 +30,12 @@ METHODS = {
     "asam": (flatops.SAM, {"rho": 1.0, "adaptive": True}),
     "ssam": (flatops.SSAM, {"rho": 0.1, "fisher": "minibatch", "update_every": 3}),
     "ssam dynamic local": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 3}),
+    "ssam dynamic": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 2}),
+    "ssam dynamic by weight": (
+        flatops.SSAM,
+        {"rho": 0.1, "mask": "dynamic", "update_every": 2, "drop": "weight", "grow": "gradient", "pattern": "layer"},
+    ),
+    "rwp regenerating": (flatops.RWP, {"sigma": 0.1, "restore": "regenerate", "stream": 0}),
     "ssam skipping": (flatops.SSAM, {"rho": 0.1, "pattern": "filter", "sparsity": 0.7, "skip_masked": True}),
 }
 
@@ -174,6 +180,19 @@ def roles() -> None:
 
 def test_roles_have_process_groups():
     run(roles, 4)
+
+
+def regenerating() -> None:
+    model = make_net()
+    before = all_bits(model.parameters())
+    optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.1, restore="regenerate", lr=0.1)
+    with pytest.raises(ValueError, match="restore='regenerate'"), optimizer.perturbed():
+        pass
+    assert_same_bits(before, all_bits(model.parameters()))
+
+
+def test_replicas_that_would_drift_apart_are_refused():
+    run(regenerating, 2)
 
 
 def needs_two_replicas() -> None:

@@ -40,7 +40,8 @@ class RWP(KeepsFisher):
         parallel: parallel m-RWP, for two replicas or more, of which the last half perturb (of 2 n + 1 the last n); default
             False. What takes its F from g(w + eps), ARWP, takes it from the mixed gradient then.
         restore: 'exact' (default) keeps a copy of the weights during the perturbed pass; 'regenerate' keeps one number a
-            filter, drifts by about 1.5e-8 sqrt(steps) and is refused for bfloat16 and float16.
+            filter, drifts by about 1.5e-8 sqrt(steps) and is refused for bfloat16 and float16, and for replicas of which each
+            draws its own noise, since they would drift apart.
         **kwargs: for the base optimizer.
 
     Raises:
@@ -224,10 +225,19 @@ class RWP(KeepsFisher):
                 "parallel m-RWP needs two replicas or more, and there is one: leave parallel out, and give both passes half a "
                 "batch, which takes the same time"
             )
+        if self._regenerates() and self.stream is None and self._replica()[1] > 1:
+            raise ValueError(
+                "restore='regenerate' drifts a little with the noise, so replicas with noise of their own would drift apart: use "
+                "'exact', or give them all the same stream"
+            )
         super()._meet()
 
+    def _regenerates(self) -> bool:
+        return any(group["restore"] == "regenerate" for group in self.param_groups)
+
     def _agreement(self) -> dict[str, Any]:
-        return {**super()._agreement(), "parallel": self.parallel}
+        stream = self.stream if self._regenerates() else None
+        return {**super()._agreement(), "parallel": self.parallel, "stream": stream}
 
     def _perturb(self) -> None:
         if not self.perturbs:
