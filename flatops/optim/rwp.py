@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +86,7 @@ class RWP(KeepsFisher):
         self.aside: list[
             tuple[Tensor, Tensor]
         ] = []  # gradients that are not to be taken for the perturbed pass's
+        self.weighing: list[Any] = []  # hooks
         self.loss_scale: float | Tensor | None = None
         self.stream, self.parallel = stream, parallel
         if not (stream is None or isinstance(stream, int) and 0 <= stream < 2**31):
@@ -191,8 +191,7 @@ class RWP(KeepsFisher):
             >>> nn.SyncBatchNorm.convert_sync_batchnorm(model, optimizer.role_group())
         """
         rank, size = distributed.world()
-        roles = [None] * size
-        torch.distributed.all_gather_object(roles, self.perturbs)
+        roles = distributed.gather_objects(self.perturbs)
         groups = {role: torch.distributed.new_group([r for r in range(size) if roles[r] == role]) for role in sorted(set(roles))}
         return groups[roles[rank]]
 
@@ -208,7 +207,9 @@ class RWP(KeepsFisher):
             RuntimeError: inside itself.
             ValueError: for a loss_scale that is not positive.
         """
-        if not self.run.inside_step:
+        if self.run.inside_step:
+            self._unweigh()  # the closure knows the explicit form, and so its weight
+        else:
             self._check_clean()
         if isinstance(loss_scale, (int, float)) and not loss_scale > 0:
             raise ValueError(f"loss_scale must be > 0, not {loss_scale}")
@@ -219,7 +220,7 @@ class RWP(KeepsFisher):
         finally:
             self._take_back()
 
-    def _meet(self) -> None:
+    def _check_world(self) -> None:
         if self._takes_roles() and self._replica()[1] < 2:
             raise ValueError(
                 "parallel m-RWP needs two replicas or more, and there is one: leave parallel out, and give both passes half a "
@@ -230,7 +231,6 @@ class RWP(KeepsFisher):
                 "restore='regenerate' drifts a little with the noise, so replicas with noise of their own would drift apart: use "
                 "'exact', or give them all the same stream"
             )
-        super()._meet()
 
     def _regenerates(self) -> bool:
         return any(group["restore"] == "regenerate" for group in self.param_groups)
@@ -323,9 +323,12 @@ class RWP(KeepsFisher):
         return group["eta"] > 0
 
     def _new_fisher(self, p: Tensor) -> Tensor:
-        rows = local(p).shape[:1] if p.dim() else (1,)
-        mine = torch.zeros(rows, dtype=torch.float32, device=p.device)
-        return distributed.like_shard(p, mine, *p.shape[:1])
+        if not distributed.is_distributed(p):
+            return torch.zeros(p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device)
+        row = p.detach()
+        while row.dim() > 1:
+            row = row.select(1, 0)
+        return torch.zeros_like(row, dtype=torch.float32)  # sharded as p is, where p is
 
     def _mixes_fisher(self) -> bool:
         lam = self.param_groups[0]["lam"]
@@ -352,12 +355,14 @@ class RWP(KeepsFisher):
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         lam = self.param_groups[0]["lam"]
         if lam == 1 or self.parallel:
-            with self.perturbed(), self._weighted():
+            with self.perturbed():
+                self._weigh()
                 self.run.inside_step = True
                 try:
                     return closure()
                 finally:
                     self.run.inside_step = False
+                    self._unweigh()
         loss = closure()
         if self.run.ready:  # the closure went through perturbed() itself
             return loss
@@ -375,22 +380,24 @@ class RWP(KeepsFisher):
                 p.grad = g.mul_(1 - lam) if p.grad is None else p.grad.add_(g, alpha=1 - lam)
         return loss
 
-    @contextlib.contextmanager
-    def _weighted(self) -> Iterator[None]:
-        """Multiplies what arrives in p.grad by this replica's weight, before any all-reduce, where the closure's loss is not."""
+    def _weigh(self) -> None:
+        """Multiplies what arrives in p.grad by this replica's weight, before any all-reduce: the closure's loss is not weighed."""
         weight = self.perturbed_weight if self._takes_roles() else 1.0
+        if weight == 1:
+            return
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if weight != 1 and any(map(distributed.is_distributed, params)):
-            raise RuntimeError("the gradients of sharded parameters cannot be weighed: multiply the loss by perturbed_weight")
-        hooks = [p.register_hook(lambda grad: grad * weight) for p in params if weight != 1]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        if distributed.any_distributed(params):
+            raise RuntimeError(
+                "step(closure) cannot weigh the gradients of shards: write perturbed() and perturbed_weight out, then step()"
+            )
+        self.weighing += [p.register_hook(lambda grad: grad * weight) for p in params]
+
+    def _unweigh(self) -> None:
+        while self.weighing:
+            self.weighing.pop().remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside, "loss_scale": None}
+        ours = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside, "loss_scale": None, "weighing": []}
         return {**super().__getstate__(), **ours}
 
 
