@@ -122,7 +122,11 @@ wants_core = any(
     command in sys.argv for command in ("bdist_wheel", "build_ext", "develop", "editable_wheel", "install")
 )
 setup(
-    packages=["flatops", "flatops.optim", "flatops.train", "flatops.benchmarks", "flatops.kernels"],
+    packages=[
+        *("flatops", "flatops.optim", "flatops.train", "flatops.train.presets"),
+        *("flatops.benchmarks", "flatops.kernels"),
+    ],
+    package_data={"flatops.train.presets": ["*.toml"]},
     package_dir={"flatops": "flatops", "flatops.benchmarks": "benchmarks", "flatops.kernels": "kernels"},
     setup_requires=[] if HAS_TORCH else ["torch>=2.10"],
     **(compiled_core() if HAS_TORCH and wants_core else {}),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 C = TypeVar("C")
-EXTRA = {"matplotlib", "numpy", "rich", "sklearn", "timm", "tyro"}
+EXTRA = {"matplotlib", "numpy", "PIL", "rich", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tyro"}
 
 
 @dataclass
@@ -56,14 +58,23 @@ def info(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """train a network with SGD, RWP, m-RWP, ARWP, m-ARWP, SAM, ASAM or SSAM"""
-    from flatops.train import TrainConfig, checkpoint, train
+    from flatops.train import TrainConfig, checkpoint, presets, profile, train
 
-    config = parse(TrainConfig, "train", arguments)
-    if config.resume:  # the options of the run that it continues, where the command line gives none
-        saved = checkpoint.unpack_config(checkpoint.read(config.resume), config.resume)
-        config = parse(TrainConfig, "train", arguments, default=saved)
-    train(config)
+    default = None  # where options come from that the command line does not give
+    if resume := given(arguments, "resume"):
+        default = checkpoint.unpack_config(checkpoint.read(Path(resume)), Path(resume))
+    elif preset := given(arguments, "preset"):
+        default = presets.recipe(preset)
+    config = parse(TrainConfig, "train", arguments, default)
+    profile(config) if config.profile else train(config)
     return 0
+
+
+def given(arguments: list[str], option: str) -> str | None:
+    """The value of one option, before the others can be understood."""
+    parser = argparse.ArgumentParser(prog="flatops train", add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{option}")
+    return getattr(parser.parse_known_args(arguments)[0], option)
 
 
 def compare(arguments: list[str]) -> int:
@@ -106,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         if error.name not in EXTRA:
             raise
         message = f"{error.name} is missing; install it with: pip install 'flatops[train]'"
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = str(error)
     where = f" (rank {process()})" if process() else ""
     print(f"flatops {command}{where}: {message}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What the processes of test_train_distributed.py run, under torchrun.
 
 train_worker.py runs FILE: every run of RUNS and RESUMED, in one process group; what came of them goes to FILE.
+train_worker.py combined FILE: every method with and without accumulation, a loss scale and clipping; their weights go to FILE.
 train_worker.py FAULT RANK STEP ARGUMENTS...: `flatops train ARGUMENTS`, where process RANK comes to harm in STEP.
 """
 
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 from flatops import cli
-from flatops.train import TrainConfig, Trainer, checkpoint, engine, models, parallel
+from flatops.train import TrainConfig, Trainer, checkpoint, engine, methods, models, parallel
 from flatops.train.world import World, joined
 
 
@@ -108,6 +110,23 @@ def run_all(world: World, file: Path) -> None:
     torch.save(result, file.with_name(f"{file.name}.{world.rank}"))
 
 
+def combined(world: World, file: Path) -> None:
+    """A few steps of every method, plain and in pieces under a loss scale: this process's weights."""
+    use("perceptron")
+    result = {}
+    for method in methods.METHODS:
+        forms = [{}] + [{"ascent": "local"}] * (method == "sam") + [{"rwp_parallel": True}] * (method == "mrwp")
+        for form in forms:
+            some = {"fisher_samples": 16} if method == "ssam" else {}
+            for accumulate in (1, 4):
+                trainer = Trainer(config(method, accumulate=accumulate, clip_norm=0.5, **form, **some), world)
+                if accumulate > 1:
+                    trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**12)
+                finish(trainer, 5)
+                result[(method, *form, accumulate)] = [p.detach() for p in trainer.model.parameters()]
+    torch.save(result, file.with_name(f"{file.name}.{world.rank}"))
+
+
 def harm(fault: str, rank: int, step: int) -> None:
     """Have a process die, hang or raise when it begins a step."""
     train_step = Trainer._train_step
@@ -131,10 +150,10 @@ def harm(fault: str, rank: int, step: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "runs":
+    if sys.argv[1] in ("runs", "combined"):
         with joined(60) as world:
             torch.set_num_threads(1)
-            run_all(world, Path(sys.argv[2]))
+            {"runs": run_all, "combined": combined}[sys.argv[1]](world, Path(sys.argv[2]))
     else:
         use("cnn")
         harm(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -7,6 +7,7 @@ history = train(TrainConfig(method="mrwp", label_noise=0.3))
 from .compare import compare
 from .config import CompareConfig, TrainConfig
 from .engine import Trainer
+from .profile import profile
 from .run import train
 
-__all__ = ["CompareConfig", "TrainConfig", "Trainer", "compare", "train"]
+__all__ = ["CompareConfig", "TrainConfig", "Trainer", "compare", "profile", "train"]

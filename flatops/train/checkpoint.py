@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 
 from .config import TrainConfig
 
-FORMAT, VERSION = "flatops.train", 2
-NAME = "last.pt"
+FORMAT, VERSION = "flatops.train", 3
+NAME, BEST = "last.pt", "best.pt"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -30,9 +31,31 @@ def save(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        # torch.save closes its archive on a full disk too, and what it raises then hides why.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            kept = "; the last one is intact" if path.exists() else ""
+            reason = cause.strerror or str(cause)
+            raise OSError(cause.errno, f"cannot save the checkpoint: {reason}{kept}", str(path)) from error
         raise
+
+
+def keep_best(folder: Path) -> None:
+    """Make the last checkpoint of a folder also its best one, at no cost where the file system knows links.
+
+    A new last checkpoint takes the old one's name and never its bytes, so the link stays what it is.
+    """
+    temporary = folder / f".{BEST}.{os.getpid()}"
+    try:
+        try:
+            os.link(folder / NAME, temporary)
+        except OSError:
+            shutil.copyfile(folder / NAME, temporary)
+        temporary.replace(folder / BEST)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def locate(path: Path) -> Path:
@@ -77,7 +100,10 @@ def pack_config(config: TrainConfig) -> dict[str, Any]:
 
 def unpack_config(state: dict[str, Any], resume: Path) -> TrainConfig:
     """The configuration of a checkpoint, as the one that continues it in its own folder."""
-    return TrainConfig(**state["config"] | {"resume": resume, "output": None})
+    config = dict(state["config"])
+    if config["data_dir"] is not None:
+        config["data_dir"] = Path(config["data_dir"])
+    return TrainConfig(**config | {"resume": resume, "output": None})
 
 
 def random_state() -> dict[str, Any]:

@@ -101,6 +101,8 @@ def run_all(config: CompareConfig, configs: dict[str, TrainConfig], console: Con
                 for method, trainer in trainers.items():
                     row = trainer.run_epoch()
                     progress.update(bars[method], advance=1, seed=seed + 1, accuracy=row["test_accuracy"])
+            for trainer in trainers.values():
+                trainer.data.close()
             runs += [
                 {"method": m, "seed": seed, "history": trainer.history} for m, trainer in trainers.items()
             ]

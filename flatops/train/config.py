@@ -19,26 +19,62 @@ class Recipe:
     """
 
     data: str = "digits"
-    """Data set: digits (scikit-learn's handwritten digits, 8×8, nothing to download)."""
+    """Data set: digits (scikit-learn's handwritten digits, 8×8, nothing to download), cifar10, cifar100, folder (any tree of
+    images by class: ImageNet's train/ and val/), or synthetic (noise, made on the device, for timing)."""
+    data_dir: Path | None = None
+    """folder: the tree that has train/ and val/, each with a folder of images per class. cifar10, cifar100: where the data
+    lies or is downloaded to (left out: data)."""
+    image_size: int | None = None
+    """Side of the square images that the network sees, of folder (left out: 224) and synthetic (left out: 32)."""
+    classes: int | None = None
+    """Classes of synthetic (left out: 10); of every other data set, how many there have to be."""
     model: str = "cnn"
-    """Network: cnn (the built-in four convolutions) or any name that timm knows, such as resnet18."""
+    """Network: cnn (the built-in four convolutions), any name that timm knows, such as resnet18, or one of torchvision's, such
+    as torchvision:resnet18. A ResNet with _cifar at its end, such as resnet18_cifar, begins with a 3×3 convolution of stride 1
+    and no pooling."""
 
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 64
     """Images in a batch, over all processes; m-RWP draws two batches of this size for every step."""
+    accumulate: int = 1
+    """Pieces in which every process takes its part of a batch, one after the other: less memory, the same step (but for
+    BatchNorm, which normalises each piece on its own)."""
+    base: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer under the method."""
     lr: float = 0.05
     """Peak learning rate; it falls to 0 along a cosine, step by step."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate first rises linearly (ImageNet: 5)."""
     momentum: float = 0.9
     """SGD's momentum."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty on every parameter (CIFAR: 5e-4, ImageNet: 1e-4)."""
+    """L2 penalty on every parameter (CIFAR: 5e-4, ImageNet: 1e-4); under adamw decoupled from the gradient."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient that steps; a longer one is scaled down to it."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over the classes, 0 to 1 (ImageNet: 0.1)."""
     label_noise: float = 0.0
     """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay right."""
+
+    augment: Literal["standard", "none"] = "standard"
+    """standard: random flips, and random crops out of 4 pixels of padding (CIFAR) or of 8 to 100 % of the area (folder);
+    nothing for digits and synthetic. none: images are only brought to their size."""
+    randaugment: str | None = None
+    """RandAugment for CIFAR and folder, as timm writes it, such as rand-m9-mstd0.5."""
+    cutout: int = 0
+    """Side in pixels of the square that is blotted out at a random place of every image (CIFAR: 16)."""
+    erasing: float = 0.0
+    """Probability with which a random rectangle of 2 to 33 % of an image is blotted out."""
+    mixup: float = 0.0
+    """Parameter of mixup's Beta distribution (ImageNet: 0.2; with cutmix: 0.8). With cutmix, batches get either, by chance."""
+    cutmix: float = 0.0
+    """Parameter of CutMix's Beta distribution (1.0)."""
+    ema: float | None = None
+    """Also keep and evaluate an exponential moving average of the weights with this decay, such as 0.9999, which grows to it
+    over the first steps."""
 
     sigma: float | None = None
     """RWP family: standard deviation of the noise over the norm of its filter (papers: 0.01 on CIFAR,
@@ -53,6 +89,8 @@ class Recipe:
     """ARWP family: decay of the Fisher information per step, 0 to 1 (paper: 0.99)."""
     rho: float | None = None
     """SAM family: length of the ascent (papers: 0.05 to 0.2 for SAM and SSAM, ten times that for ASAM)."""
+    rho_end: float | None = None
+    """SAM family: rho at the last step, reached along a cosine. Left out: rho stays as it is."""
     sparsity: float | None = None
     """SSAM: share of the weights that do not climb, 0 to less than 1 (paper: 0.5)."""
     mask: Literal["fisher", "dynamic"] | None = None
@@ -67,27 +105,41 @@ class Recipe:
     """Where to train: auto (a CUDA device if there is one), cpu, cuda, cuda:1 …"""
     threads: int | None = None
     """CPU threads. Left out: 1 for the built-in cnn, too small to share out, else PyTorch's choice."""
-    bf16: bool = False
-    """Run forward passes in bfloat16 autocast; weights stay float32."""
+    workers: int | None = None
+    """Processes that read images for each training process; 0 reads in between steps. Left out: its share of the CPUs, 16 at
+    most. How many there are makes no difference to the result."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be read: stop, or name it and take the next one in its place."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Run forward passes in bfloat16 or float16 autocast; weights stay float32. fp16 scales the loss."""
     channels_last: bool = False
     """Keep images and weights in the channels-last layout."""
     compile: bool = False
     """Compile the network with torch.compile."""
 
     def __post_init__(self) -> None:
-        at_least_one = ["epochs", "batch_size"] + ["threads"] * (self.threads is not None)
-        for name in at_least_one:
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
+        for name in ("epochs", "batch_size", "accumulate", "threads", "image_size"):
             value = getattr(self, name)
-            check(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
-        for name in ("label_smoothing", "label_noise"):
-            check(
-                0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1, not {getattr(self, name)}"
-            )
+            check(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "mixup", "cutmix", "cutout", "workers"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
+        for name in ("label_smoothing", "label_noise", "erasing"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"{name} must lie between 0 and 1, not {value}")
         check(
             self.warmup_epochs <= self.epochs,
             f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}",
+        )
+        check(self.classes is None or self.classes >= 2, f"classes must be at least 2, not {self.classes}")
+        check(
+            self.clip_norm is None or 0 < self.clip_norm < math.inf,
+            f"clip_norm must be finite and positive, not {self.clip_norm}",
+        )
+        check(self.ema is None or 0 < self.ema < 1, f"ema must lie between 0 and 1, not {self.ema}")
+        check(
+            self.base == "sgd" or not self.nesterov,
+            "nesterov is a form of SGD's momentum: leave it out with base adamw",
         )
 
 
@@ -95,6 +147,9 @@ class Recipe:
 class TrainConfig(Recipe):
     """Train an image classifier with one method."""
 
+    preset: str | None = None
+    """Begin with a recipe of the papers, such as imagenet-resnet50-rwp; what else the command line gives goes before it. A wrong
+    name lists them all."""
     method: MethodName = "sgd"
     """rwp: random weight perturbation; mrwp: mixed with the clean gradient; arwp, marwp: adapted to the
     Fisher information; sam: sharpness-aware minimisation; asam: adaptive SAM; ssam: sparse SAM."""
@@ -106,6 +161,11 @@ class TrainConfig(Recipe):
     """Checkpoint, or folder of a run, to continue. Options left out are then those of that run."""
     checkpoint_every: int | None = None
     """Also write the checkpoint every so many steps. Left out: at the end of each epoch."""
+    tensorboard: bool = False
+    """Also write every epoch's figures for TensorBoard, in the run's folder."""
+    profile: bool = False
+    """Train nothing: time a step of every method, in turns, show what it spends its time on and its ratio to SGD's step. With
+    the default data and model: a ResNet-18 on synthetic images."""
 
     rwp_parallel: bool = False
     """m-RWP family: a step takes one batch, not two: about half of the processes perturb, the others do not. The time of
@@ -136,6 +196,7 @@ class TrainConfig(Recipe):
                 "ascent local needs the whole network on every process: use parallel ddp, not fsdp",
             )
             check(not self.channels_last, "parallel fsdp shards contiguous weights: leave out channels_last")
+            check(self.ema is None, "ema needs the whole network on every process: use parallel ddp, not fsdp")
 
 
 @dataclass(kw_only=True)
@@ -167,6 +228,7 @@ METHOD_OPTIONS = (
     "eta",
     "beta",
     "rho",
+    "rho_end",
     "sparsity",
     "mask",
     "pattern",

@@ -1,24 +1,38 @@
 """Data sets by name, and the order in which a run sees them.
 
-The order is a pure function of (seed, epoch, stream): nothing has to be saved to resume it, and two streams
-of one epoch are two independent shuffles of the same images.
+The order is a pure function of (seed, epoch, stream), and what augmentation draws one of (seed, epoch, stream, batch or image):
+nothing has to be saved to resume it, and two streams of one epoch are two independent shuffles of the same images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .augment import Augment
 from .config import TrainConfig
+from .world import World
 
-Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64; or (B, classes) float32 after mixup
 
 # Streams: the batches of the clean and perturbed passes, the wrong labels, and what SSAM's masks are made from.
 CLEAN, PERTURBED, LABELS, FISHER = range(4)
+IGNORED = -100  # the label of a test image that cannot be read; cross-entropy passes it by
+
+
+def shuffled(count: int, *, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """The order of an epoch: a permutation of `count` images."""
+    return np.random.default_rng([seed, stream, epoch]).permutation(count)
+
+
+def piece(size: int, part: int, parts: int) -> slice:
+    """The `part`-th of `parts` equal pieces of a batch."""
+    return slice(part * size // parts, (part + 1) * size // parts)
 
 
 @dataclass
@@ -26,20 +40,46 @@ class Data:
     """A data set held in memory, on the device that trains.
 
     Args:
-        train: images (N, C, H, W) float32 and labels (N,) int64 to train on.
+        train: images (N, C, H, W), float32 ready to use or uint8, and labels (N,) int64 to train on.
         test: the same to evaluate on.
         classes: number of classes.
         wrong: number of training labels that were replaced.
+        augment: what happens to batches of training images; None: nothing. Makes uint8 images float32.
     """
 
     train: Batch
     test: Batch
     classes: int
     wrong: int = 0
+    augment: Augment | None = None
 
     @property
     def channels(self) -> int:
         return self.train[0].shape[1]
+
+    @property
+    def size(self) -> int:
+        """Side of an image."""
+        return self.train[0].shape[-1]
+
+    @property
+    def train_size(self) -> int:
+        return len(self.train[1])
+
+    @property
+    def test_size(self) -> int:
+        return len(self.test[1])
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Images that could not be read, and why."""
+        return {}
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these training images from others on resume."""
+        digest = hashlib.sha256(self.train[1].cpu().numpy().tobytes()).hexdigest()[:16]
+        return f"{self.train_size} images of {self.classes} classes, {digest}"
 
     def batches(
         self,
@@ -57,24 +97,38 @@ class Data:
         Of every batch it gives the `part`-th of `parts` equal pieces, so that many processes see what one would.
         """
         images, labels = self.train
-        order = torch.from_numpy(np.random.default_rng([seed, stream, epoch]).permutation(len(labels)))
-        for batch in order.to(labels.device).split(size)[start : len(labels) // size]:
-            index = batch[part * size // parts : (part + 1) * size // parts]
-            yield images[index], labels[index]
+        order = torch.from_numpy(shuffled(len(labels), seed=seed, epoch=epoch, stream=stream)).to(labels.device)
+        mine = piece(size, part, parts)
+        for number, batch in enumerate(order.split(size)[start : len(labels) // size], start):
+            index = batch[mine]
+            chosen = images[index]
+            if self.augment:
+                chosen = self.augment(chosen, [seed, stream, epoch, number], size, mine)
+            yield chosen, labels[index]
 
-    def test_batches(self, size: int) -> list[Batch]:
-        """The test images in order."""
-        return list(zip(self.test[0].split(size), self.test[1].split(size)))
+    def steps(self, streams: Sequence[int], size: int, **which: int) -> Iterator[tuple[Batch, ...]]:
+        """The batches of each step, one a stream; arguments as those of `batches`."""
+        return zip(*(self.batches(size, stream=stream, **which) for stream in streams))
+
+    def test_batches(self, size: int, which: Sequence[int]) -> Iterator[Batch]:
+        """Batches of the test images by their number."""
+        images, labels = (tensor.split(size) for tensor in self.test)
+        for number in which:
+            chosen = images[number]
+            yield (self.augment.prepare(chosen) if self.augment else chosen), labels[number]
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> Data:
         """The same data on a device, in a layout."""
         train, test = (
             (x.to(device, memory_format=memory_format), y.to(device)) for x, y in (self.train, self.test)
         )
-        return Data(train, test, self.classes, self.wrong)
+        return replace(self, train=train, test=test)
 
 
-def digits() -> Data:
+def digits(config: TrainConfig | None = None) -> Data:
     """1,797 handwritten digits of 8×8 pixels, ten classes; a fixed quarter, balanced, is for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -84,28 +138,76 @@ def digits() -> Data:
     labels = torch.from_numpy(labels).long()
     train, test = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
     images = (images - images[train].mean()) / images[train].std()
-    return Data((images[train], labels[train]), (images[test], labels[test]), classes=10)
+    erasing = config and (config.cutout or config.erasing)
+    augment = Augment(cutout=config.cutout, erasing=config.erasing) if erasing else None
+    return Data((images[train], labels[train]), (images[test], labels[test]), classes=10, augment=augment)
 
 
-SOURCES: dict[str, Callable[[], Data]] = {"digits": digits}
+def synthetic(config: TrainConfig) -> Data:
+    """Noise with random labels, for timing: enough for four batches, 1,024 images at least."""
+    generator = torch.Generator().manual_seed(config.seed)
+    side, classes = config.image_size or 32, config.classes or 10
+
+    def made(count: int) -> Batch:
+        images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+        return images, torch.randint(classes, (count,), generator=generator)
+
+    augment = Augment(cutout=config.cutout, erasing=config.erasing, mean=(127.5,) * 3, std=(73.9,) * 3)
+    return Data(made(max(1024, 4 * config.batch_size)), made(256), classes, augment=augment)
 
 
-def load(config: TrainConfig) -> Data:
+def cifar(config: TrainConfig) -> Data:
+    """CIFAR-10 or CIFAR-100, in memory; with RandAugment, which wants single images, by way of worker processes."""
+    from . import images
+
+    return images.cifar_stream(config) if config.randaugment else images.cifar_memory(config)
+
+
+def folder(config: TrainConfig) -> Data:
+    """Images by class in train/ and val/, read by worker processes."""
+    from . import images
+
+    return images.folder(config)
+
+
+SOURCES: dict[str, Callable[[TrainConfig], Data]] = {
+    "digits": digits,
+    "cifar10": cifar,
+    "cifar100": cifar,
+    "folder": folder,
+    "synthetic": synthetic,
+}
+
+
+def load(config: TrainConfig, world: World = World()) -> Data:
     """The data that a run asks for, with its share of wrong training labels.
 
+    Args:
+        config: the run.
+        world: its processes, of which the first downloads what is missing.
+
     Raises:
-        ValueError: no such data set, or fewer training images than a batch needs.
+        ValueError: no such data set, one that is not as it should be, or fewer training images than a batch needs.
+        OSError: a download broke off.
     """
     if config.data not in SOURCES:
         raise ValueError(f"unknown data {config.data!r}; choose from {', '.join(SOURCES)}")
-    data = SOURCES[config.data]()
-    images, labels = data.train
-    if len(labels) < config.batch_size:
+    if config.randaugment and config.data in ("digits", "synthetic"):
+        raise ValueError(f"randaugment is for photographs, not for {config.data}")
+    if config.data.startswith("cifar"):
+        from . import images
+
+        world.from_first(lambda: images.fetch_cifar(config))
+    data = SOURCES[config.data](config)
+    if config.classes and data.classes != config.classes:
+        raise ValueError(f"{config.data} has {data.classes} classes, and classes {config.classes} is asked for")
+    if data.train_size < config.batch_size:
         raise ValueError(
-            f"batch_size {config.batch_size} exceeds the {len(labels)} training images of {config.data}"
+            f"batch_size {config.batch_size} exceeds the {data.train_size} training images of {config.data}"
         )
-    labels = wrong_labels(labels, data.classes, config.label_noise, config.seed)
-    return Data((images, labels), data.test, data.classes, wrong=int((labels != data.train[1]).sum()))
+    images, labels = data.train
+    noisy = wrong_labels(labels, data.classes, config.label_noise, config.seed)
+    return replace(data, train=(images, noisy), wrong=int((noisy != labels).sum()))
 
 
 def wrong_labels(labels: Tensor, classes: int, fraction: float, seed: int) -> Tensor:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import flatops
 
 from . import checkpoint, data, methods, models, parallel
+from .augment import MIX, drawing_from
+from .clock import Clock
 from .config import TrainConfig
+from .metrics import Metrics
+from .passes import Output, Passes
 from .world import World
 
 # One epoch, a line of the log. The training figures are means over its steps and all processes, at the weights of
@@ -46,23 +52,32 @@ class Trainer:
         self.method, self.options = methods.choose(config, world.size), methods.used_options(config)
         self.device = choose_device(config.device, world)
         set_threads(config)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.data = data.load(config).to(self.device, layout)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        loaded = data.load(config, world)
+        self.fingerprint = loaded.fingerprint
+        self.data = loaded.to(self.device, self.layout)
         seed_everything(config.seed)
-        self.model = models.create(config.model, self.data.classes, self.data.channels)
-        self.model.to(self.device, memory_format=layout)
+        self.model = models.create(config.model, self.data.classes, self.data.channels, self.data.size)
+        self.model.to(self.device, memory_format=self.layout)
+        self.average = average_of(self.model, config.ema) if config.ema else None
         self.network = self.model  # what runs; `model` has the weights and their names
         self.parallel = (config.parallel or "ddp") if world.size > 1 else None
         if self.parallel:
             self.network = parallel.distribute(self.model, self.parallel, self.device)
-        self.steps_per_epoch = len(self.data.train[1]) // config.batch_size
+        self.clock = Clock(self.device)
+        self.passes = Passes(self.network, self.model, self.device, config, self.clock)
+        self.mix = mixing(config, self.data.classes) if config.mixup or config.cutmix else None
+        self.steps_per_epoch = self.data.train_size // config.batch_size
         self.optimizer = methods.create_optimizer(
             self.model.parameters(), config, self.steps_per_epoch, world.size
         )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.schedules = self._schedules()
+        if config.amp == "fp16":  # the first steps are skipped, until the loss scale fits: the schedule goes on by the data
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
         if config.compile:
             self.model.compile()  # in place: the names in the state_dict stay
+        self.bad: dict[str, str] = {}  # images that could not be read on any process, and why; the first one knows
         self.epoch = 0  # epochs done
         self.history: list[Row] = []
         self._begin_epoch()
@@ -83,14 +98,19 @@ class Trainer:
         self.network.train()
         started = time.perf_counter() - self.seconds
         if self.step == 0 and "fisher_samples" in self.options:
-            self._update_mask()
-        for batches in self._batches():
+            self.update_mask()
+        for batches in self.clocked(self._batches()):
             self._train_step(*batches)
             self.seconds = time.perf_counter() - started
             on_step(self)
         train_loss, train_accuracy = self._train_means()  # waits for the device
         self.seconds = time.perf_counter() - started
-        test_loss, test_accuracy = self.evaluate()
+        parts = self.clock.read(wait=True)
+        figures = {f"test_{name}": value for name, value in self.evaluate().items()}
+        if self.average:
+            figures |= {f"ema_{name}": value for name, value in self.evaluate(self.average.module).items()}
+        for bad in self.world.gather(self.data.bad):
+            self.bad |= bad
         group = self.optimizer.param_groups[0]
         self.epoch += 1
         row = {
@@ -98,9 +118,10 @@ class Trainer:
             **{name: float(group[name]) for name in ("lr", "sigma", "rho") if name in group},
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            **figures,
+            **({"bad_images": len(self.bad)} if self.bad else {}),
             "seconds": self.seconds,
+            **{f"{part}_seconds": seconds for part, seconds in parts.items()},
             "images_per_second": self.steps_per_epoch * self.config.batch_size / self.seconds,
         }
         self.history.append(row)
@@ -108,30 +129,37 @@ class Trainer:
         return row
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy on the test data, with the first process's BatchNorm statistics."""
+    def evaluate(self, model: nn.Module | None = None) -> dict[str, float]:
+        """Loss, accuracies and calibration on the test data, with the first process's BatchNorm statistics.
+
+        Args:
+            model: the network to evaluate; by default the one that trains.
+        """
         self.network.eval()
-        self.world.broadcast(self.model.buffers())
-        sums = torch.zeros(2, device=self.device)
-        batches = self.data.test_batches(EVALUATION_BATCH)
-        last = len(batches) - 1
+        self.world.broadcast((model or self.model).buffers())
+        metrics = Metrics(self.device, self.data.classes)
+        count = math.ceil(self.data.test_size / EVALUATION_BATCH)
         # All take as many turns, for the others may gather weights from this one's shards; what is in surplus does not count.
-        for turn in range(self.world.rank, len(batches) + self.world.rank, self.world.size):
-            output = self._forward(batches[min(turn, last)])
-            if turn <= last:
-                count(sums, output, batches[turn])
-        loss, correct = (self.world.sum(sums) / len(self.data.test[1])).tolist()
-        return loss, correct
+        turns = range(self.world.rank, count + self.world.rank, self.world.size)
+        batches = self.data.test_batches(EVALUATION_BATCH, [min(turn, count - 1) for turn in turns])
+        for turn, batch in zip(turns, batches):
+            output = self.passes.forward(batch, model)
+            if turn < count:
+                metrics.add(*output, batch[1])
+        return metrics.result(self.world)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on, whole on the first process; the same for any number of them."""
         return {
             "config": checkpoint.pack_config(self.config),
+            "data": self.fingerprint,
             "epoch": self.epoch,
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": {"epoch": self.seconds, **self.clock.read()},
             "history": self.history,
             "model": parallel.whole(self.model.state_dict()),
+            "ema": self.average.module.state_dict() if self.average else None,
+            "scaler": self.passes.scaler.state_dict(),
             "optimizer": parallel.whole(self.optimizer.state_dict()),
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "processes": self.world.gather({"sums": self.sums.cpu(), "random": checkpoint.random_state()}),
@@ -147,11 +175,21 @@ class Trainer:
             ValueError: that run's data, model, method or schedule is another; nothing has changed then.
         """
         check_same_run(state["config"], checkpoint.pack_config(self.config))
+        if state["data"] != self.fingerprint:
+            raise ValueError(f"cannot resume: the checkpoint's run has {state['data']}; here are {self.fingerprint}")
+        check_same_weights(state["model"], self.model.state_dict())
         parallel.load_model(self.model, state["model"])
+        if self.average:
+            self.average.module.load_state_dict(state["ema"])
+        if self.passes.scaler.is_enabled():
+            self.passes.scaler.load_state_dict(state["scaler"])
         parallel.load_optimizer(self.optimizer, state["optimizer"])
         for schedule, its_state in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(its_state)
-        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.epoch, self.step = state["epoch"], state["step"]
+        parts = dict(state["seconds"])
+        self.seconds = parts.pop("epoch")
+        self.clock.reset(parts)
         self.history = list(state["history"])
         saved = state["processes"]
         if len(saved) == self.world.size:
@@ -163,7 +201,7 @@ class Trainer:
             self._seed(self.step)
 
     def _schedules(self) -> list[LambdaLR | flatops.CosineRamp]:
-        """The learning rate, and sigma where it moves; all of them step with the optimizer."""
+        """The learning rate, and sigma and rho where they move; all of them step with the optimizer."""
         warmup = round(self.config.warmup_epochs * self.steps_per_epoch)
 
         def factor(step: int) -> float:
@@ -172,14 +210,16 @@ class Trainer:
             return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
 
         schedules: list[LambdaLR | flatops.CosineRamp] = [LambdaLR(self.optimizer, factor)]
-        if "sigma_end" in self.options:
-            start, end = self.options["sigma"], self.options["sigma_end"]
-            schedules.append(flatops.CosineRamp(self.optimizer, "sigma", start, end, self.total_steps))
+        for name in ("sigma", "rho"):
+            if f"{name}_end" in self.options:
+                start, end = self.options[name], self.options[f"{name}_end"]
+                schedules.append(flatops.CosineRamp(self.optimizer, name, start, end, self.total_steps))
         return schedules
 
     def _begin_epoch(self) -> None:
         self.step = 0  # steps done in this epoch
         self.seconds = 0.0  # time they took
+        self.clock.reset()
         self.sums = torch.zeros(2, device=self.device)  # their summed losses and right answers
 
     def _seed(self, *step: int) -> None:
@@ -187,21 +227,45 @@ class Trainer:
         process = (self.world.rank, *step) if step or not self.world.first else ()
         seed_everything(self.config.seed, self.epoch, *process)
 
-    def _batches(self) -> zip[tuple[data.Batch, ...]]:
+    def clocked(self, batches: Iterator[tuple[data.Batch, ...]]) -> Iterator[tuple[data.Batch, ...]]:
+        """The same, with the time that a step waits for them counted."""
+        while True:
+            with self.clock("data"):
+                step = next(batches, None)
+            if step is None:
+                return
+            yield step
+
+    def _batches(self) -> Iterator[tuple[data.Batch, ...]]:
         """This process's batches of each step that is left in the epoch, one per shuffle that the method draws from."""
         streams = (data.CLEAN, data.PERTURBED)[: self.method.batches]
-        return zip(*(self._shuffle(stream, start=self.step, **self._part()) for stream in streams))
-
-    def _shuffle(self, stream: int, **which: int) -> Iterator[data.Batch]:
-        return self.data.batches(
-            self.config.batch_size, seed=self.config.seed, epoch=self.epoch, stream=stream, **which
+        steps = self.data.steps(
+            streams,
+            self.config.batch_size,
+            seed=self.config.seed,
+            epoch=self.epoch,
+            start=self.step,
+            **self._part(),
         )
+        for number, step in enumerate(steps, self.step):
+            yield tuple(self._prepared(stream, number, *batch) for stream, batch in zip(streams, step))
+
+    def _prepared(self, stream: int, number: int, images: torch.Tensor, labels: torch.Tensor) -> data.Batch:
+        """A batch in its layout, and mixed."""
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=self.layout)
+        if self.mix:
+            # All processes mix in the same proportion, each within its own images.
+            with drawing_from(MIX, self.config.seed, stream, self.epoch, number):
+                images, labels = self.mix(images, labels)
+        return images, labels
 
     def _part(self) -> dict[str, int]:
         """Which piece of a batch is this process's."""
         return {"part": self.world.rank, "parts": self.world.size}
 
-    def _update_mask(self) -> None:
+    def update_mask(self) -> None:
+        """Make SSAM's next mask from samples."""
         samples, part, processes = self.options["fisher_samples"], {}, self.world.size
         # Replicas have a share each, which the optimizer sums; shards take every sample together.
         if self.parallel == "ddp":
@@ -212,28 +276,30 @@ class Trainer:
         self.optimizer.update_mask(
             self.model,
             F.cross_entropy,
-            self._shuffle(data.FISHER, **part),
+            self.data.batches(
+                self.config.batch_size, seed=self.config.seed, epoch=self.epoch, stream=data.FISHER, **part
+            ),
             samples=samples,
             progress=False,
         )
 
     def _train_step(self, *batches: data.Batch) -> None:
-        output = self.method.step(self.network, self.optimizer, self._forward, *batches)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.clock("flatops"):  # all that is not the passes themselves
+            output = self.method.step(self.network, self.optimizer, self.passes, *batches)
+        with self.clock("optimizer"):
+            scaler = self.passes.scaler
+            if self.config.clip_norm is not None:
+                scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+            scaler.step(self.optimizer)
+            scaler.update()
+            self.optimizer.zero_grad()
         for schedule in self.schedules:
             schedule.step()
         count(self.sums, output, batches[0])
         self.step += 1
-
-    def _forward(self, batch: data.Batch) -> methods.Output:
-        images, labels = batch
-        # DistributedDataParallel would hand on buffers in every evaluation batch too, of which processes have unlike numbers.
-        network = self.network if self.model.training else self.model
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            logits = network(images)
-        smoothing = self.config.label_smoothing if self.model.training else 0.0
-        return methods.Output(F.cross_entropy(logits.float(), labels, label_smoothing=smoothing), logits)
+        if self.average:
+            self.average.update(self.model, self.steps_done)
 
     def _train_means(self) -> list[float]:
         sums = self.world.sum(self.sums.clone())
@@ -241,10 +307,24 @@ class Trainer:
 
 
 @torch.no_grad()
-def count(sums: torch.Tensor, output: methods.Output, batch: data.Batch) -> None:
+def count(sums: torch.Tensor, output: Output, batch: data.Batch) -> None:
     """Add a batch's summed loss and right answers to `sums` (2,), without waiting for the device."""
-    _, labels = batch
+    labels = batch[1] if batch[1].dim() == 1 else batch[1].argmax(1)  # of mixed images, the larger part's
     sums += torch.stack([output.loss * len(labels), (output.logits.argmax(1) == labels).sum()])
+
+
+def average_of(model: nn.Module, decay: float) -> nn.Module:
+    """An exponential moving average of a network's weights and BatchNorm statistics; its decay grows over the first steps."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
+
+
+def mixing(config: TrainConfig, classes: int) -> Callable[..., data.Batch]:
+    """Mixup (Zhang et al., arXiv 1710.09412), CutMix (Yun et al., arXiv 1905.04899), or either, batch by batch."""
+    from timm.data import Mixup
+
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
 
 
 def choose_device(name: str, world: World = World()) -> torch.device:
@@ -284,7 +364,10 @@ def seed_everything(seed: int, *path: int) -> None:
 
 
 # All else decides the weights, to the bit but for how many processes round them.
-MAY_DIFFER = {"output", "resume", "checkpoint_every", "device", "threads", "parallel", "timeout"}
+MAY_DIFFER = {
+    *("output", "resume", "checkpoint_every", "device", "threads", "parallel", "timeout", "accumulate"),
+    *("data_dir", "workers", "bad_images", "preset", "tensorboard", "profile"),
+}
 
 
 def check_same_run(saved: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -293,3 +376,12 @@ def check_same_run(saved: dict[str, Any], asked: dict[str, Any]) -> None:
     if differ:
         parts = ", ".join(f"{name} {saved.get(name)} (asked for: {asked[name]})" for name in differ)
         raise ValueError(f"cannot resume: the checkpoint's run has {parts}")
+
+
+def check_same_weights(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError naming the weights in which a checkpoint's network is another."""
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (saved, ours)]
+    differ = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
+    if differ:
+        which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
+        raise ValueError(f"cannot resume: the checkpoint is of another network, with other weights {which}")

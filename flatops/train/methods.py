@@ -1,6 +1,7 @@
 """The methods: what each one adds to SGD, written out with the optimizers' explicit calls.
 
-Every step leaves its gradient in `p.grad`; the engine then calls `optimizer.step()`, the same for all.
+Every step leaves its gradient in `p.grad`; the engine then calls `optimizer.step()`, the same for all. `gradient` is a `Passes`:
+it knows about mixed precision, accumulation and processes, so that what stands here is the methods' formulas.
 """
 
 from __future__ import annotations
@@ -8,94 +9,76 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import flatops
 
 from .config import METHOD_OPTIONS, TrainConfig
 from .data import Batch
+from .passes import Gradient, Output
 
-
-class Output(NamedTuple):
-    """What a forward pass gives: the loss (scalar) and the logits (B, classes)."""
-
-    loss: Tensor
-    logits: Tensor
-
-
-Forward = Callable[[Batch], Output]
 Options = dict[str, float | str]
 
 
-def sgd(model: nn.Module, optimizer: torch.optim.Optimizer, forward: Forward, batch: Batch) -> Output:
+def sgd(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Gradient, batch: Batch) -> Output:
     """g = ∇L(w)"""
-    output = forward(batch)
-    output.loss.backward()
-    return output
+    return gradient(batch)
 
 
-def rwp(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch) -> Output:
+def rwp(model: nn.Module, optimizer: flatops.RWP, gradient: Gradient, batch: Batch) -> Output:
     """g = ∇L(w + ε), ε ~ N(0, σ²‖w_f‖²) in every filter f; ARWP: σ²/(1 + η·F_f)"""
     with optimizer.perturbed():
-        output = forward(batch)
-        output.loss.backward()
-    return output
+        return gradient(batch)
 
 
-def mrwp(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch, other: Batch) -> Output:
+def mrwp(model: nn.Module, optimizer: flatops.RWP, gradient: Gradient, batch: Batch, other: Batch) -> Output:
     """g = (1 − λ)·∇L(w; batch) + λ·∇L(w + ε; other)"""
-    return mixed(model, optimizer, forward, batch, other)[0]
+    return mixed(model, optimizer, gradient, batch, other)[0]
 
 
 def mixed(
-    model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch, other: Batch
+    model: nn.Module, optimizer: flatops.RWP, gradient: Gradient, batch: Batch, other: Batch
 ) -> tuple[Output, Output]:
     """m-RWP's clean and perturbed pass, one after the other."""
-    clean = forward(batch)
-    (clean.loss * optimizer.clean_weight).backward()
-    with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
-        perturbed = forward(other)
-        (perturbed.loss * optimizer.perturbed_weight).backward()
-    return clean, perturbed
+    clean = gradient(batch, optimizer.clean_weight)
+    weight = optimizer.perturbed_weight
+    with optimizer.perturbed(gradient.loss_scale(weight)), flatops.freeze_batchnorm_stats(model):
+        return clean, gradient(other, weight)
 
 
-def mrwp_in_halves(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch) -> Output:
+def mrwp_in_halves(model: nn.Module, optimizer: flatops.RWP, gradient: Gradient, batch: Batch) -> Output:
     """m-RWP on the halves of one batch, the first clean: parallel m-RWP on one process"""
     halves = zip(*(tensor.chunk(2) for tensor in batch))
-    clean, perturbed = mixed(model, optimizer, forward, *halves)
+    clean, perturbed = mixed(model, optimizer, gradient, *halves)
     return Output((clean.loss + perturbed.loss) / 2, torch.cat([clean.logits, perturbed.logits]))
 
 
-def mrwp_side_by_side(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch) -> Output:
+def mrwp_side_by_side(model: nn.Module, optimizer: flatops.RWP, gradient: Gradient, batch: Batch) -> Output:
     """m-RWP with a clean or a perturbed pass on each process, mixed by the all-reduce: parallel m-RWP"""
     with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model, optimizer.is_perturbed):
-        output = forward(batch)
-        (output.loss * optimizer.perturbed_weight).backward()
-    return output
+        return gradient(batch, optimizer.perturbed_weight)
 
 
 def sam(
     model: nn.Module,
     optimizer: flatops.SAM,
-    forward: Forward,
+    gradient: Gradient,
     batch: Batch,
     first_pass: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Output:
     """g = ∇L(w + e), e = ρ·∇L(w)/‖∇L(w)‖; ASAM: e = ρ·w²·∇L(w)/‖|w|·∇L(w)‖; SSAM: e times a mask"""
     with first_pass():
-        output = forward(batch)
-        output.loss.backward()
+        output = gradient(batch)
     with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
-        forward(batch).loss.backward()
+        gradient(batch)
     return output
 
 
-def sam_local(model: nn.Module, optimizer: flatops.SAM, forward: Forward, batch: Batch) -> Output:
+def sam_local(model: nn.Module, optimizer: flatops.SAM, gradient: Gradient, batch: Batch) -> Output:
     """SAM's family with e from each process's own ∇L(w)"""
-    return sam(model, optimizer, forward, batch, lambda: optimizer.ascent_pass(model))
+    return sam(model, optimizer, gradient, batch, lambda: optimizer.ascent_pass(model))
 
 
 @dataclass(frozen=True)
@@ -104,7 +87,7 @@ class Method:
 
     Args:
         label: its name in tables and plots.
-        step: a training step up to the gradient, called as step(model, optimizer, forward, *batches).
+        step: a training step up to the gradient, called as step(model, optimizer, gradient, *batches).
         options: the method's options with the values they take where the user gives none, chosen on digits.
         batches: batches that a step takes, each from its own shuffle of the data.
     """
@@ -164,13 +147,18 @@ def choose(config: TrainConfig, processes: int = 1) -> Method:
     if config.batch_size % parts:
         what = "processes" if processes > 1 else "halves"
         raise ValueError(f"batch_size {config.batch_size} cannot be shared out evenly over {parts} {what}")
+    share = config.batch_size // parts
+    if share % config.accumulate:
+        raise ValueError(f"a process's {share} images of a batch cannot be taken in accumulate {config.accumulate} equal pieces")
+    if (config.mixup or config.cutmix) and config.batch_size // processes % 2:
+        raise ValueError(f"mixup and cutmix pair images: batch_size {config.batch_size} gives a process an odd number")
     return method
 
 
 def known_options(method: str) -> set[str]:
     """The options that mean something to a method."""
     known = set(find(method).options)
-    return known | {"sigma_end"} if "sigma" in known else known
+    return known | {f"{name}_end" for name in ("sigma", "rho") if name in known}
 
 
 def used_options(config: TrainConfig) -> Options:
@@ -198,7 +186,7 @@ def used_options(config: TrainConfig) -> Options:
 def create_optimizer(
     params: Iterable[nn.Parameter], config: TrainConfig, steps_per_epoch: int = 1, processes: int = 1
 ) -> torch.optim.Optimizer:
-    """SGD, or the method's optimizer on top of it; a dynamic mask moves every `steps_per_epoch` steps.
+    """The base optimizer, or the method's on top of it; a dynamic mask moves every `steps_per_epoch` steps.
 
     With `rwp_parallel` on several processes, each takes its role in m-RWP.
 
@@ -206,17 +194,21 @@ def create_optimizer(
         ValueError: see used_options; also a value out of range (σ or ρ negative, λ outside [0, 1] …).
     """
     options = used_options(config)
-    options.pop("sigma_end", None)
-    base = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    for name in ("sigma_end", "rho_end"):
+        options.pop(name, None)
+    base, own = torch.optim.AdamW, {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.base == "sgd":
+        base = torch.optim.SGD
+        own |= {"momentum": config.momentum, "nesterov": config.nesterov}
     if "mask" in options:
         options.pop("fisher_samples", None)
         if options["mask"] == "dynamic":
             options |= {"update_every": steps_per_epoch, "total_updates": config.epochs}
-        return flatops.SSAM(params, torch.optim.SGD, seed=config.seed, **options, **base)
+        return flatops.SSAM(params, base, seed=config.seed, **options, **own)
     if "sigma" in options:
         if config.rwp_parallel and processes > 1:
             options |= {"parallel": True}
-        return flatops.RWP(params, torch.optim.SGD, seed=config.seed, **options, **base)
+        return flatops.RWP(params, base, seed=config.seed, **options, **own)
     if "rho" in options:
-        return flatops.SAM(params, torch.optim.SGD, adaptive=config.method == "asam", **options, **base)
-    return torch.optim.SGD(params, **base)
+        return flatops.SAM(params, base, adaptive=config.method == "asam", **options, **own)
+    return base(params, **own)

@@ -19,25 +19,68 @@ def cnn(classes: int, channels: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], classes))
 
 
-def create(name: str, classes: int, channels: int) -> nn.Module:
-    """The network of that name with fresh weights: `cnn` here, every other name in timm.
+def create(name: str, classes: int, channels: int, size: int | None = None) -> nn.Module:
+    """The network of that name with fresh weights.
 
     Args:
-        name: cnn, or any of timm.list_models().
+        name: cnn; any of timm.list_models(), a ResNet also with _cifar at its end; or torchvision: and any of
+            torchvision.models.list_models().
         classes: number of outputs.
         channels: channels of an image.
+        size: side of an image, for networks that are made for one.
 
     Raises:
-        ValueError: timm knows no such name.
+        ValueError: there is no such name, or it cannot take images of so many channels.
     """
     if name == "cnn":
         return cnn(classes, channels)
+    if name.startswith("torchvision:"):
+        return from_torchvision(name.removeprefix("torchvision:"), classes, channels)
     import timm
 
+    if name.endswith("_cifar") and timm.is_model(name.removesuffix("_cifar")):
+        return for_small_images(create(name.removesuffix("_cifar"), classes, channels, size), name)
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, ["cnn", *timm.list_models()], n=3)
-        hint = (
-            f"did you mean {' or '.join(close)}?" if close else "choose cnn or a name of timm.list_models()"
-        )
-        raise ValueError(f"unknown model {name!r}; {hint}")
-    return timm.create_model(name, num_classes=classes, in_chans=channels)
+        raise unknown(name, ["cnn", *timm.list_models()], "cnn, a name of timm.list_models() or torchvision:NAME")
+    fixed = getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False)
+    some = {"img_size": size} if fixed and size else {}
+    return timm.create_model(name, num_classes=classes, in_chans=channels, **some)
+
+
+def from_torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    """A network of torchvision with fresh weights.
+
+    Raises:
+        ValueError: there is no such name, or the images are not in colour.
+    """
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise unknown(f"torchvision:{name}", [f"torchvision:{each}" for each in known], "a name of torchvision.models")
+    if channels != 3:
+        raise ValueError(f"torchvision's networks take images of 3 channels, not {channels}: choose one of timm's")
+    some = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=classes, **some)
+
+
+def for_small_images(model: nn.Module, name: str) -> nn.Module:
+    """A ResNet that begins with a 3×3 convolution of stride 1 and no pooling, as papers have it on CIFAR.
+
+    Raises:
+        ValueError: the network does not begin as a ResNet does.
+    """
+    first = getattr(model, "conv1", None)
+    if not (isinstance(first, nn.Conv2d) and hasattr(model, "maxpool")):
+        raise ValueError(f"model {name!r}: only a plain ResNet has a form for CIFAR, such as resnet18_cifar")
+    model.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
+def unknown(name: str, known: list[str], advice: str) -> ValueError:
+    """The error for a name that there is not, with those most like it."""
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose {advice}"
+    return ValueError(f"unknown model {name!r}; {hint}")

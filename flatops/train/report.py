@@ -18,14 +18,19 @@ from .config import TrainConfig
 from .engine import Row, Trainer
 from .methods import Options
 
+AMP = {"none": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast with a loss scale"}
+DISTORTIONS = ("randaugment", "cutout", "erasing", "mixup", "cutmix")
 COLUMNS = {  # title: (key of the row, width, format)
     "epoch": ("epoch", 5, "d"),
     "lr": ("lr", 8, ".4f"),
     "sigma": ("sigma", 8, ".4f"),
+    "rho": ("rho", 8, ".4f"),
     "train loss": ("train_loss", 12, "#.4g"),
     "train acc": ("train_accuracy", 11, ".1%"),
     "test loss": ("test_loss", 12, "#.4g"),
     "test acc": ("test_accuracy", 11, ".1%"),
+    "top 5": ("test_top5", 9, ".1%"),
+    "ema acc": ("ema_accuracy", 10, ".1%"),
     "images/s": ("images_per_second", 12, ",.0f"),
 }
 
@@ -80,6 +85,52 @@ class ImagesPerSecond(ProgressColumn):
         return Text(f"{speed * self.batch_size:,.0f} images/s" if speed else "", style="cyan")
 
 
+class Shares(ProgressColumn):
+    """What the steps of the epoch spend their time on."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def render(self, task: Task) -> Text:
+        return Text(describe_shares(self.trainer.clock.read()), style="magenta")
+
+
+class Board:
+    """Every epoch's figures for TensorBoard.
+
+    Args:
+        folder: where to write; None writes nothing.
+        history: rows of epochs already done, which come first.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path | None, history: list[Row]) -> None:
+        self.writer = None
+        if folder:
+            from torch.utils.tensorboard import SummaryWriter
+
+            for old in folder.glob("events.out.tfevents.*"):  # of a run that this one continues; it is in the history
+                old.unlink()
+            self.writer = SummaryWriter(str(folder))
+        for row in history:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Write a row: test_loss as test/loss and so on."""
+        if self.writer:
+            for name, value in row.items():
+                self.writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.writer:
+            self.writer.close()
+
+
 class Screen:
     """The terminal of one run, as a context manager.
 
@@ -90,14 +141,16 @@ class Screen:
 
     def __init__(self, trainer: Trainer, console: Console) -> None:
         self.trainer, self.console = trainer, console
-        self.columns = {
-            title: c for title, c in COLUMNS.items() if title != "sigma" or "sigma_end" in trainer.options
-        }
+        shown = {"sigma": "sigma_end" in trainer.options, "rho": "rho_end" in trainer.options}
+        shown |= {"top 5": trainer.data.classes > 5 and trainer.config.data != "digits", "ema acc": trainer.average}
+        self.columns = {title: c for title, c in COLUMNS.items() if shown.get(title, True)}
+        self.named: set[str] = set()  # images that could not be read
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:.0f} %"),
             ImagesPerSecond(trainer.config.batch_size),
+            Shares(trainer),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             transient=True,
@@ -124,9 +177,18 @@ class Screen:
         """Show that a step was done."""
         epoch = f"{self.trainer.epoch + 1}/{self.trainer.config.epochs}"
         self.progress.update(self.bar, completed=self.trainer.steps_done, epoch=epoch)
+        self._name(self.trainer.data.bad)
+
+    def _name(self, bad: dict[str, str]) -> None:
+        """Print images that could not be read, each once."""
+        for name in sorted(bad.keys() - self.named):
+            self.named.add(name)
+            message = f"passed by: cannot read {name}: {bad[name]}"
+            self.console.print(message, style="yellow", highlight=False, soft_wrap=True)
 
     def epoch(self, row: Row) -> None:
         """Print an epoch's line."""
+        self._name(self.trainer.bad)
         cells = (f"{format(row[key], form):>{width}}" for key, width, form in self.columns.values())
         self.console.print("".join(cells), highlight=False)
 
@@ -140,14 +202,18 @@ def header(trainer: Trainer) -> Panel:
     grid.add_row("data", describe_data(trainer))
     grid.add_row("model", f"{config.model}, {weights:,} weights, seed {config.seed}")
     grid.add_row("method", describe_method(trainer))
-    grid.add_row("sgd", describe_schedule(config))
+    grid.add_row(config.base, describe_schedule(config))
+    if distortions := describe_options({name: getattr(config, name) for name in DISTORTIONS if getattr(config, name)}):
+        grid.add_row("images", distortions)
     grid.add_row(
-        "length", f"{config.epochs} epochs of {trainer.steps_per_epoch} steps of {config.batch_size} images"
+        "length",
+        f"{config.epochs} epochs of {trainer.steps_per_epoch} steps of {config.batch_size} images"
+        + f", in {config.accumulate} pieces" * (config.accumulate > 1),
     )
     grid.add_row(
         "device",
         f"{trainer.device}, {threads} thread{'s' * (threads > 1)}, "
-        f"{'bfloat16 autocast' if config.bf16 else 'float32'}",
+        f"{AMP[config.amp]}{', channels last' * config.channels_last}{', compiled' * config.compile}",
     )
     if trainer.parallel:
         grid.add_row("processes", f"{trainer.world.size}, {trainer.parallel}")
@@ -159,8 +225,8 @@ def describe_data(trainer: Trainer) -> str:
     data = trainer.data
     wrong = f" ({data.wrong:,} labels wrong)" if data.wrong else ""
     return (
-        f"{trainer.config.data}, {len(data.train[1]):,} training images{wrong}, "
-        f"{len(data.test[1]):,} test images, {data.classes} classes"
+        f"{trainer.config.data}, {data.train_size:,} training images{wrong}, "
+        f"{data.test_size:,} test images, {data.classes} classes"
     )
 
 
@@ -181,7 +247,15 @@ def describe_options(options: Options) -> str:
 def describe_schedule(config: TrainConfig) -> str:
     """The learning rate's way and the rest of SGD."""
     warmup = f"up over {config.warmup_epochs:g} epochs, then " if config.warmup_epochs else ""
+    momentum = f"{'Nesterov ' * config.nesterov}momentum {config.momentum:g}, " if config.base == "sgd" else ""
+    more = {"clip norm": config.clip_norm, "label smoothing": config.label_smoothing, "ema": config.ema}
     return (
-        f"lr {config.lr:g}, {warmup}down to 0 along a cosine, momentum {config.momentum:g}, "
-        f"weight decay {config.weight_decay:g}"
+        f"lr {config.lr:g}, {warmup}down to 0 along a cosine, {momentum}weight decay {config.weight_decay:g}"
+        + "".join(f", {name} {value:g}" for name, value in more.items() if value)
     )
+
+
+def describe_shares(seconds: dict[str, float]) -> str:
+    """What share of the time went where, such as `data 1 %  passes 93 %  flatops 4 %  optimizer 2 %`."""
+    total = sum(seconds.values())
+    return "  ".join(f"{part} {value / total:.0%}" for part, value in seconds.items()) if total else ""

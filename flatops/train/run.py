@@ -7,20 +7,24 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from . import checkpoint, plots
 from .config import TrainConfig
 from .engine import Row, Trainer
-from .report import Log, Screen, write_json
+from .report import Board, Log, Screen, write_json
 from .world import joined, peer_errors
 
 
 def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
-    """Train one network and leave config.json, log.jsonl, last.pt and curves.png in the run's folder.
+    """Train one network and leave config.json, log.jsonl, last.pt, best.pt and curves.png in the run's folder.
+
+    best.pt is the checkpoint of the epoch of the highest test accuracy, with `ema` of the averaged weights. Both checkpoints hold
+    the network as `model` and its average as `ema`, and `resume` continues from either.
 
     Ctrl-C and SIGTERM finish the step, save, say how to resume, and stop; a second one stops at once.
 
@@ -40,17 +44,20 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
         FloatingPointError: the loss is no longer a number.
         KeyboardInterrupt: after Ctrl-C; SystemExit after SIGTERM.
         ConnectionError: another process died, hung, or cannot be reached.
+        MemoryError: a step does not fit.
+        OSError: a checkpoint cannot be written, the disk being full; the last one is intact.
     """
     with joined(config.timeout) as world:
         console = (console or Console()) if world.first else Console(quiet=True)
         state = checkpoint.read(config.resume) if config.resume else None
-        trainer = Trainer(config, world)
+        with memory_advice(config):
+            trainer = Trainer(config, world)
         if state:
             trainer.load_state_dict(state)
         folder = world.from_first(lambda: make_folder(config))
         if world.first:
             write_json(folder / "config.json", checkpoint.pack_config(config) | trainer.options)
-        with resumable(folder):
+        with closing(trainer.data), resumable(folder), memory_advice(config, folder):
             run_epochs(trainer, folder, console)
         if world.first:
             title = f"{trainer.method.label} on {config.data}"
@@ -68,11 +75,15 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
     """Train to the end; show, log and save every epoch; save and stop where a signal asks for it."""
     config, world = trainer.config, trainer.world
     log = Log(folder / "log.jsonl" if world.first else None, trainer.history)
+    board = Board(folder if world.first and config.tensorboard else None, trainer.history)
+    accuracy = "ema_accuracy" if trainer.average else "test_accuracy"
 
     def save() -> None:
         state = trainer.state_dict()
         if world.first:
             checkpoint.save(folder / checkpoint.NAME, state)
+            if trainer.step == 0 and best(trainer.history, accuracy):
+                checkpoint.keep_best(folder)
 
     def stop_if_asked() -> None:
         # Signals reach processes in different steps, or only one of them: they agree in every step, which costs 0.1 ms.
@@ -98,11 +109,38 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
         while trainer.epoch < config.epochs:
             row = trainer.run_epoch(on_step)
             log.add(row)
+            board.add(row)
             screen.epoch(row)
+            if trainer.bad and world.first:
+                lines = (f"{name}: {reason}\n" for name, reason in sorted(trainer.bad.items()))
+                (folder / "bad_images.txt").write_text("".join(lines))
             if not math.isfinite(row["train_loss"]):
                 raise FloatingPointError(f"the loss became {row['train_loss']}: lower lr, sigma or rho")
             save()
             stop_if_asked()
+    board.close()
+
+
+def best(history: list[Row], accuracy: str) -> bool:
+    """Whether the last epoch is the best so far."""
+    return bool(history) and history[-1][accuracy] >= max(row[accuracy] for row in history)
+
+
+@contextmanager
+def memory_advice(config: TrainConfig, folder: Path | None = None) -> Iterator[None]:
+    """Say which option to change where memory runs out; PyTorch has an error for the GPU and several for the CPU."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        on_cpu = "allocate memory" in str(error) or isinstance(error, MemoryError)
+        if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
+            raise
+        half = ", or use amp bf16" if config.amp == "none" else ""
+        raise MemoryError(
+            f"out of memory: raise accumulate (now {config.accumulate}) or lower batch_size (now {config.batch_size}){half}"
+            + (f"; continue with: flatops train --resume {folder} --accumulate {2 * config.accumulate}"
+               if folder and (folder / checkpoint.NAME).is_file() else "")
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,123 @@
+"""What happens to whole batches on the device: normalisation, random crops and flips, blotting out, mixup and CutMix.
+
+Everything random follows from a path of integers such as (seed, stream, epoch, batch), drawn for the whole batch, of which a
+process takes its piece: any number of processes sees the same images.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AUGMENT, MIX = 1001, 1002  # keep these draws apart from those of the shuffles
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Batches of images as the network sees them.
+
+    Args:
+        padding: pixels on every side, out of which a random crop of the old size is taken.
+        flip: mirror half of the images.
+        cutout: side in pixels of a square that is blotted out (DeVries and Taylor, arXiv 1708.04552).
+        erasing: probability of blotting out a rectangle (Zhong et al., arXiv 1708.04896).
+        mean, std: of every channel, in units of uint8; images of float32 are normalised already.
+    """
+
+    padding: int = 0
+    flip: bool = False
+    cutout: int = 0
+    erasing: float = 0.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __call__(self, images: Tensor, path: Sequence[int], size: int, mine: slice) -> Tensor:
+        """Training images.
+
+        Args:
+            images: this process's piece of a batch, (B, C, H, W).
+            path: what the random draws follow from.
+            size: images in the whole batch.
+            mine: which of them these are.
+        """
+        rng = np.random.default_rng([AUGMENT, *path])
+        height, width = images.shape[2:]
+        if self.padding or self.flip:
+            shifts = rng.integers(2 * self.padding + 1, size=(2, size))
+            mirrored = rng.random(size) < 0.5 if self.flip else np.zeros(size, dtype=bool)
+            images = moved(self.padded(images), *shifts[:, mine], mirrored[mine], height, width)
+        images = self.prepare(images)
+        if self.cutout:
+            centres = rng.integers((height, width), size=(size, 2))
+            low = centres - self.cutout // 2
+            images = blotted(images, low[mine], low[mine] + self.cutout)
+        if self.erasing:
+            low, high = rectangles(rng, self.erasing, size, height, width)
+            images = blotted(images, low[mine], high[mine])
+        return images
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images normalised: zero is the mean colour."""
+        if images.dtype != torch.uint8:
+            return images
+        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (images.float() - mean) / std
+
+    def padded(self, images: Tensor) -> Tensor:
+        return F.pad(images, (self.padding,) * 4) if self.padding else images
+
+
+def moved(images: Tensor, down: np.ndarray, right: np.ndarray, mirrored: np.ndarray, height: int, width: int) -> Tensor:
+    """The crops of `height` × `width` at (down, right) of each image, mirrored where asked for."""
+    columns = np.arange(width)
+    columns = right[:, None] + np.where(mirrored[:, None], columns[::-1], columns)
+    rows = down[:, None] + np.arange(height)
+    rows, columns = (torch.from_numpy(index).to(images.device) for index in (rows, columns))
+    which = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channels = torch.arange(images.shape[1], device=images.device)[:, None, None]
+    return images[which, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def blotted(images: Tensor, low: np.ndarray, high: np.ndarray) -> Tensor:
+    """Images with 0, the mean colour, in the rectangle from `low` (row, column) up to `high`, each (B, 2)."""
+    inside = []
+    for axis, length in enumerate(images.shape[2:]):
+        at = torch.arange(length, device=images.device)
+        start, end = (torch.from_numpy(edge[:, axis]).to(images.device)[:, None] for edge in (low, high))
+        inside.append((at >= start) & (at < end))
+    return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
+
+
+def rectangles(
+    rng: np.random.Generator, probability: float, size: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where random erasing blots out: the corners of `size` rectangles, empty ones for images that are spared."""
+    area = rng.uniform(0.02, 1 / 3, size) * height * width * (rng.random(size) < probability)
+    ratio = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3), size))
+    sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1).round().astype(np.int64)
+    sides = np.minimum(sides, (height, width))
+    low = (rng.random((size, 2)) * ((height, width) - sides + 1)).astype(np.int64)
+    return low, low + sides
+
+
+@contextmanager
+def drawing_from(*path: int) -> Iterator[None]:
+    """Seeds the generators of torch (CPU), numpy and Python within, for augmentations of others; leaves them as they were."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    word = int(np.random.SeedSequence(path).generate_state(1)[0])
+    torch.random.default_generator.manual_seed(word)
+    np.random.seed(word)
+    random.seed(word)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])

@@ -1,0 +1,248 @@
+"""Images that worker processes read while the device trains: any number of them gives the same batches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .augment import Augment, drawing_from
+from .data import IGNORED, Batch, piece, shuffled
+
+TEST = -1  # where training images have a stream
+Key = tuple[int, int, int]  # stream, epoch, index
+
+
+class Source(Protocol):
+    """Images and their names, in a form that costs worker processes no memory."""
+
+    labels: np.ndarray
+
+    def open(self, index: int) -> Image.Image:
+        """An image in RGB, decoded."""
+
+    def name(self, index: int) -> str:
+        """What to call it when it cannot be read."""
+
+
+@dataclass
+class Images(Dataset):
+    """Single images by key: decoded, cropped and distorted at random, as uint8.
+
+    Args:
+        train, test: where they come from.
+        transforms: of PIL images to uint8 (3, size, size), of training and of test images.
+        size: side of what comes out.
+        seed: with the key, it decides what is random.
+    """
+
+    train: Source
+    test: Source
+    transforms: tuple[Callable[[Image.Image], Any], Callable[[Image.Image], Any]]
+    size: int
+    seed: int
+
+    def __getitem__(self, key: Key) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
+        """The image, its number, and what could not be read: a test image is black then, a training one the next that can be."""
+        stream, epoch, index = key
+        bad: list[tuple[str, str]] = []
+        if stream == TEST:
+            image = attempt(self.test, index, bad)
+            if image is None:
+                return np.zeros((3, self.size, self.size), dtype=np.uint8), index, bad
+            return np.asarray(self.transforms[1](image)), index, bad
+        count = len(self.train.labels)
+        for number in range(index, index + count):
+            image = attempt(self.train, number % count, bad)
+            if image is not None:
+                with drawing_from(self.seed, stream, epoch, index):
+                    return np.asarray(self.transforms[0](image)), number % count, bad
+        raise ValueError(f"not one of the {count} training images can be read; the first: {': '.join(bad[0])}")
+
+
+def attempt(source: Source, index: int, bad: list[tuple[str, str]]) -> Image.Image | None:
+    """An image, or None and a new entry in `bad`."""
+    try:
+        return source.open(index)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they trip over
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        bad.append((source.name(index), reason))
+        return None
+
+
+def collate(items: list[tuple[np.ndarray, int, list]]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    """A batch: images (B, 3, H, W) uint8, their numbers (B,), and what could not be read."""
+    images, numbers, bad = zip(*items)
+    return torch.from_numpy(np.stack(images)), torch.tensor(numbers), [entry for some in bad for entry in some]
+
+
+class Plan:
+    """The keys of each batch that the loader is to make next, as its batch sampler."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[list[Key]] = iter(())
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.batches
+
+
+def deaf_to_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole group of processes, and the one that trains decides what becomes of the others: it
+    ends them itself, with a second SIGTERM if it has to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+@dataclass
+class Stream:
+    """A data set read by worker processes; as `Data` to those who use it.
+
+    Args:
+        images: the images.
+        train: None and the labels (N,) int64 to train on.
+        classes: number of classes.
+        augment: what happens to batches on the device.
+        workers: processes that read; 0 reads in between steps.
+        skip_bad: whether images that cannot be read are passed by.
+        wrong: number of training labels that were replaced.
+    """
+
+    images: Images
+    train: tuple[None, Tensor]
+    classes: int
+    augment: Augment
+    workers: int
+    skip_bad: bool
+    wrong: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    device: torch.device = torch.device("cpu")
+    layout: torch.memory_format = torch.contiguous_format
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        self.plan = Plan()
+        self.loader: DataLoader | None = None
+
+    @property
+    def size(self) -> int:
+        return self.images.size
+
+    @property
+    def train_size(self) -> int:
+        return len(self.train[1])
+
+    @property
+    def test_size(self) -> int:
+        """Test images that can be read, as far as they have been looked at."""
+        return len(self.images.test.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these training images from others on resume: their names and labels."""
+        digest = hashlib.sha256(self.train[1].numpy().tobytes())
+        digest.update(getattr(self.images.train, "names", np.array(())).tobytes())
+        return f"{self.train_size} images of {self.classes} classes, {digest.hexdigest()[:16]}"
+
+    def to(self, device: torch.device, memory_format: torch.memory_format) -> Stream:
+        """The same data, whose batches go to a device."""
+        self.device, self.layout = device, memory_format
+        return self
+
+    def close(self) -> None:
+        """End the worker processes; the next pass would start others."""
+        if getattr(self.loader, "_iterator", None) is not None:
+            self.loader._iterator._shutdown_workers()
+        self.loader = None
+
+    def batches(self, size: int, *, stream: int, **which: int) -> Iterator[Batch]:
+        """See Data.batches."""
+        for (batch,) in self.steps([stream], size, **which):
+            yield batch
+
+    def steps(
+        self,
+        streams: Sequence[int],
+        size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        part: int = 0,
+        parts: int = 1,
+    ) -> Iterator[tuple[Batch, ...]]:
+        """See Data.steps. One pass at a time: a new one ends the last."""
+        mine, count = piece(size, part, parts), self.train_size
+        orders = [shuffled(count, seed=seed, epoch=epoch, stream=stream) for stream in streams]
+        numbers = range(start, count // size)
+
+        def plan() -> Iterator[list[Key]]:
+            for number in numbers:
+                for stream, order in zip(streams, orders):
+                    chosen = order[number * size : (number + 1) * size][mine]
+                    yield [(stream, epoch, int(index)) for index in chosen]
+
+        made = self._read(plan())
+        for number in numbers:
+            step = []
+            for stream in streams:
+                images, indices = next(made)
+                images = self.augment(images, [seed, stream, epoch, number], size, mine)
+                step.append((images, self.train[1][indices].to(self.device, non_blocking=True)))
+            yield tuple(step)
+
+    def test_batches(self, size: int, which: Sequence[int]) -> Iterator[Batch]:
+        """See Data.test_batches. Images that cannot be read have the label IGNORED."""
+        count = self.test_size
+        plan = ([(TEST, 0, index) for index in range(n * size, min((n + 1) * size, count))] for n in which)
+        labels = torch.from_numpy(self.images.test.labels)
+        for images, indices in self._read(plan):
+            chosen = labels[indices].clone()
+            for row, index in enumerate(indices.tolist() if self.bad else ()):
+                if self.images.test.name(index) in self.bad:
+                    chosen[row] = IGNORED
+            yield self.augment.prepare(images), chosen.to(self.device, non_blocking=True)
+
+    def _read(self, plan: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images on the device, and their numbers; what could not be read is noted, or raised."""
+        self.plan.batches = plan
+        if self.loader is None:
+            self.loader = self._loader()
+        for images, indices, bad in self.loader:
+            for name, reason in bad:
+                if not self.skip_bad:
+                    raise ValueError(
+                        f"cannot read {name}: {reason}; bad_images skip would take the next image in its place"
+                    )
+                self.bad[name] = reason
+            # On a GPU the host does not wait for the copy: the memory is pinned.
+            yield images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout), indices
+
+    def _loader(self) -> DataLoader:
+        some: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if self.workers else {}
+        return DataLoader(
+            self.images,
+            batch_sampler=self.plan,
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=deaf_to_signals,
+            generator=torch.Generator(),  # or every pass would draw from the one that dropout uses
+            **some,
+        )
+
+
+def default_workers() -> int:
+    """A process's share of the CPUs that this machine lets it use, 16 at most."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

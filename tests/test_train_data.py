@@ -1,0 +1,389 @@
+"""Data of the training program: folders, CIFAR, synthetic images; augmentation, worker processes, images that cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import pickle
+import random
+import shutil
+import tarfile
+import threading
+from dataclasses import replace
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from pictures import CLASSES, make_folder, truncate
+from rich.console import Console
+from torchvision import datasets
+
+from flatops import cli
+from flatops.train import TrainConfig, Trainer, augment, checkpoint, data, stream, train
+
+WHERE = {"seed": 1, "epoch": 2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """And no worker process that outlives its test."""
+    streams = []
+    to = stream.Stream.to
+    monkeypatch.setattr(stream.Stream, "to", lambda self, *where: streams.append(self) or to(self, *where))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    for each in streams:
+        each.close()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def own_tree(tree, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(tree, tmp_path / "images")
+
+
+def config(root, **options) -> TrainConfig:
+    defaults = {"epochs": 2, "batch_size": 16, "image_size": 16, "workers": 0, "lr": 0.02}
+    return TrainConfig(data="folder", data_dir=root, **defaults | options)
+
+
+def loaded(root, **options):
+    settings = config(root, **options)
+    return data.load(settings).to(torch.device("cpu"), torch.contiguous_format)
+
+
+def assert_same(left, right) -> None:
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+# Streams from worker processes
+
+
+def test_any_number_of_workers_gives_the_same_batches(tree):
+    """Random crops, flips, RandAugment and erasing included; and so does every start in the epoch."""
+    options = {"randaugment": "rand-m9-mstd0.5", "erasing": 0.5, "cutout": 4}
+    streams = [data.CLEAN, data.PERTURBED]
+    alone = list(loaded(tree, **options).steps(streams, 16, **WHERE))
+    assert len(alone) == 72 // 16 and alone[0][0][0].shape == (16, 3, 16, 16)
+    for workers in (1, 2):
+        images = loaded(tree, workers=workers, **options)
+        for start in (0, 3):  # by the same workers
+            assert_same(list(images.steps(streams, 16, start=start, **WHERE)), alone[start:])
+    other = list(loaded(tree, **options).steps(streams, 16, seed=1, epoch=3))
+    assert not torch.equal(other[0][0][0], alone[0][0][0])
+
+
+def test_processes_share_out_every_batch(tree):
+    images = loaded(tree, erasing=0.5)
+    whole = list(images.batches(16, stream=data.CLEAN, **WHERE))
+    parts = [list(images.batches(16, stream=data.CLEAN, part=p, parts=2, **WHERE)) for p in range(2)]
+    for batch, *pieces in zip(whole, *parts):
+        assert_same(batch, tuple(map(torch.cat, zip(*pieces))))
+
+
+def test_a_pass_that_is_given_up_leaves_nothing_to_the_next(tree):
+    images = loaded(tree, workers=2)
+    wanted = list(images.batches(16, stream=data.CLEAN, **WHERE))
+    next(images.batches(8, stream=data.FISHER, **WHERE))
+    assert_same(list(images.batches(16, stream=data.CLEAN, **WHERE)), wanted)
+    tests = [labels for _, labels in images.test_batches(10, range(3))]
+    assert torch.cat(tests).tolist() == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_reading_draws_nothing_from_the_generators(tree):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    for workers in (0, 1):
+        list(loaded(tree, workers=workers, randaugment="rand-m5").batches(16, stream=data.CLEAN, **WHERE))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+def test_images_are_uint8_until_they_are_on_the_device(tree):
+    images = loaded(tree, augment="none")
+    pixels, number, bad = images.images[data.CLEAN, 0, 5]
+    assert pixels.dtype == np.uint8 and pixels.shape == (3, 16, 16) and number == 5 and not bad
+    [(batch, labels), *_] = images.test_batches(24, [0])
+    assert batch.dtype == torch.float32 and labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+
+
+@pytest.mark.parametrize("method, workers", [("mrwp", (2, 0)), ("ssam", (0, 2))])
+def test_resume_is_exact_with_workers_and_everything_random(tree, tmp_path, method, workers):
+    """In mid-epoch, by another number of workers."""
+    options = {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9, "erasing": 0.3, "amp": "bf16", "accumulate": 2, "clip_norm": 1.0}
+    if method == "ssam":
+        options |= {"fisher_samples": 16, "rho_end": 0.05}
+    settings = config(tree, method=method, randaugment="rand-m9", **options)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(trainer):
+        if trainer.steps_done == 6:
+            checkpoint.save(tmp_path / checkpoint.NAME, trainer.state_dict())
+            raise Stopped
+
+    trainers = [Trainer(replace(settings, workers=count)) for count in (0, *workers)]
+    for _ in range(2):
+        trainers[0].run_epoch()
+    with pytest.raises(Stopped):
+        for _ in range(2):
+            trainers[1].run_epoch(stop)
+    trainers[2].load_state_dict(checkpoint.read(tmp_path))
+    trainers[2].run_epoch()
+    whole, resumed = (t.state_dict() for t in (trainers[0], trainers[2]))
+    for key in ("model", "ema"):
+        assert_same(whole[key], resumed[key])
+    assert_same(whole["optimizer"]["state"], resumed["optimizer"]["state"])
+    assert whole["optimizer"]["param_groups"] == resumed["optimizer"]["param_groups"]
+    for one, other in zip(whole["history"], resumed["history"]):
+        assert {k: v for k, v in one.items() if "second" not in k} == {
+            k: v for k, v in other.items() if "second" not in k
+        }
+
+
+# Images that cannot be read
+
+
+def spoil(root) -> set[str]:
+    """Three training images and a test image that cannot be read."""
+    empty = root / "train" / "bee" / "001.png"
+    empty.write_bytes(b"")
+    text = root / "train" / "cat" / "000.jpg"
+    text.write_text("not an image")
+    cut = truncate(root / "train" / "ant" / "002.jpg")
+    test = truncate(root / "val" / "ant" / "003.png")
+    return {str(path) for path in (empty, text, cut, test)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_stop_the_run_by_name(own_tree, workers, capsys, tmp_path):
+    cut = truncate(own_tree / "train" / "ant" / "002.jpg")
+    run = ["--data", "folder", "--data-dir", str(own_tree), "--image-size", "16", "--batch-size", "24"]
+    run += ["--epochs", "1", "--workers", str(workers), "--output", str(tmp_path / "run")]
+    assert cli.main(["train", *run]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(cut) in line and "runcated" in line and "bad_images skip" in line
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_counted_named_and_passed_by(own_tree, workers, tmp_path):
+    bad = spoil(own_tree)
+    console = Console(file=StringIO(), width=200)
+    settings = config(own_tree, bad_images="skip", workers=workers, epochs=1, batch_size=24, output=tmp_path / "run")
+    [row] = train(settings, console)
+    assert row["bad_images"] == len(bad)
+    said = console.file.getvalue()
+    assert all(name in said for name in bad)
+    listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert {line.split(": ")[0] for line in listed} == bad
+    assert 0 <= row["test_accuracy"] <= 1
+
+
+def test_the_next_image_takes_the_place_of_a_bad_one(own_tree):
+    spoil(own_tree)
+    images = loaded(own_tree, bad_images="skip", augment="none")
+    _, number, [(name, reason)] = images.images[data.CLEAN, 0, 2]
+    assert number == 3 and name.endswith("ant/002.jpg") and "runcated" in reason
+    batches = list(images.batches(8, stream=data.CLEAN, **WHERE))
+    assert len(batches) == 9 and all(len(labels) == 8 for _, labels in batches)
+    [(_, labels)] = images.test_batches(24, [0])
+    assert labels[3] == data.IGNORED and (labels == data.IGNORED).sum() == 1
+
+
+def test_a_folder_without_a_single_good_image_is_refused(tmp_path):
+    root = make_folder(tmp_path / "images", train=2, val=1)
+    for path in (root / "train").rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not one of the 6 training images"):
+        list(loaded(root, bad_images="skip", batch_size=2).batches(2, stream=data.CLEAN, **WHERE))
+
+
+# Folders that are not as they should be
+
+
+def without_val(root):
+    shutil.rmtree(root / "val")
+
+
+def empty_class(root):
+    shutil.rmtree(root / "train" / "bee")
+    (root / "train" / "bee").mkdir()
+    (root / "train" / "bee" / "notes.txt").touch()
+
+
+def another_class(root):
+    (root / "val" / "dog").mkdir()
+
+
+def one_class(root):
+    for split in ("train", "val"):
+        for name in CLASSES[1:]:
+            shutil.rmtree(root / split / name)
+
+
+@pytest.mark.parametrize(
+    "damage, options, message",
+    [
+        (without_val, {}, "no folder .*val: data_dir needs train/ and val/"),
+        (empty_class, {}, "class folder .*bee has no images"),
+        (another_class, {}, "3 classes in train/ and 4 in val/: not in both are dog"),
+        (one_class, {}, "train has 1 class folders"),
+        (None, {"classes": 1000}, "has 3 classes, and classes 1000 is asked for"),
+        (None, {"batch_size": 100}, "exceeds the 72 training images"),
+        (None, {"randaugment": "much"}, "randaugment 'much' is none that timm knows"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_folder_that_is_not_as_it_should_be_is_refused(own_tree, damage, options, message):
+    if damage:
+        damage(own_tree)
+    with pytest.raises(ValueError, match=message):
+        Trainer(config(own_tree, **options))
+
+
+def test_a_folder_has_to_be_named():
+    with pytest.raises(ValueError, match="data folder needs data_dir"):
+        Trainer(TrainConfig(data="folder"))
+
+
+def test_other_images_are_refused_on_resume(own_tree):
+    state = Trainer(config(own_tree)).state_dict()
+    moved = own_tree.rename(own_tree.with_name("moved"))
+    Trainer(config(moved)).load_state_dict(state)  # the same in another place
+    (moved / "train" / "ant" / "000.jpg").unlink()
+    with pytest.raises(ValueError, match="run has 72 images of 3 classes.*here are 71 images"):
+        Trainer(config(moved)).load_state_dict(state)
+
+
+# In memory
+
+
+def test_crops_and_flips_are_those_of_a_loop():
+    images = torch.randint(256, (5, 2, 6, 7), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(images, (2,) * 4)
+    down, right = np.array([0, 1, 2, 3, 4]), np.array([4, 0, 2, 1, 3])
+    mirrored = np.array([False, True, False, True, True])
+    made = augment.moved(padded, down, right, mirrored, 6, 7)
+    for i, image in enumerate(padded):
+        crop = image[:, down[i] : down[i] + 6, right[i] : right[i] + 7]
+        assert torch.equal(made[i], crop.flip(2) if mirrored[i] else crop)
+
+
+def test_cutout_and_erasing_blot_out_the_mean_colour():
+    images = torch.full((64, 3, 32, 32), 200, dtype=torch.uint8)
+    how = {"mean": (100.0,) * 3, "std": (50.0,) * 3}
+    cut = augment.Augment(cutout=16, **how)(images, [0], 64, slice(0, 64))
+    holes = (cut == 0).sum((1, 2, 3)) / 3
+    assert holes.max() == 256 and holes.min() >= 64 and set(cut.unique().tolist()) == {0.0, 2.0}
+    erased = augment.Augment(erasing=0.5, **how)(images, [0], 64, slice(0, 64))
+    holes = (erased == 0).sum((1, 2, 3)) / 3
+    assert 16 < (holes > 0).sum() < 48 and holes.max() < 0.37 * 1024
+
+
+def test_synthetic_images_have_the_asked_size_and_classes():
+    trainer = Trainer(TrainConfig(data="synthetic", image_size=12, classes=7, batch_size=256, epochs=1))
+    assert trainer.data.size == 12 and trainer.data.classes == 7 and trainer.steps_per_epoch == 4
+    images, _ = next(trainer._batches())[0]
+    assert images.dtype == torch.float32 and abs(images.mean()) < 0.05 and abs(images.std() - 1) < 0.05
+    assert trainer.run_epoch()["train_loss"] > 0
+
+
+# CIFAR
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """CIFAR-10 of 40 images, as its archive, its folder and torchvision's checksums."""
+    folder = tmp_path / "made" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(count):
+        return {"data": rng.integers(256, size=(count, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(count)]}
+
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [write("data_batch_1", batch(40))])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [write("test_batch", batch(20))])
+    names, checksum = write("batches.meta", {"label_names": [str(i) for i in range(10)]})
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": names, "key": "label_names", "md5": checksum})
+    archive = tmp_path / "made" / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
+
+
+@pytest.fixture
+def server(cifar, monkeypatch):
+    """Hands out the archive; only the first half of it while `server.cut`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        cut = False
+
+        def do_GET(self):
+            content = cifar.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET" and Handler.cut:
+                content = content[: len(content) // 2]
+            self.wfile.write(content if self.command == "GET" else b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{running.server_port}/cifar.tar.gz")
+        yield Handler
+        running.shutdown()
+
+
+def cifar_config(root, **options) -> TrainConfig:
+    return TrainConfig(data="cifar10", data_dir=root, batch_size=16, epochs=1, workers=0, **options)
+
+
+def test_cifar_from_a_local_folder(cifar):
+    data_in_memory = data.load(cifar_config(cifar.parent, cutout=8))
+    assert data_in_memory.train[0].shape == (40, 3, 32, 32) and data_in_memory.train[0].dtype == torch.uint8
+    whole = list(data_in_memory.batches(16, stream=data.CLEAN, **WHERE))
+    parts = [list(data_in_memory.batches(16, stream=data.CLEAN, part=p, parts=2, **WHERE)) for p in range(2)]
+    for batch, *pieces in zip(whole, *parts):
+        assert_same(batch, tuple(map(torch.cat, zip(*pieces))))
+    late = list(data_in_memory.batches(16, stream=data.CLEAN, start=1, **WHERE))
+    assert_same(late, whole[1:])
+
+
+def test_cifar_with_randaugment_comes_from_workers(cifar):
+    trainer = Trainer(cifar_config(cifar.parent, randaugment="rand-m9-mstd0.5", cutout=8))
+    assert isinstance(trainer.data, stream.Stream)
+    assert trainer.run_epoch()["train_loss"] > 0
+
+
+def test_a_download_that_breaks_off_is_said_and_can_be_repeated(server, tmp_path, capsys):
+    server.cut = True
+    root = tmp_path / "data"
+    with pytest.raises(OSError, match=f"cannot download cifar10 to {root}: .*try again"):
+        data.load(cifar_config(root))
+    server.cut = False
+    assert len(data.load(cifar_config(root)).train[1]) == 40
+
+
+def test_a_download_without_a_network_is_said(cifar, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    run = ["train", "--data", "cifar10", "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
+    assert cli.main(run) == 2
+    assert "cannot download cifar10" in capsys.readouterr().err

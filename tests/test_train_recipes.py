@@ -1,0 +1,423 @@
+"""Recipes of the training program: precision, accumulation, clipping, averaging, presets, networks, measures, full disks."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from torch.amp import GradScaler
+
+from flatops import cli
+from flatops.train import TrainConfig, Trainer, checkpoint, methods, models, presets, profile, train
+from flatops.train.metrics import Metrics
+from flatops.train.run import best
+from flatops.train.world import World
+
+METHODS = sorted(methods.METHODS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def perceptron(monkeypatch):
+    """A network without BatchNorm, to which the pieces of a batch are the batch."""
+
+    def made(classes, channels):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 31), nn.ReLU(), nn.Linear(31, classes))
+
+    monkeypatch.setattr(models, "cnn", made)
+
+
+def quiet() -> Console:
+    return Console(file=StringIO(), width=200)
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def steps(trainer: Trainer, count: int) -> None:
+    trainer.network.train()
+    for _, batches in zip(range(count), trainer._batches()):
+        trainer._train_step(*batches)
+
+
+def config(method: str = "sgd", **options) -> TrainConfig:
+    some = {"fisher_samples": 16} if method == "ssam" else {}
+    return TrainConfig(**{"method": method, "epochs": 2, "lr": 0.02} | some | options)
+
+
+# Precision, accumulation, clipping
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_of_a_batch_make_the_same_step(method, perceptron):
+    results = []
+    for accumulate in (1, 4):
+        trainer = Trainer(config(method, accumulate=accumulate, clip_norm=0.5))
+        if method == "ssam":
+            trainer.update_mask()
+        steps(trainer, 5)
+        results.append(weights(trainer))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_scale_makes_no_difference_with_accumulation_and_clipping(method):
+    """To the bit, F of m-ARWP included, in which the scale would show."""
+    results = []
+    for scaled in (False, True):
+        trainer = Trainer(config(method, accumulate=2, clip_norm=0.5, **({"eta": 3.0} if "arwp" in method else {})))
+        if scaled:
+            trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
+        steps(trainer, 5)
+        fisher = list(getattr(trainer.optimizer, "fisher", {}).values())
+        results.append([*weights(trainer), *fisher])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float16_skips_overflows_and_goes_on(method, perceptron):
+    trainer = Trainer(config(method, amp="fp16", accumulate=2, clip_norm=1.0, batch_size=128))
+    trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**40)  # far too much: the first steps overflow
+    before = weights(trainer)
+    steps(trainer, 1)
+    torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)
+    assert trainer.passes.scaler.get_scale() == 2.0**39
+    trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**10)
+    steps(trainer, 8)
+    after = weights(trainer)
+    assert all(torch.isfinite(p).all() for p in after) and not torch.equal(before[0], after[0])
+
+
+def test_the_step_is_no_longer_than_the_clip():
+    trainer = Trainer(config(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1e-3))
+    before = weights(trainer)
+    steps(trainer, 1)
+    moved = torch.cat([(p - q).flatten() for p, q in zip(weights(trainer), before)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_resume_restores_the_loss_scale(tmp_path, perceptron):
+    settings = config("sam", amp="fp16", batch_size=256)
+    whole, part = Trainer(settings), Trainer(settings)
+    for trainer in (whole, part):
+        trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+    whole.run_epoch()
+    whole.run_epoch()
+    part.run_epoch()
+    checkpoint.save(tmp_path / "last.pt", part.state_dict())
+    resumed = Trainer(settings)
+    resumed.load_state_dict(checkpoint.read(tmp_path))
+    resumed.run_epoch()
+    assert resumed.passes.scaler.state_dict() == whole.passes.scaler.state_dict()
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options, kind", [({"base": "adamw"}, torch.optim.AdamW), ({"nesterov": True}, torch.optim.SGD)], ids=str
+)
+@pytest.mark.parametrize("method", ["sgd", "marwp", "ssam"])
+def test_base_optimizers(method, options, kind):
+    trainer = Trainer(config(method, batch_size=256, **options))
+    assert isinstance(trainer.optimizer, kind)
+    assert trainer.optimizer.param_groups[0].get("nesterov", False) == options.get("nesterov", False)
+    steps(trainer, 2)
+
+
+def test_rho_moves_along_its_schedule():
+    trainer = Trainer(config("sam", rho=0.1, rho_end=0.3))
+    for _ in range(2):
+        row = trainer.run_epoch()
+    assert row["rho"] == pytest.approx(0.3) and trainer.history[0]["rho"] == pytest.approx(0.2)
+
+
+# Mixing, averaging, measures
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
+def test_mixed_batches_have_mixed_labels(options):
+    trainer = Trainer(config(label_smoothing=0.1, **options))
+    plain = Trainer(config())
+    [(images, labels)] = next(trainer._batches())
+    [(before, hard)] = next(plain._batches())
+    torch.testing.assert_close(labels.sum(1), torch.ones(64))
+    share = labels[torch.arange(64), hard]
+    assert not torch.equal(images, before) and share.max() < 1
+    if "cutmix" not in options:
+        lam = ((images - before.flip(0)).norm() / (before - before.flip(0)).norm()).item()
+        torch.testing.assert_close(images, lam * before + (1 - lam) * before.flip(0))
+    again, other = (next(Trainer(config(label_smoothing=0.1, seed=s, **options))._batches())[0] for s in (0, 1))
+    assert torch.equal(again[0], images) and not torch.equal(other[0], images)
+    assert trainer.run_epoch()["train_loss"] > 0
+
+
+def test_processes_mix_in_the_same_proportion():
+    shares = []
+    for rank in range(2):
+        trainer = Trainer(config(mixup=0.4))
+        trainer.world = World(rank, 2)
+        [(_, labels)] = next(trainer._batches())
+        shares.append(labels.max().item())
+    assert shares[0] == shares[1] or shares[0] == pytest.approx(1 - shares[1])
+
+
+def test_ema_is_the_recursion_and_is_evaluated():
+    trainer = Trainer(config("rwp", ema=0.9, batch_size=256))
+    wanted = None
+
+    def follow(trainer):
+        nonlocal wanted
+        decay = trainer.average.get_decay(trainer.steps_done)
+        state = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        wanted = wanted or state
+        wanted = {k: v.lerp(state[k], 1 - decay) if v.is_floating_point() else state[k] for k, v in wanted.items()}
+
+    row = trainer.run_epoch(follow)
+    torch.testing.assert_close(dict(trainer.average.module.state_dict()), wanted)
+    twin = copy.deepcopy(trainer.average.module).eval()
+    images, labels = trainer.data.test
+    assert row["ema_accuracy"] == pytest.approx((twin(images).argmax(1) == labels).float().mean().item())
+    assert row["ema_accuracy"] != row["test_accuracy"]
+
+
+def test_measures_are_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1000, 8, generator=generator)
+    labels = torch.randint(8, (1000,), generator=generator)
+    labels[::10] = -100
+    metrics = Metrics(torch.device("cpu"), 8)
+    for part in range(0, 1000, 300):
+        some = slice(part, part + 300)
+        metrics.add(F.cross_entropy(logits[some], labels[some]), logits[some], labels[some])
+    found = metrics.result(World())
+    logits, labels = logits[labels >= 0], labels[labels >= 0]
+    confidence, guess = logits.softmax(1).max(1)
+    right = (guess == labels).float()
+    gap = sum(
+        abs((right[inside] - confidence[inside]).sum())
+        for low in range(15)
+        for inside in [(confidence > low / 15) & (confidence <= (low + 1) / 15)]
+    )
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(right.mean().item())
+    assert found["top5"] == pytest.approx((logits.topk(5).indices == labels[:, None]).any(1).float().mean().item())
+    assert found["ece"] == pytest.approx(gap.item() / len(labels), rel=1e-4)
+    assert "top5" not in Metrics(torch.device("cpu"), 5).result(World())
+
+
+def test_the_best_checkpoint_stays_while_the_last_goes_on(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.9, 0.9, 0.2])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, model=None: {"loss": 1.0, "accuracy": next(scores)})
+    monkeypatch.setattr("flatops.train.report.COLUMNS", {})
+    train(config(epochs=4, batch_size=512, output=tmp_path / "run"), quiet())
+    assert checkpoint.read(tmp_path / "run" / "best.pt")["epoch"] == 3
+    assert checkpoint.read(tmp_path / "run")["epoch"] == 4
+    assert not best([], "test_accuracy")
+
+
+def test_tensorboard_gets_every_row_once(tmp_path, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = config(epochs=2, batch_size=512, output=tmp_path / "run", tensorboard=True)
+    history = train(settings, quiet())
+    train(replace(settings, output=None, resume=tmp_path / "run"), quiet())
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("test/accuracy")] == [1, 2]
+    assert events.Scalars("test/loss")[1].value == pytest.approx(history[1]["test_loss"])
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+
+
+# Presets and networks
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_are_runs_with_their_source(name):
+    settings = presets.recipe(name, epochs=50)
+    assert settings.preset == name and settings.epochs == 50
+    methods.choose(settings)
+    methods.used_options(settings)
+    text = (Path(presets.__file__).parent / f"{name}.toml").read_text()
+    assert text.startswith("#") and "arXiv" in text
+    models.create(settings.model, 10, 3, 224) if "vit" in name or "cifar" in name else None
+
+
+def test_presets_give_way_to_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr("flatops.train.train", seen.append)
+    assert cli.main(["train", "--preset", "cifar100-resnet18-mrwp", "--lam", "0.7", "--epochs", "3"]) == 0
+    [settings] = seen
+    assert (settings.method, settings.lam, settings.epochs, settings.sigma) == ("mrwp", 0.7, 3, 0.015)
+
+
+def test_an_unknown_preset_is_answered_with_those_like_it(capsys):
+    assert cli.main(["train", "--preset", "imagenet-resnet50"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "did you mean imagenet-resnet50-" in line and "cifar100-resnet18-mrwp" in line
+
+
+def test_networks_by_name():
+    assert models.create("torchvision:resnet18", 7, 3).fc.out_features == 7
+    small = models.create("resnet18_cifar", 10, 3)
+    assert small.conv1.stride == (1, 1) and small(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert models.create("vit_tiny_patch16_224", 4, 3, 32)(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+    for name, message in {
+        "torchvision:resnet19": "did you mean torchvision:resnet1",
+        "vit_tiny_patch16_224_cifar": "only a plain ResNet",
+        "resnet19_cifar": "unknown model",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            models.create(name, 10, 3)
+    with pytest.raises(ValueError, match="3 channels, not 1"):
+        models.create("torchvision:resnet18", 10, 1)
+
+
+# Mistakes and misfortunes
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"accumulate": 3}, "64 images of a batch cannot be taken in accumulate 3"),
+        ({"mixup": 0.2, "batch_size": 63}, "mixup and cutmix pair images"),
+        ({"randaugment": "rand-m9"}, "randaugment is for photographs"),
+        ({"classes": 7}, "digits has 10 classes, and classes 7 is asked for"),
+        ({"method": "rwp", "rho_end": 0.1}, "rwp has no option rho_end"),
+        ({"base": "adamw", "nesterov": True}, "nesterov"),
+        ({"ema": 1.0}, "ema must lie"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"erasing": 1.5}, "erasing"),
+        ({"workers": -1}, "workers"),
+        ({"ema": 0.9, "parallel": "fsdp"}, "ema needs the whole network"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(TrainConfig(**options))
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_its_weights():
+    state = Trainer(config()).state_dict()
+    state["model"]["0.weight"] = torch.zeros(1)
+    trainer = Trainer(config())
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="of another network, with other weights 0.weight"):
+        trainer.load_state_dict(state)
+    torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)
+
+
+def test_memory_that_runs_out_costs_one_line(monkeypatch, capsys, tmp_path):
+    """A real allocation that fails, after the first epoch."""
+    step = Trainer._train_step
+
+    def greedy(self, *batches):
+        if self.epoch == 1:
+            torch.empty(2**55)
+        step(self, *batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", greedy)
+    run = tmp_path / "run"
+    assert cli.main(["train", "--epochs", "2", "--batch-size", "256", "--output", str(run)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "out of memory: raise accumulate (now 1) or lower batch_size (now 256), or use amp bf16" in line
+    assert f"--resume {run} --accumulate 2" in line
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    assert cli.main(["train", "--resume", str(run), "--accumulate", "2"]) == 0
+
+
+FILL = """
+import sys, torch
+from pathlib import Path
+from flatops import cli
+from flatops.train import checkpoint
+if sys.argv[2] == "limit":
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+from flatops.train import models
+from torch import nn
+small, large = models.cnn, lambda classes, channels: nn.Sequential(nn.Flatten(), nn.Linear(64, 3000), nn.Linear(3000, classes))
+models.cnn = large if sys.argv[3] == "large" else small
+sys.exit(cli.main(["train", "--epochs", "1", "--batch-size", "512", *sys.argv[4:]]))
+"""
+
+
+def filling(where: Path, how: str, size: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", FILL, str(where), how, size, *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("how", ["disk", "limit"])
+def test_a_full_disk_costs_one_line_and_no_checkpoint(how, tmp_path):
+    """A file system of 2 MB where one can be mounted, and a limit on the size of files elsewhere: real failures of write()."""
+    where = Path(tempfile.mkdtemp(dir=tmp_path))
+    if how == "disk":
+        mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(where)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("no right to mount a small file system")
+    try:
+        run = where / "run"
+        run.mkdir()
+        good = run / "last.pt"
+        checkpoint.save(good, {"epoch": 1, "filler": torch.zeros(50_000)})
+        before = good.read_bytes()
+        if how == "disk":
+            (where / "filler").write_bytes(b"x" * 1_700_000)
+        with pytest.raises(OSError) as caught:
+            if how == "disk":
+                checkpoint.save(good, {"epoch": 2, "filler": torch.zeros(500_000)})
+            else:
+                raise OSError(errno.EFBIG, "tested below")
+        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+        assert how == "limit" or "the last one is intact" in str(caught.value)
+        assert good.read_bytes() == before and checkpoint.read(good)["epoch"] == 1
+        done = filling(where, how, "large", "--output", str(where / "new"))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "cannot save the checkpoint" in done.stderr
+        assert not list((where / "new").glob("*.pt")) and not list((where / "new").glob(".*.pt*"))
+    finally:
+        if how == "disk":
+            subprocess.run(["umount", str(where)], check=False)
+
+
+# Profile
+
+
+def test_profile_times_every_method_beside_sgd(capsys):
+    settings = TrainConfig(data="synthetic", image_size=8, batch_size=32, fisher_samples=None)
+    rows = profile(settings, quiet(), rounds=2)
+    assert [row["method"] for row in rows] == list(methods.METHODS) and rows[0]["ratio"] == 1
+    for row in rows:
+        assert row["milliseconds"] > 0
+        assert sum(row[part] for part in ("data", "passes", "flatops", "optimizer")) == pytest.approx(1)
+    assert rows[0]["flatops"] < 0.2 and rows[1]["flatops"] > 0
+
+
+def test_rows_add_up_and_are_json(tmp_path):
+    [row] = train(config(epochs=1, output=tmp_path / "run"), quiet())
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text()) == row
+    parts = sum(row[f"{part}_seconds"] for part in ("data", "passes", "flatops", "optimizer"))
+    assert 0.5 * row["seconds"] < parts <= row["seconds"]
+    assert os.path.samefile(tmp_path / "run" / "best.pt", tmp_path / "run" / "last.pt")
