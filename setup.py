@@ -122,7 +122,7 @@ wants_core = any(
     command in sys.argv for command in ("bdist_wheel", "build_ext", "develop", "editable_wheel", "install")
 )
 setup(
-    packages=["flatops", "flatops.optim", "flatops.train", "flatops.benchmarks", "flatops.kernels"],
+    packages=["flatops", "flatops.integrations", "flatops.optim", "flatops.train", "flatops.benchmarks", "flatops.kernels"],
     package_dir={"flatops": "flatops", "flatops.benchmarks": "benchmarks", "flatops.kernels": "kernels"},
     setup_requires=[] if HAS_TORCH else ["torch>=2.10"],
     **(compiled_core() if HAS_TORCH and wants_core else {}),

@@ -100,7 +100,7 @@ def parallel_against_one_process(lam: float, closure: bool) -> None:
             loss.backward()
             return loss
 
-        with optimizer.perturbed(), optimizer._weighted():
+        with optimizer.perturbed(), optimizer.weighted(optimizer.perturbed_weight):
             optimizer.run.inside_step = True
             evaluate()
             optimizer.run.inside_step = False
