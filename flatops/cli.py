@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,19 @@ def parse(config_type: type[C], command: str, arguments: list[str], default: C |
     import tyro
 
     style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(config_type, prog=f"flatops {command}", args=arguments, default=default, config=style)
+    return tyro.cli(
+        config_type,
+        prog=f"flatops {command}",
+        args=arguments,
+        default=default,
+        config=style,
+        console_outputs=process() == 0,
+    )
+
+
+def process() -> int:
+    """This process's number among those that torchrun has started."""
+    return int(os.environ.get("RANK", 0))
 
 
 def info(arguments: list[str]) -> int:
@@ -95,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         message = f"{error.name} is missing; install it with: pip install 'flatops[train]'"
     except (ValueError, OSError, FloatingPointError) as error:
         message = str(error)
-    print(f"flatops {command}: {message}", file=sys.stderr)
+    where = f" (rank {process()})" if process() else ""
+    print(f"flatops {command}{where}: {message}", file=sys.stderr)
     return 2
 
 

@@ -6,12 +6,12 @@ Everything here is a collective call only where it says so, and nothing at all w
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import gc
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,52 +41,59 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(t, src=0)
 
 
+def gather_objects(mine: Any) -> list[Any]:
+    """What every process has, by rank. Collective."""
+    everyone = [mine] * world()[1]
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is raised within on one process is raised on all: the others would wait for it in the next exchange. Collective."""
+    error = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    said = gather_objects(f"{type(error).__name__}: {error}" if error else None)
+    if error:
+        raise error
+    for rank, message in enumerate(said):
+        if message:
+            raise RuntimeError(f"process {rank} raised {message}")
+
+
 def from_first(make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
-    """What `make` gives on the first process, on all of them; and what it raises there, everywhere. Collective."""
-    rank, size = world()
-    made, error = None, [None]
-    if rank == 0:
-        try:
-            made = make().to(device)
-        except Exception as e:  # the others would wait for ever
-            error = [e]
-    if size > 1:
-        dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise error[0]
-    if made is None:
-        made = torch.empty(shape, dtype=dtype, device=device)
+    """What `make` gives on the first process, on all of them. Collective."""
+    with together():
+        first = world()[0] == 0
+        made = make().to(device) if first else torch.empty(shape, dtype=dtype, device=device)
     broadcast([made])
     return made
 
 
-def check_agreement(values: dict[str, Any], device: torch.device) -> None:
-    """Raises on every process, naming the value, where two have different ones. Collective; a few bytes a value.
+def check_agreement(values: dict[str, Any]) -> None:
+    """Raises on every process, naming the value, where two have different ones. Collective; some 100 bytes a value.
 
     Args:
         values: what all should agree on, with a meaningful repr.
-        device: where the process group can send from.
 
     Raises:
         RuntimeError: naming what differs, and between whom.
     """
-    size = world()[1]
-    if size == 1:
-        return
-    mine = torch.tensor([zlib.crc32(repr(v).encode()) for v in values.values()], device=device)
-    each = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(each, mine)
-    if all(torch.equal(other, each[0]) for other in each):
-        return
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, {name: repr(v) for name, v in values.items()})
-    for name in values:
-        for other, theirs in enumerate(everyone):
-            if theirs[name] != everyone[0][name]:
-                shown = [text if len(text) < 100 else text[:100] + "..." for text in (everyone[0][name], theirs[name])]
+
+    def short(text: str) -> str:
+        return text if len(text) < 100 else f"{text[:80]}... ({zlib.crc32(text.encode()):08x})"
+
+    everyone = gather_objects({name: short(repr(v)) for name, v in values.items()})
+    for name in {name: None for theirs in everyone for name in theirs}:
+        for rank, theirs in enumerate(everyone):
+            if theirs.get(name) != everyone[0].get(name):
                 raise RuntimeError(
-                    f"processes disagree on {name}: {shown[0]} on process 0, {shown[1]} on process {other}. They must build the "
-                    "same optimizer, and load the same checkpoint"
+                    f"processes disagree on {name}: {everyone[0].get(name)} on process 0, {theirs.get(name)} on process {rank}. "
+                    "They must build the same optimizer, load the same checkpoint and take every perturbed pass together"
                 )
 
 
@@ -140,7 +147,6 @@ def by_group(params: list[Tensor]) -> dict[Any, list[int]]:
     return groups
 
 
-@functools.lru_cache(maxsize=None)
 def _layout(mesh: Any, placements: tuple, rows: int) -> Layout:
     rank = mesh.get_coordinate()
     dims = [d for d, placement in enumerate(placements) if placement.is_shard()]
@@ -155,10 +161,25 @@ def _layout(mesh: Any, placements: tuple, rows: int) -> Layout:
     return Layout(mesh.get_group(d), mesh.size(d), chunk, min(rank[d] * chunk, rows), replica, replicas)
 
 
+_layouts: dict[int, tuple[weakref.ref, dict[tuple, Layout]]] = {}
+
+
+def _layouts_of(mesh: Any) -> dict[tuple, Layout]:
+    """The layouts known on this very mesh: one equals another whose process groups are gone."""
+    i = id(mesh)
+    if i not in _layouts:
+        _layouts[i] = weakref.ref(mesh, lambda _: _layouts.pop(i, None)), {}
+    return _layouts[i][1]
+
+
 def layout(p: Tensor) -> Layout:
     """Where a parameter's rows are."""
     if is_distributed(p):
-        return _layout(p.device_mesh, tuple(p.placements), p.shape[0] if p.dim() else 1)
+        known = _layouts_of(p.device_mesh)
+        key = (tuple(p.placements), p.shape[0] if p.dim() else 1)
+        if key not in known:
+            known[key] = _layout(p.device_mesh, *key)
+        return known[key]
     replica, replicas = world()
     return Layout(replica=replica, replicas=replicas)
 
@@ -169,6 +190,8 @@ def check_layout(p: Tensor, name: str) -> None:
     Raises:
         ValueError: naming the parameter and its placements.
     """
+    if getattr(p, "_is_flat_param", False):
+        raise ValueError(f"{name} is FullyShardedDataParallel's: use fully_shard, whose parameters keep their rows")
     if not is_distributed(p):
         return
     shards = [placement for placement in p.placements if not placement.is_replicate()]
@@ -217,8 +240,7 @@ def gather(params: list[Tensor], values: list[Tensor]) -> list[Tensor]:
     """
     at = [layout(p) for p in params]
     mine = values[0].new_zeros(sum(a.chunk for a in at))
-    for room, v in zip(mine.split([a.chunk for a in at]), values):
-        room[: len(v)] = v
+    torch._foreach_copy_([room[: len(v)] for room, v in zip(mine.split([a.chunk for a in at]), values)], values)
     all_of_it = mine.new_empty(at[0].members * len(mine))
     dist.all_gather_into_tensor(all_of_it, mine, group=at[0].group)
     shards = all_of_it.view(at[0].members, -1).split([a.chunk for a in at], dim=1)
@@ -229,18 +251,38 @@ def gather(params: list[Tensor], values: list[Tensor]) -> list[Tensor]:
 
 
 def sharded_modules() -> list[weakref.ref]:
-    """Every module under fully_shard in this process. A parameter does not know its module, so all objects are looked through."""
+    """Every module under fully_shard in this process: a parameter does not know its own."""
     from torch.distributed.fsdp import FSDPModule
 
-    return [weakref.ref(m) for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
+    try:
+        from torch.distributed._composable_state import _module_state_mapping as registered
+    except ImportError:  # it is private; without it, all objects are looked through
+        registered = gc.get_objects()
+    return [weakref.ref(m) for m in list(registered) if issubclass(type(m), FSDPModule)]
 
 
 def reshard(modules: list[weakref.ref]) -> None:
-    """Drops gathered copies of the weights, which a forward without a backward leaves behind: the next forward gathers anew."""
-    for reference in modules:
-        module = reference()
-        if module is not None:
-            module.reshard()
+    """Drops gathered copies of the weights, which a forward without a backward leaves behind: the next forward gathers anew.
+
+    Module.reshard() does so too, but for a module whose forward has not ended, and an exception in it leaves that so for good.
+    """
+    for module in filter(None, (reference() for reference in modules)):
+        state = module._get_fsdp_state()
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            if group is not None:
+                if group._all_gather_result is not None:  # gathered ahead of time
+                    group.wait_for_unshard()
+                group._to_sharded()
+
+
+def is_offloaded(params: Iterable[Tensor]) -> bool:
+    """Whether shards rest in the host's memory and are computed with elsewhere: copies of them may be under way."""
+    return any(is_distributed(p) and local(p).device.type == "cpu" != p.device_mesh.device_type for p in params)
+
+
+def undecorated(model: nn.Module | None) -> nn.Module | None:
+    """The module that torch.compile was given."""
+    return getattr(model, "_orig_mod", model)
 
 
 def is_sharded_module(model: nn.Module) -> bool:

@@ -97,7 +97,7 @@ class _Noisy:
         self.modules: list[Any] = []  # under fully_shard
 
     @property
-    def is_perturbed(self) -> bool:
+    def in_pass(self) -> bool:
         return bool(self.undo)
 
     @perturbed_pass

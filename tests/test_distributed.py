@@ -30,6 +30,12 @@ METHODS = {
     "asam": (flatops.SAM, {"rho": 1.0, "adaptive": True}),
     "ssam": (flatops.SSAM, {"rho": 0.1, "fisher": "minibatch", "update_every": 3}),
     "ssam dynamic local": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 3}),
+    "ssam dynamic": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 2}),
+    "ssam dynamic by weight": (
+        flatops.SSAM,
+        {"rho": 0.1, "mask": "dynamic", "update_every": 2, "drop": "weight", "grow": "gradient", "pattern": "layer"},
+    ),
+    "rwp regenerating": (flatops.RWP, {"sigma": 0.1, "restore": "regenerate", "stream": 0}),
     "ssam skipping": (flatops.SSAM, {"rho": 0.1, "pattern": "filter", "sparsity": 0.7, "skip_masked": True}),
 }
 
@@ -81,7 +87,7 @@ def assert_close(left, right, tolerance: float = 2e-6) -> None:
 # --- parallel m-RWP ------------------------------------------------------------------------------------------------------
 
 
-def parallel_against_one_process(lam: float, closure: bool) -> None:
+def parallel_against_one_process(lam: float, closure: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     net = make_net(1, norm=groupnorm)
     alone = copy.deepcopy(net)
@@ -96,14 +102,14 @@ def parallel_against_one_process(lam: float, closure: bool) -> None:
         def evaluate():
             optimizer.zero_grad()
             assert optimizer.is_perturbed == optimizer.perturbs
-            loss = loss_of(model, mine)
-            loss.backward()
-            return loss
+            if closure == "that knows its weight":
+                with optimizer.perturbed():
+                    (optimizer.perturbed_weight * loss_of(model, mine)).backward()
+            else:
+                loss_of(model, mine).backward()
 
-        with optimizer.perturbed(), optimizer.weighted(optimizer.perturbed_weight):
-            optimizer.run.inside_step = True
-            evaluate()
-            optimizer.run.inside_step = False
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step(evaluate)
     else:
         with optimizer.perturbed():
             changed = any(not torch.equal(a, bits(p)) for a, p in zip(before, net.parameters()))
@@ -126,40 +132,10 @@ def parallel_against_one_process(lam: float, closure: bool) -> None:
     assert_close([p.grad for p in net.parameters()], expected)
 
 
-@pytest.mark.parametrize("closure", [False, True], ids=["explicit", "closure"])
+@pytest.mark.parametrize("closure", ["", "plain", "that knows its weight"], ids=lambda c: f"closure {c}" if c else "explicit")
 @pytest.mark.parametrize("world, lam", [(2, 0.5), (2, 0.3), (3, 0.5), (4, 0.7)])
 def test_parallel_mrwp_is_the_mixed_gradient_of_one_process(world, lam, closure):
     run(parallel_against_one_process, world, lam, closure)
-
-
-def step_with_a_closure() -> None:
-    """step(closure) and the explicit form take the same step."""
-    ways = []
-    for closure in (False, True):
-        net = make_net(1, norm=groupnorm)
-        model = DDP(net)
-        optimizer = make_optimizer("mrwp parallel", model)
-        for i in range(3):
-            mine = part_of(make_batch(i), dist.get_rank(), dist.get_world_size())
-            if closure:
-
-                def evaluate(mine=mine):
-                    optimizer.zero_grad()
-                    loss = loss_of(model, mine)
-                    loss.backward()
-                    return loss
-
-                optimizer.step(evaluate)
-            else:
-                optimizer.zero_grad()
-                passes("mrwp parallel", model, optimizer, mine)
-                optimizer.step()
-        ways.append([p.detach() for p in net.parameters()])
-    assert_close(*ways)
-
-
-def test_parallel_mrwp_by_a_closure():
-    run(step_with_a_closure, 2)
 
 
 def roles() -> None:
@@ -174,6 +150,19 @@ def roles() -> None:
 
 def test_roles_have_process_groups():
     run(roles, 4)
+
+
+def regenerating() -> None:
+    model = make_net()
+    before = all_bits(model.parameters())
+    optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.1, restore="regenerate", lr=0.1)
+    with pytest.raises(ValueError, match="restore='regenerate'"), optimizer.perturbed():
+        pass
+    assert_same_bits(before, all_bits(model.parameters()))
+
+
+def test_replicas_that_would_drift_apart_are_refused():
+    run(regenerating, 2)
 
 
 def needs_two_replicas() -> None:
@@ -269,10 +258,47 @@ FLAGS = {
     "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
     "find_unused_parameters": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
+    "compile": {"compile": True},
 }
 
 
-@pytest.mark.parametrize("flags", FLAGS)
+class Branching(nn.Module):
+    """Uses another head from step to step and, for local ascent, from process to process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.heads, self.turn = Net(groupnorm), nn.ModuleList(nn.Linear(8, 4) for _ in range(2)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[self.turn](self.net.features(x).mean((2, 3)))
+
+
+def unused_parameters(method: str) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(5)
+    net = Branching()
+    alone = copy.deepcopy(net)
+    model = DDP(net, find_unused_parameters=True)
+    optimizer, expected = (make_optimizer(method, m, momentum=0.0) for m in (model, alone))
+    for i in range(4):
+        batch = make_batch(i, size=16)
+        net.turn = alone.turn = i % 2
+        for m, o, b in ((model, optimizer, part_of(batch, rank, world)), (alone, expected, batch)):
+            o.zero_grad()
+            o.run.agreed = o is expected  # it takes its passes alone
+            passes(method, m, o, b)
+            o.step()
+        if "local" not in method:
+            assert_close(net.parameters(), alone.parameters(), 1e-5)
+        assert_same_everywhere(net.parameters())
+
+
+@pytest.mark.parametrize("method", ["sam", "sam local", "ssam", "rwp regenerating"])
+def test_parameters_that_are_not_used(method):
+    run(unused_parameters, 2, method)
+
+
+@pytest.mark.parametrize("flags", FLAGS.keys() - {"compile"})
 @pytest.mark.parametrize("method", ["sam", "asam", "ssam"])
 def test_synced_ascent_equals_one_process(method, flags):
     run(sam_against_one_process, 2, method, FLAGS[flags], 1)
@@ -288,14 +314,15 @@ def local_against_by_hand(flags: dict) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     net = make_net(2, norm=groupnorm)
     alone = copy.deepcopy(net)
-    model = DDP(net, **flags)
+    model = DDP(net, **{name: value for name, value in flags.items() if name != "compile"})
     optimizer = make_optimizer("sam", model, momentum=0.0, weight_decay=0.0)
     reduced = []
     model.register_comm_hook(None, lambda _, bucket: count_all_reduce(reduced, bucket))
+    wrapped = torch.compile(model, backend="eager") if "compile" in flags else model
     for i in range(3):
         optimizer.zero_grad()
         batch = make_batch(i)
-        passes("sam local", model, optimizer, part_of(batch, rank, world))
+        passes("sam local", wrapped, optimizer, part_of(batch, rank, world))
         optimizer.step()
         each = []
         for r in range(world):  # m-sharpness, written out
@@ -319,7 +346,7 @@ def count_all_reduce(seen: list, bucket) -> torch.futures.Future:
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0].div_(world))
 
 
-@pytest.mark.parametrize("flags", ["plain", "gradient_as_bucket_view", "find_unused_parameters"])
+@pytest.mark.parametrize("flags", ["plain", "gradient_as_bucket_view", "find_unused_parameters", "compile"])
 def test_local_ascent_is_m_sharpness_and_halves_the_communication(flags):
     run(local_against_by_hand, 2, FLAGS[flags])
 
@@ -361,6 +388,60 @@ def overflow_on_one(method: str) -> None:
 @pytest.mark.parametrize("method", ["sam", "sam local", "ssam", "ssam dynamic local"])
 def test_an_overflow_on_one_process_skips_the_step_on_all(method):
     run(overflow_on_one, 2, method)
+
+
+def mistakes_of_one() -> None:
+    """What one process does wrong is an error on both, and neither waits."""
+    rank = dist.get_rank()
+    model = make_net(norm=groupnorm)
+    optimizer = flatops.SSAM(model.parameters(), SGD, lr=0.1)
+    with pytest.raises((ValueError, RuntimeError), match="4 samples and 8 are asked for|process 1 raised ValueError"):
+        optimizer.update_mask(model, F.cross_entropy, [make_batch(0, size=8 - 4 * rank)], samples=8)
+    dynamic = flatops.SSAM(model.parameters(), SGD, mask="dynamic", lr=0.1)
+    loss_of(model, make_batch(0)).backward()
+    with dynamic.perturbed():
+        loss_of(model, make_batch(0)).backward()
+    if rank:
+        model.head.bias.grad.fill_(torch.nan)
+    before = [mask.bits.clone() for mask in dynamic.masks.values()]
+    with pytest.raises((ValueError, RuntimeError), match="holds a NaN"):
+        dynamic.update_mask()
+    assert_same_bits(before, [mask.bits for mask in dynamic.masks.values()])
+    skipping = make_optimizer("ssam skipping", model)
+    with pytest.raises(RuntimeError, match=r"ascent_pass\(model\)"):
+        skipping.step(lambda: loss_of(model, make_batch(0)))
+
+
+def test_a_mistake_of_one_process_is_an_error_on_all():
+    run(mistakes_of_one, 2)
+
+
+def resume_in_mid_epoch(method: str) -> None:
+    def new():
+        torch.manual_seed(3)
+        model = DDP(make_net(norm=groupnorm))
+        return model, make_optimizer(method, model)
+
+    def steps(model, optimizer, which):
+        for i in which:
+            optimizer.zero_grad()
+            passes(method, model, optimizer, make_batch(2 * i + dist.get_rank()), make_batch(50 + 2 * i + dist.get_rank()))
+            optimizer.step()
+
+    model, optimizer = new()
+    steps(model, optimizer, range(4))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, range(4, 8))
+    again, resumed = new()
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    steps(again, resumed, range(4, 8))
+    assert_same_bits(again.parameters(), model.parameters())
+
+
+@pytest.mark.parametrize("method", ["marwp parallel", "sam local", "ssam dynamic local"])
+def test_resume_equals_no_interruption_to_the_bit(method):
+    run(resume_in_mid_epoch, 2, method)
 
 
 def masks_against_one_process(pattern: str, vectorize: bool) -> None:
@@ -422,7 +503,10 @@ def disagree(what: str) -> None:
                 with optimizer.perturbed():
                     pass
     if what == "the optimizer" and rank == 1:
-        optimizer = flatops.RWP(model.parameters(), torch.optim.AdamW, sigma=0.1, lr=0.1)
+        optimizer = make_optimizer("sam", model)
+        loss_of(model, make_batch(0)).backward()
+    if what == "restore" and rank == 1:
+        optimizer.param_groups[0]["restore"] = "regenerate"
     before = all_bits(model.parameters())
     with pytest.raises(RuntimeError, match=f"processes disagree on {wrong}: .* on process 0, .* on process 1"):
         with optimizer.perturbed():
@@ -430,7 +514,7 @@ def disagree(what: str) -> None:
     assert_same_bits(before, all_bits(model.parameters()))
 
 
-@pytest.mark.parametrize("what", ["seed", "sigma", "params", "draw", "parallel", "the optimizer"])
+@pytest.mark.parametrize("what", ["seed", "sigma", "params", "draw", "parallel", "restore", "the optimizer"])
 def test_processes_that_disagree_are_told_on_what(what):
     run(disagree, 2, what)
 
@@ -439,8 +523,8 @@ def agreement_is_asked_for_once() -> None:
     model = make_net(norm=groupnorm)
     optimizer = make_optimizer("rwp", model)
     calls = []
-    real = dist.all_gather
-    dist.all_gather = lambda *a, **k: calls.append(1) or real(*a, **k)
+    real = dist.all_gather_object
+    dist.all_gather_object = lambda *a, **k: calls.append(1) or real(*a, **k)
     try:
         for i in range(3):
             optimizer.zero_grad()
@@ -451,7 +535,7 @@ def agreement_is_asked_for_once() -> None:
         passes("rwp", model, optimizer, make_batch(9))
         assert len(calls) == 2
     finally:
-        dist.all_gather = real
+        dist.all_gather_object = real
 
 
 def test_processes_meet_once():

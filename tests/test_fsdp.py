@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from models import all_bits, assert_same_bits, bits, loss_of, make_batch, make_n
 from test_distributed import METHODS, assert_close, assert_same_everywhere, groupnorm, make_optimizer, part_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
@@ -24,16 +23,7 @@ from workers import run
 import flatops
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
-SHARDED = {name: method for name, method in METHODS.items() if "parallel" not in name and "local" not in name and "skip" not in name}
-METHODS |= {
-    "ssam dynamic": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 2}),
-    "ssam dynamic by weight": (
-        flatops.SSAM,
-        {"rho": 0.1, "mask": "dynamic", "update_every": 2, "drop": "weight", "grow": "gradient", "pattern": "layer"},
-    ),
-    "rwp regenerating": (flatops.RWP, {"sigma": 0.1, "restore": "regenerate"}),
-}
-SHARDED |= {name: METHODS[name] for name in ("ssam dynamic", "ssam dynamic by weight", "rwp regenerating")}
+SHARDED = [name for name in METHODS if not any(word in name for word in ("parallel", "local", "skipping"))]
 
 
 def shard(net: nn.Module, mesh=None, **policy) -> nn.Module:
@@ -142,13 +132,34 @@ def nan_scores() -> None:
         loss_of(model, make_batch(0)).backward()
     for f in optimizer.fisher.values():
         f._local_tensor.fill_(torch.nan)
-    with pytest.raises(ValueError, match="holds a NaN"):
+    with pytest.raises((ValueError, RuntimeError), match="holds a NaN"):
         optimizer.update_mask()
     assert not optimizer.masks
 
 
 def test_scores_that_cannot_be_ordered_are_an_error_on_every_process():
     run(nan_scores, 3)
+
+
+def one_shard(device: str, method: str) -> None:
+    """All of it on one GPU, where there is no second one to be had: the devices of everything, and NCCL."""
+    group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+    alone = make_net(4, norm=groupnorm).to(device)
+    model = shard(copy.deepcopy(alone), DeviceMesh.from_group(group, device))
+    optimizer, expected = (make_optimizer(method, m) for m in (model, alone))
+    for i in range(4):
+        batch, other = (tuple(t.to(device) for t in make_batch(j)) for j in (i, i + 50))
+        for o, m in ((optimizer, model), (expected, alone)):
+            o.zero_grad()
+            two_passes(o, m, batch, other)
+            o.step()
+    assert_close(wholes(model), list(alone.parameters()), 1e-4 if device == "cuda" else 0)
+
+
+@pytest.mark.parametrize("method", ["arwp", "mrwp", "asam", "ssam", "ssam dynamic"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_one_shard_on_each_device(device, method):
+    run(one_shard, 1, device, method)
 
 
 # --- gathered weights that are out of date --------------------------------------------------------------------------------
@@ -192,6 +203,42 @@ def test_evaluation_leaves_no_stale_weights(setting):
 
 def test_weights_left_gathered_after_backward_are_gathered_anew():
     run(stale, 2, False, False)
+
+
+def first_looks() -> None:
+    """Passes without gradients before any with, and one that fails in the middle of a forward."""
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone))
+    optimizer, expected = (make_optimizer("rwp", m, stream=0, sigma=0.5) for m in (model, alone))
+    batch = make_batch(0, size=12)
+
+    @torch.no_grad()
+    def looks_right() -> bool:
+        return torch.allclose(loss_of(model, batch), loss_of(alone, batch), atol=1e-5)
+
+    with torch.no_grad():
+        for _ in range(2):
+            assert looks_right()
+            with optimizer.perturbed(), expected.perturbed():
+                assert looks_right()
+            assert looks_right()
+
+    def fail(*_):
+        raise MemoryError
+
+    for grad in (False, True):
+        hook = model.head.register_forward_pre_hook(fail)
+        with torch.set_grad_enabled(grad), pytest.raises(MemoryError), optimizer.perturbed(), expected.perturbed():
+            loss_of(model, batch)
+        hook.remove()
+        assert looks_right()
+    loss_of(model, batch).backward()
+    loss_of(alone, batch).backward()
+    assert_close([whole(p.grad) for p in model.parameters()], [p.grad for p in alone.parameters()], 1e-5)
+
+
+def test_looks_and_failures_leave_no_stale_weights():
+    run(first_looks, 2)
 
 
 def low_precision(method: str) -> None:
@@ -252,6 +299,56 @@ def test_replicas_of_hsdp_draw_different_noise_and_their_shards_the_same(method)
     run(hybrid, 4, method)
 
 
+def hybrid_parallel() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone), mesh)
+    optimizer = make_optimizer("mrwp parallel", model, lam=0.3)
+    batch = make_batch(0, size=16)
+    with optimizer.perturbed():
+        (optimizer.perturbed_weight * loss_of(model, part_of(batch, dist.get_rank(), 4))).backward()
+    for replica, weight in ((0, 0.7), (1, 0.3)):
+        one = flatops.RWP(alone.parameters(), SGD, sigma=0.1 * replica, stream=1, lr=0.1)
+        one.run.agreed = True
+        with one.perturbed():
+            (weight * loss_of(alone, part_of(batch, replica, 2))).backward()
+    assert_close([whole(p.grad) for p in model.parameters()], [p.grad for p in alone.parameters()], 1e-6)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="gradients of shards cannot be weighed"):
+        optimizer.step(lambda: loss_of(model, batch))
+
+
+def test_parallel_mrwp_under_hsdp_is_the_mixed_gradient():
+    run(hybrid_parallel, 4)
+
+
+def groups_and_pieces() -> None:
+    """Groups with sigma and eta of their own, gradients accumulated before they are reduced."""
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    nets = []
+    for net in (model, alone):
+        groups = [{"params": net.features.parameters(), "eta": 0.5}, {"params": net.head.parameters(), "sigma": 0.3}]
+        nets.append((net, flatops.RWP(groups, SGD, sigma=0.1, stream=0, lr=0.05)))
+    for i in range(3):
+        for net, optimizer in nets:
+            optimizer.zero_grad()
+            with optimizer.perturbed():
+                for k in range(2):
+                    batch = part_of(make_batch(i, size=16), k, 2)
+                    if net is model:
+                        model.set_requires_gradient_sync(k == 1)
+                        batch = part_of(batch, rank, world)
+                    (loss_of(net, batch) / 2).backward()
+            optimizer.step()
+    assert_close(wholes(model), list(alone.parameters()), 1e-5)
+
+
+def test_groups_of_their_own_and_accumulation():
+    run(groups_and_pieces, 2)
+
+
 def hybrid_sam() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     alone = make_net(4, norm=groupnorm)
@@ -289,8 +386,12 @@ def refusals() -> None:
     ssam = flatops.SSAM(model.parameters(), SGD, lr=0.1)
     with pytest.raises(ValueError, match="vectorize=True"):
         ssam.update_mask(model, F.cross_entropy, [make_batch(0)], samples=2, vectorize=True)
-    with pytest.raises(ValueError, match="skip_masked"):
-        make_optimizer("ssam skipping", model)
+    skipping = make_optimizer("ssam skipping", model)
+    loss_of(model, make_batch(0)).backward()
+    with pytest.raises(ValueError, match="skip_masked"), skipping.perturbed():
+        pass
+    with pytest.raises(RuntimeError, match="processes disagree on batches"):
+        ssam.update_mask(model, F.cross_entropy, [make_batch(dist.get_rank())], samples=2)
 
 
 def test_what_cannot_work_is_refused_by_name():

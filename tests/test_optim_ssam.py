@@ -1053,3 +1053,9 @@ def test_two_processes_hold_the_same_masks(tmp_path):
             optimizer = ssam(model)
             refresh(optimizer, model, samples=8)
             assert_same_bits(lives(optimizer), first)
+
+
+def test_parameters_may_come_from_a_generator():
+    model = make_net()
+    optimizer = flatops.SSAM([{"params": model.parameters()}], torch.optim.SGD, skip_masked=True, lr=0.1)
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))

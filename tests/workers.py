@@ -29,6 +29,7 @@ def _serve(inbox: Any, outbox: Any) -> None:
             timeout = datetime.timedelta(seconds=LIMIT / 2)
             dist.init_process_group("gloo", f"file://{path}", timeout, world, rank)
             function(*args)
+            dist.barrier()  # or one that is ready would break the connections of those that are not
         except BaseException:
             report = f"process {rank}:\n{traceback.format_exc()}"
         finally:

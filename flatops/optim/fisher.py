@@ -97,6 +97,7 @@ def sample_fisher(
     result is left behind.
     """
     params = [p for part in parts for p in part]
+    model = distributed.undecorated(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own forward would make ready for an all-reduce
     devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
@@ -119,6 +120,9 @@ def sample_fisher(
                 raise TypeError(f"batches must hold pairs (inputs, targets), not {type(batch).__name__}")
             x, y = pytree.tree_map(lambda value: on(params[0].device, value), tuple(batch))
             size = min(_length(x), samples - done)
+            if gradients is _by_shards and not done:
+                sums = [v.double().sum().item() for v in pytree.tree_leaves((x, y)) if isinstance(v, Tensor)]
+                distributed.check_agreement({"batches, which must be the same on all under fully_shard": (size, sums)})
             for grads in gradients(params, model, loss_fn, *_rows((x, y), slice(size)), size):
                 for part in parts:
                     if reached := [p for p in part if p in grads]:
@@ -158,10 +162,10 @@ def _by_shards(
     params: list[Tensor], model: nn.Module, loss_fn: Callable, x: Any, y: Any, size: int
 ) -> Gradients:
     # FSDP2 reduces what backward() leaves in p.grad, and averages over processes: which is why all get the same samples.
-    kept = [(p, p.grad) for p in params]
+    kept = [(p, p.grad) for p in {*params, *model.parameters()}]
     try:
         for i in range(size):
-            for p in params:
+            for p, _ in kept:
                 p.grad = None
             one, target = _rows((x, y), slice(i, i + 1))
             loss_fn(model(one), target).backward()

@@ -66,7 +66,8 @@ class Run:
     undo: list[Undo] = field(default_factory=list)
     backup: dict[Tensor, Tensor] = field(default_factory=dict)
     agreed: bool = False  # all processes have the same optimizer
-    modules: list[Any] = field(default_factory=list)  # under fully_shard
+    modules: list[Any] | None = None  # under fully_shard; None until they have been looked for
+    offloaded: bool = False  # shards in the host's memory
     taint: tuple[list[Tensor], Tensor] | None = None  # sharded parameters, and whether SAM's first pass was finite
     hooks: list[Any] = field(default_factory=list)
     skipped: list[Tensor] = field(default_factory=list)  # need no gradient in SSAM's first pass
@@ -87,10 +88,10 @@ class Pass:
     __exit__ = _Exit()
 
     def __init__(self, owner: Any, manager: contextlib.AbstractContextManager) -> None:
-        self.owner, self.manager = owner, manager  # the owner has is_perturbed and restore()
+        self.owner, self.manager = owner, manager  # the owner has in_pass and restore()
 
     def __enter__(self) -> None:
-        clean = not self.owner.is_perturbed
+        clean = not self.owner.in_pass
         try:
             self.manager.__enter__()
         except BaseException:
@@ -182,6 +183,11 @@ class Flat(torch.optim.Optimizer):
         """Whether the weights are perturbed now; for closures, which run in both passes."""
         return self.run.perturbed
 
+    @property
+    def in_pass(self) -> bool:
+        """Whether a perturbed pass is under way, of which a clean process of parallel m-RWP has its part too."""
+        return self.run.perturbed
+
     @perturbed_pass
     def perturbed(self) -> Iterator[None]:
         """Perturbs the weights in place for the forward and backward within; they come back bit for bit, whatever happens.
@@ -218,21 +224,28 @@ class Flat(torch.optim.Optimizer):
     def _enter(self) -> None:
         self.run.perturbed = True
         torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
-        self._check_groups()
         if not self.run.agreed and torch.is_grad_enabled():  # without, it may be a look at the loss by one process alone
-            self._meet()
-        distributed.reshard(self.run.modules)
+            if distributed.world()[1] > 1:
+                distributed.check_agreement(self._agreement())
+            self.run.agreed = True
+        self._check_groups()
+        self._check_world()
+        if self.run.modules is None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            self.run.modules = distributed.sharded_modules() if distributed.any_distributed(params) else []
+            self.run.offloaded = distributed.is_offloaded(params)
+        self._drop_copies()
         with torch.no_grad():
             self._perturb()
 
-    def _meet(self) -> None:
-        """The first pass: finds out what other processes have."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        if distributed.any_distributed(params):
-            self.run.modules = distributed.sharded_modules()
-        if distributed.world()[1] > 1:
-            distributed.check_agreement(self._agreement(), params[0].device)
-        self.run.agreed = True
+    def _check_world(self) -> None:
+        """Raises for what does not work with the processes that there are."""
+
+    def _drop_copies(self) -> None:
+        """Makes sure that no forward will use, and no copy is reading, weights that are about to change or have just changed."""
+        if self.run.offloaded:
+            torch.accelerator.synchronize()
+        distributed.reshard(self.run.modules or [])
 
     def _agreement(self) -> dict[str, Any]:
         """What all processes have to have alike; the host waits for it, once."""
@@ -253,7 +266,7 @@ class Flat(torch.optim.Optimizer):
         for hook in run.hooks:
             hook.remove()
         run.hooks.clear()
-        distributed.reshard(run.modules)
+        self._drop_copies()
         torch.clear_autocast_cache()
         run.perturbed = False
 
@@ -406,7 +419,7 @@ class Flat(torch.optim.Optimizer):
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
-        self.run.agreed = False
+        self.run.agreed, self.run.modules = False, None
         for key, default in list(self.options.items()):
             if isinstance(group[key], Tensor) and group["params"]:
                 given = group[key]

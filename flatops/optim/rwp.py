@@ -41,7 +41,8 @@ class RWP(KeepsFisher):
         parallel: parallel m-RWP, for two replicas or more, of which the last half perturb (of 2 n + 1 the last n); default
             False. What takes its F from g(w + eps), ARWP, takes it from the mixed gradient then.
         restore: 'exact' (default) keeps a copy of the weights during the perturbed pass; 'regenerate' keeps one number a
-            filter, drifts by about 1.5e-8 sqrt(steps) and is refused for bfloat16 and float16.
+            filter, drifts by about 1.5e-8 sqrt(steps) and is refused for bfloat16 and float16, and for replicas of which each
+            draws its own noise, since they would drift apart.
         **kwargs: for the base optimizer.
 
     Raises:
@@ -87,6 +88,7 @@ class RWP(KeepsFisher):
         self.aside: list[
             tuple[Tensor, Tensor]
         ] = []  # gradients that are not to be taken for the perturbed pass's
+        self.weighing: list[Any] = []  # hooks
         self.loss_scale: float | Tensor | None = None
         self.stream, self.parallel = stream, parallel
         if not (stream is None or isinstance(stream, int) and 0 <= stream < 2**31):
@@ -187,8 +189,7 @@ class RWP(KeepsFisher):
             >>> nn.SyncBatchNorm.convert_sync_batchnorm(model, optimizer.role_group())
         """
         rank, size = distributed.world()
-        roles = [None] * size
-        torch.distributed.all_gather_object(roles, self.perturbs)
+        roles = distributed.gather_objects(self.perturbs)
         groups = {role: torch.distributed.new_group([r for r in range(size) if roles[r] == role]) for role in sorted(set(roles))}
         return groups[roles[rank]]
 
@@ -204,7 +205,9 @@ class RWP(KeepsFisher):
             RuntimeError: inside itself.
             ValueError: for a loss_scale that is not positive.
         """
-        if not self.run.inside_step:
+        if self.run.inside_step:
+            self._unweigh()  # the closure knows the explicit form, and so its weight
+        else:
             self._check_clean()
         if isinstance(loss_scale, (int, float)) and not loss_scale > 0:
             raise ValueError(f"loss_scale must be > 0, not {loss_scale}")
@@ -215,16 +218,24 @@ class RWP(KeepsFisher):
         finally:
             self._take_back()
 
-    def _meet(self) -> None:
+    def _check_world(self) -> None:
         if self._takes_roles() and self._replica()[1] < 2:
             raise ValueError(
                 "parallel m-RWP needs two replicas or more, and there is one: leave parallel out, and give both passes half a "
                 "batch, which takes the same time"
             )
-        super()._meet()
+        if self._regenerates() and self.stream is None and self._replica()[1] > 1:
+            raise ValueError(
+                "restore='regenerate' drifts a little with the noise, so replicas with noise of their own would drift apart: use "
+                "'exact', or give them all the same stream"
+            )
+
+    def _regenerates(self) -> bool:
+        return any(group["restore"] == "regenerate" for group in self.param_groups)
 
     def _agreement(self) -> dict[str, Any]:
-        return {**super()._agreement(), "parallel": self.parallel}
+        stream = self.stream if self._regenerates() else None
+        return {**super()._agreement(), "parallel": self.parallel, "stream": stream}
 
     def _perturb(self) -> None:
         if not self.perturbs:
@@ -277,9 +288,12 @@ class RWP(KeepsFisher):
         return group["eta"] > 0
 
     def _new_fisher(self, p: Tensor) -> Tensor:
-        rows = local(p).shape[:1] if p.dim() else (1,)
-        mine = torch.zeros(rows, dtype=torch.float32, device=p.device)
-        return distributed.like_shard(p, mine, *p.shape[:1])
+        if not distributed.is_distributed(p):
+            return torch.zeros(p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device)
+        row = p.detach()
+        while row.dim() > 1:
+            row = row.select(1, 0)
+        return torch.zeros_like(row, dtype=torch.float32)  # sharded as p is, where p is
 
     def mixes_fisher(self) -> bool:
         """Whether F is to be told apart from the clean gradient, and so needs to know the loss scale."""
@@ -333,16 +347,21 @@ class RWP(KeepsFisher):
     @contextlib.contextmanager
     def weighted(self, weight: float) -> Iterator[None]:
         """Multiplies what arrives in p.grad by a weight, before any all-reduce, where the loss is not multiplied by it."""
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if weight != 1 and any(map(distributed.is_distributed, params)):
-            raise RuntimeError("the gradients of sharded parameters cannot be weighed: multiply the loss by perturbed_weight")
-        hooks = [p.register_hook(lambda grad: grad * weight) for p in params if weight != 1]
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad and weight != 1]
+        if distributed.any_distributed(params):
+            raise RuntimeError(
+                "the gradients of shards cannot be weighed: write perturbed() out and multiply the loss by perturbed_weight"
+            )
+        self.weighing += [p.register_hook(lambda grad: grad * weight) for p in params]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            self._unweigh()
+
+    def _unweigh(self) -> None:
+        while self.weighing:
+            self.weighing.pop().remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside, "loss_scale": None}
+        ours = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside, "loss_scale": None, "weighing": []}
         return {**super().__getstate__(), **ours}

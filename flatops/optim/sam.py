@@ -173,6 +173,7 @@ class SAM(Flat):
             ValueError: for a model under fully_shard, whose processes have no gradient of their own, or with static_graph=True.
         """
         self._not_while_perturbed("ascent_pass()")
+        model = distributed.undecorated(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             if model.static_graph:
                 raise ValueError(

@@ -160,8 +160,6 @@ class SSAM(KeepsFisher, SAM):
                 raise ValueError(f"{name} must be an integer in [0, 2**64), not {group[name]!r}")
         if not isinstance(group["skip_masked"], bool):
             raise ValueError(f"skip_masked must be True or False, not {group['skip_masked']!r}")
-        if group["skip_masked"] and distributed.any_distributed(group.get("params", ())):
-            raise ValueError("skip_masked does not go with fully_shard, where each process sees its own shards alone")
         if group["skip_masked"] and (group["fisher"] == "minibatch" or group["grow"] == "gradient"):
             raise ValueError(
                 "skip_masked leaves no gradients to choose the next mask by: not with fisher='minibatch' or grow='gradient'"
@@ -246,9 +244,15 @@ class SSAM(KeepsFisher, SAM):
             raise ValueError(f"samples must be an integer >= 1, not {samples!r}")
         else:
             parts = [params for params, _ in self._trainable(()).values()]
-            fisher = sample_fisher(parts, model, loss_fn, batches, samples, vectorize, progress)
+            with distributed.together():
+                fisher = sample_fisher(parts, model, loss_fn, batches, samples, vectorize, progress)
         with torch.inference_mode(False), torch.no_grad():
             self._update(fisher)
+
+    def _check_world(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self.param_groups[0]["skip_masked"] and distributed.any_distributed(params):
+            raise ValueError("skip_masked does not go with fully_shard, where each process sees its own shards alone")
 
     def _update(self, fisher: dict[Tensor, Tensor] | None = None) -> None:
         """The next mask, from a Fisher or from what is at hand."""
@@ -263,7 +267,8 @@ class SSAM(KeepsFisher, SAM):
                         "no perturbed pass since the last mask: there is nothing to make one from"
                     )
                 fisher = {p: local(self._fisher(p)) for params, _ in self._trainable(()).values() for p in params}
-            all_reduce(f for p, f in fisher.items() if not distributed.is_distributed(p))  # of the others it is a shard
+            if not self._is_sharded():  # shards have the sum already
+                all_reduce(fisher.values())
             self._install(self._largest(fisher))
             for f in self.fisher.values():
                 local(f).zero_()
@@ -345,9 +350,10 @@ class SSAM(KeepsFisher, SAM):
             self._install(self._regrow_shards(rate))
             return
         new = {}
-        for (device,), (params, index) in parts.items():
-            scores = [self._scores(first[by], params) for by in ("drop", "grow")]
-            new[device] = Mask(params, self._moved(self.masks[device].bits, params, index, *scores, rate))
+        with distributed.together():
+            for (device,), (params, index) in parts.items():
+                scores = [self._scores(first[by], params) for by in ("drop", "grow")]
+                new[device] = Mask(params, self._moved(self.masks[device].bits, params, index, *scores, rate))
         self._install(new)
 
     def _regrow_shards(self, rate: float) -> dict[torch.device, Mask]:
@@ -449,6 +455,12 @@ class SSAM(KeepsFisher, SAM):
         return dead if len(dead) < sum(len(mask.params) for mask in self.masks.values()) else []
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        if self.param_groups[0]["skip_masked"] and distributed.world()[1] > 1:
+            raise RuntimeError(
+                "step(closure) with skip_masked does not know the model whose all-reduce to leave out: write "
+                "ascent_pass(model) and perturbed() out"
+            )
+
         def evaluate() -> Any:
             with contextlib.nullcontext() if self.is_perturbed else self.ascent_pass():
                 return closure()
@@ -530,6 +542,7 @@ class SSAM(KeepsFisher, SAM):
         return torch.zeros_like(p, dtype=torch.float32, requires_grad=False)  # sharded as p is
 
     def state_dict(self) -> dict[str, Any]:
+        """As SAM's, with the mask as text in `param_groups`. Under FSDP2 all processes call it together: shards of the mask are gathered."""
         self._follow()
         packed = super().state_dict()
         live = {p: distributed.whole(p, l) for mask in self.masks.values() for p, l in mask.live().items()}

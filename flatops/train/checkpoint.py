@@ -13,7 +13,7 @@ import torch
 
 from .config import TrainConfig
 
-FORMAT, VERSION = "flatops.train", 1
+FORMAT, VERSION = "flatops.train", 2
 NAME = "last.pt"
 
 

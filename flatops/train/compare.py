@@ -18,6 +18,7 @@ from .config import METHOD_OPTIONS, CompareConfig, Recipe, TrainConfig
 from .engine import Row, Trainer
 from .methods import METHODS, known_options, used_options
 from .report import describe_options, write_json
+from .world import launched
 
 Run = dict[str, Any]  # method, seed and history of one training
 
@@ -35,8 +36,10 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
         What compare.json holds: config, machine, summary (a row per method), runs (one per method and seed).
 
     Raises:
-        ValueError: an option out of range, or one that none of the methods knows.
+        ValueError: an option out of range, or one that none of the methods knows; also under torchrun.
     """
+    if launched().size > 1:
+        raise ValueError("compare runs in one process: start it without torchrun")
     console = console or Console()
     configs = {method: method_config(config, method) for method in config.methods}
     check_options(config)

@@ -26,7 +26,7 @@ class Recipe:
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 64
-    """Images in a batch; m-RWP draws two batches of this size for every step."""
+    """Images in a batch, over all processes; m-RWP draws two batches of this size for every step."""
     lr: float = 0.05
     """Peak learning rate; it falls to 0 along a cosine, step by step."""
     warmup_epochs: float = 0.0
@@ -107,6 +107,17 @@ class TrainConfig(Recipe):
     checkpoint_every: int | None = None
     """Also write the checkpoint every so many steps. Left out: at the end of each epoch."""
 
+    rwp_parallel: bool = False
+    """m-RWP family: a step takes one batch, not two: about half of the processes perturb, the others do not. The time of
+    plain training. One process halves the batch."""
+    ascent: Literal["synced", "local"] = "synced"
+    """SAM family: whether processes climb along the gradient of the whole batch or each along that of its own part, which
+    saves an exchange of gradients (m-sharpness)."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """Under torchrun: replicate the network (ddp) or shard it (fsdp). Left out: ddp. No matter to one process."""
+    timeout: float = 600.0
+    """Under torchrun: seconds after which a process that waits for another gives up."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.seed >= 0, f"seed must not be negative, not {self.seed}")
@@ -114,6 +125,17 @@ class TrainConfig(Recipe):
             self.checkpoint_every is None or self.checkpoint_every >= 1,
             f"checkpoint_every must be at least 1, not {self.checkpoint_every}",
         )
+        check(0 < self.timeout < 1e6, f"timeout must lie between 0 and 1e6 seconds, not {self.timeout}")
+        if self.parallel == "fsdp":
+            check(
+                not self.rwp_parallel,
+                "parallel fsdp makes one replica of all processes, and rwp_parallel needs two: use parallel ddp",
+            )
+            check(
+                self.ascent == "synced",
+                "ascent local needs the whole network on every process: use parallel ddp, not fsdp",
+            )
+            check(not self.channels_last, "parallel fsdp shards contiguous weights: leave out channels_last")
 
 
 @dataclass(kw_only=True)

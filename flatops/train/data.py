@@ -41,16 +41,30 @@ class Data:
     def channels(self) -> int:
         return self.train[0].shape[1]
 
-    def batches(self, size: int, *, seed: int, epoch: int, stream: int, start: int = 0) -> Iterator[Batch]:
-        """Full batches of an epoch's shuffle, from batch `start` on; images left over wait for the next."""
+    def batches(
+        self,
+        size: int,
+        *,
+        seed: int,
+        epoch: int,
+        stream: int,
+        start: int = 0,
+        part: int = 0,
+        parts: int = 1,
+    ) -> Iterator[Batch]:
+        """Full batches of an epoch's shuffle, from batch `start` on; images left over wait for the next epoch.
+
+        Of every batch it gives the `part`-th of `parts` equal pieces, so that many processes see what one would.
+        """
         images, labels = self.train
         order = torch.from_numpy(np.random.default_rng([seed, stream, epoch]).permutation(len(labels)))
-        for index in order.to(labels.device).split(size)[start : len(labels) // size]:
+        for batch in order.to(labels.device).split(size)[start : len(labels) // size]:
+            index = batch[part * size // parts : (part + 1) * size // parts]
             yield images[index], labels[index]
 
-    def test_batches(self, size: int) -> Iterator[Batch]:
+    def test_batches(self, size: int) -> list[Batch]:
         """The test images in order."""
-        return zip(self.test[0].split(size), self.test[1].split(size))
+        return list(zip(self.test[0].split(size), self.test[1].split(size)))
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> Data:
         """The same data on a device, in a layout."""

@@ -6,7 +6,8 @@ Every step leaves its gradient in `p.grad`; the engine then calls `optimizer.ste
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -46,20 +47,55 @@ def rwp(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch
 
 def mrwp(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch, other: Batch) -> Output:
     """g = (1 − λ)·∇L(w; batch) + λ·∇L(w + ε; other)"""
-    output = forward(batch)
-    (output.loss * optimizer.clean_weight).backward()
+    return mixed(model, optimizer, forward, batch, other)[0]
+
+
+def mixed(
+    model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch, other: Batch
+) -> tuple[Output, Output]:
+    """m-RWP's clean and perturbed pass, one after the other."""
+    clean = forward(batch)
+    (clean.loss * optimizer.clean_weight).backward()
     with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
-        (forward(other).loss * optimizer.perturbed_weight).backward()
+        perturbed = forward(other)
+        (perturbed.loss * optimizer.perturbed_weight).backward()
+    return clean, perturbed
+
+
+def mrwp_in_halves(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch) -> Output:
+    """m-RWP on the halves of one batch, the first clean: parallel m-RWP on one process"""
+    halves = zip(*(tensor.chunk(2) for tensor in batch))
+    clean, perturbed = mixed(model, optimizer, forward, *halves)
+    return Output((clean.loss + perturbed.loss) / 2, torch.cat([clean.logits, perturbed.logits]))
+
+
+def mrwp_side_by_side(model: nn.Module, optimizer: flatops.RWP, forward: Forward, batch: Batch) -> Output:
+    """m-RWP with a clean or a perturbed pass on each process, mixed by the all-reduce: parallel m-RWP"""
+    with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model, optimizer.is_perturbed):
+        output = forward(batch)
+        (output.loss * optimizer.perturbed_weight).backward()
     return output
 
 
-def sam(model: nn.Module, optimizer: flatops.SAM, forward: Forward, batch: Batch) -> Output:
+def sam(
+    model: nn.Module,
+    optimizer: flatops.SAM,
+    forward: Forward,
+    batch: Batch,
+    first_pass: Callable[[], AbstractContextManager] = nullcontext,
+) -> Output:
     """g = ∇L(w + e), e = ρ·∇L(w)/‖∇L(w)‖; ASAM: e = ρ·w²·∇L(w)/‖|w|·∇L(w)‖; SSAM: e times a mask"""
-    output = forward(batch)
-    output.loss.backward()
+    with first_pass():
+        output = forward(batch)
+        output.loss.backward()
     with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
         forward(batch).loss.backward()
     return output
+
+
+def sam_local(model: nn.Module, optimizer: flatops.SAM, forward: Forward, batch: Batch) -> Output:
+    """SAM's family with e from each process's own ∇L(w)"""
+    return sam(model, optimizer, forward, batch, lambda: optimizer.ascent_pass(model))
 
 
 @dataclass(frozen=True)
@@ -106,6 +142,31 @@ def find(method: str) -> Method:
     return METHODS[method]
 
 
+def choose(config: TrainConfig, processes: int = 1) -> Method:
+    """The method in the form in which a run takes its steps on so many processes.
+
+    Raises:
+        ValueError: unknown method, a form that it does not have, or a batch that cannot be shared out.
+    """
+    method = find(config.method)
+    parts = processes
+    if config.ascent == "local":
+        if "rho" not in method.options:
+            raise ValueError(f"{config.method} has no option ascent")
+        if processes > 1:  # one alone has but one gradient to climb along
+            method = replace(method, step=sam_local)
+    if config.rwp_parallel:
+        if "lam" not in method.options:
+            raise ValueError(f"{config.method} has no option rwp_parallel")
+        parts = max(2, processes)
+        step = mrwp_side_by_side if processes > 1 else mrwp_in_halves
+        method = replace(method, step=step, batches=1)
+    if config.batch_size % parts:
+        what = "processes" if processes > 1 else "halves"
+        raise ValueError(f"batch_size {config.batch_size} cannot be shared out evenly over {parts} {what}")
+    return method
+
+
 def known_options(method: str) -> set[str]:
     """The options that mean something to a method."""
     known = set(find(method).options)
@@ -135,9 +196,11 @@ def used_options(config: TrainConfig) -> Options:
 
 
 def create_optimizer(
-    params: Iterable[nn.Parameter], config: TrainConfig, steps_per_epoch: int = 1
+    params: Iterable[nn.Parameter], config: TrainConfig, steps_per_epoch: int = 1, processes: int = 1
 ) -> torch.optim.Optimizer:
     """SGD, or the method's optimizer on top of it; a dynamic mask moves every `steps_per_epoch` steps.
+
+    With `rwp_parallel` on several processes, each takes its role in m-RWP.
 
     Raises:
         ValueError: see used_options; also a value out of range (σ or ρ negative, λ outside [0, 1] …).
@@ -151,6 +214,8 @@ def create_optimizer(
             options |= {"update_every": steps_per_epoch, "total_updates": config.epochs}
         return flatops.SSAM(params, torch.optim.SGD, seed=config.seed, **options, **base)
     if "sigma" in options:
+        if config.rwp_parallel and processes > 1:
+            options |= {"parallel": True}
         return flatops.RWP(params, torch.optim.SGD, seed=config.seed, **options, **base)
     if "rho" in options:
         return flatops.SAM(params, torch.optim.SGD, adaptive=config.method == "asam", **options, **base)

@@ -50,20 +50,22 @@ class Log:
     """One JSON line per epoch.
 
     Args:
-        path: the file; written anew.
+        path: the file; written anew. None writes nothing.
         history: rows of epochs already done, which come first.
     """
 
-    def __init__(self, path: Path, history: list[Row]) -> None:
+    def __init__(self, path: Path | None, history: list[Row]) -> None:
         self.path = path
-        path.write_text("")
+        if path:
+            path.write_text("")
         for row in history:
             self.add(row)
 
     def add(self, row: Row) -> None:
         """Append a row."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(plain(row)) + "\n")
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(plain(row)) + "\n")
 
 
 class ImagesPerSecond(ProgressColumn):
@@ -99,6 +101,7 @@ class Screen:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             transient=True,
+            disable=console.quiet,
         )
         self.bar = self.progress.add_task(
             "", total=trainer.total_steps, completed=trainer.steps_done, epoch=""
@@ -146,6 +149,8 @@ def header(trainer: Trainer) -> Panel:
         f"{trainer.device}, {threads} thread{'s' * (threads > 1)}, "
         f"{'bfloat16 autocast' if config.bf16 else 'float32'}",
     )
+    if trainer.parallel:
+        grid.add_row("processes", f"{trainer.world.size}, {trainer.parallel}")
     return Panel(grid, title="flatops train", title_align="left", expand=False)
 
 
@@ -161,7 +166,8 @@ def describe_data(trainer: Trainer) -> str:
 
 def describe_method(trainer: Trainer) -> str:
     """The method's name and options."""
-    return "  ".join([trainer.method.label, describe_options(trainer.options)]).strip()
+    forms = ["parallel"] * trainer.config.rwp_parallel + ["local ascent"] * (trainer.config.ascent == "local")
+    return "  ".join([trainer.method.label, describe_options(trainer.options), *forms]).strip()
 
 
 def describe_options(options: Options) -> str:
