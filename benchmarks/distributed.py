@@ -184,7 +184,7 @@ def measure(config: Config) -> dict[str, Any]:
         raise ValueError(f"batch {config.batch} must be divisible by processes {config.processes}")
     with tempfile.TemporaryDirectory() as folder:
         report = str(Path(folder, "report"))
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or every profile says that it begins and ends
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or every profile says that it begins and ends
         torch.multiprocessing.spawn(work, (config, str(Path(folder, "store")), report), nprocs=config.processes)
         rows = json.loads(Path(report).read_text())
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}

@@ -66,9 +66,10 @@ if [[ ${FLATOPS_GPU_REHEARSAL:-} ]]; then
 else
   device=cuda backend=cuda models=(resnet50 vit_base_patch16_224) rounds=15 train=(resnet50 256 224 15)
   tests=()
-  for file in tests/test_ops.py tests/test_noise.py tests/test_cuda.py tests/test_triton.py tests/test_optim_*.py; do
+  for file in tests/test_ops.py tests/test_noise.py tests/test_cuda.py tests/test_triton.py tests/test_mask.py tests/test_optim_*.py; do
     [[ -e $file ]] && tests+=("$file")
   done
+  tests+=("tests/test_fsdp.py::test_one_shard_on_each_device")
   # One GPU serves them all: a few workers keep it busy while others build their cases on the CPU.
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n 6)
 fi

@@ -2,7 +2,8 @@
 
 from flatops import ops
 from flatops.backend import backend
-from flatops.optim import RWP, SAM, SSAM, CosineRamp, freeze_batchnorm_stats, unwrap
+from flatops.optim import RWP, SAM, SSAM, CosineRamp, freeze_batchnorm_stats, passes, unwrap
+from flatops.perturb import perturb
 
-__all__ = ["RWP", "SAM", "SSAM", "CosineRamp", "backend", "freeze_batchnorm_stats", "ops", "unwrap"]
+__all__ = ["RWP", "SAM", "SSAM", "CosineRamp", "backend", "freeze_batchnorm_stats", "ops", "passes", "perturb", "unwrap"]
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from models import all_bits, assert_same_bits, bits, loss_of, make_batch, make_n
 from test_distributed import METHODS, assert_close, assert_same_everywhere, groupnorm, make_optimizer, part_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
@@ -139,6 +139,27 @@ def nan_scores() -> None:
 
 def test_scores_that_cannot_be_ordered_are_an_error_on_every_process():
     run(nan_scores, 3)
+
+
+def one_shard(device: str, method: str) -> None:
+    """All of it on one GPU, where there is no second one to be had: the devices of everything, and NCCL."""
+    group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+    alone = make_net(4, norm=groupnorm).to(device)
+    model = shard(copy.deepcopy(alone), DeviceMesh.from_group(group, device))
+    optimizer, expected = (make_optimizer(method, m) for m in (model, alone))
+    for i in range(4):
+        batch, other = (tuple(t.to(device) for t in make_batch(j)) for j in (i, i + 50))
+        for o, m in ((optimizer, model), (expected, alone)):
+            o.zero_grad()
+            two_passes(o, m, batch, other)
+            o.step()
+    assert_close(wholes(model), list(alone.parameters()), 1e-4 if device == "cuda" else 0)
+
+
+@pytest.mark.parametrize("method", ["arwp", "mrwp", "asam", "ssam", "ssam dynamic"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_one_shard_on_each_device(device, method):
+    run(one_shard, 1, device, method)
 
 
 # --- gathered weights that are out of date --------------------------------------------------------------------------------
@@ -293,7 +314,7 @@ def hybrid_parallel() -> None:
             (weight * loss_of(alone, part_of(batch, replica, 2))).backward()
     assert_close([whole(p.grad) for p in model.parameters()], [p.grad for p in alone.parameters()], 1e-6)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="cannot weigh the gradients of shards"):
+    with pytest.raises(RuntimeError, match="gradients of shards cannot be weighed"):
         optimizer.step(lambda: loss_of(model, batch))
 
 

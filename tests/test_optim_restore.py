@@ -349,7 +349,7 @@ def moments_that_go_wrong(kind, error, modules=("flatops", "contextlib"), starts
         except error:
             tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-6}
             back = all(torch.allclose(p, b, **tolerance) for p, b in zip(params, before))
-            if optimizer.is_perturbed or not back:
+            if optimizer.in_pass or not back:
                 wrong.append(f"{interrupt.where} ({'still marked' if back else 'NOT RESTORED'})")
         if not interrupt.where:
             assert k > 50  # or nothing was interrupted

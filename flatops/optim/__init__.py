@@ -2,9 +2,10 @@
 
 from flatops.optim.batchnorm import freeze_batchnorm_stats
 from flatops.optim.flat import unwrap
+from flatops.optim.passes import passes
 from flatops.optim.rwp import RWP
 from flatops.optim.sam import SAM
 from flatops.optim.schedules import CosineRamp
 from flatops.optim.ssam import SSAM
 
-__all__ = ["RWP", "SAM", "SSAM", "CosineRamp", "freeze_batchnorm_stats", "unwrap"]
+__all__ = ["RWP", "SAM", "SSAM", "CosineRamp", "freeze_batchnorm_stats", "passes", "unwrap"]

@@ -24,10 +24,34 @@ class Undo:
     """One perturbed list of parameters and how it comes back."""
 
     params: list[Tensor]
-    how: dict[str, Any]  # what restore_ takes
+    how: dict[str, Any]  # what restore_ takes, or a copy of the weights in the host's memory
     token: Tensor  # the perturbing operator writes to it last ...
     version: int  # ... and so moves its version on: an interrupt between two lines of Python cannot blur what was done
     restored: int = -1  # the version that restoring gives the last parameter, for the same reason
+
+    def take_back(self) -> None:
+        """Restores the parameters, if they were perturbed and have not been restored."""
+        last = self.params[-1]
+        if self.token._version == self.version or last._version == self.restored:
+            return
+        self.restored = last._version + 1
+        if "offloaded" in self.how:
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, self.how["offloaded"], non_blocking=True)
+        else:
+            ops.restore_(self.params, **self.how)
+
+
+def announce(undo: list[Undo], params: list[Tensor], token: Tensor, **how: Any) -> None:
+    """Notes a change of this process's part of `params`, before it is made, and how to undo it."""
+    undo.append(Undo(distributed.all_local(params), how, token, token._version))
+
+
+def take_back(undo: list[Undo]) -> None:
+    """Restores all that was announced, the last first: two lists may hold the same memory."""
+    for change in reversed(undo):
+        change.take_back()
+    undo.clear()
 
 
 @dataclass
@@ -37,6 +61,7 @@ class Run:
     perturbed: bool = False  # the weights are perturbed now
     ready: bool = False  # a perturbed pass has run since the last step
     inside_step: bool = False  # step(closure) has perturbed the weights for its only evaluation
+    lent: bool = False  # a hook has begun the pass, and the closure that step() is given will end it
     warned: bool = False
     undo: list[Undo] = field(default_factory=list)
     backup: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -62,16 +87,16 @@ class Pass:
 
     __exit__ = _Exit()
 
-    def __init__(self, optimizer: Flat, manager: contextlib.AbstractContextManager) -> None:
-        self.optimizer, self.manager = optimizer, manager
+    def __init__(self, owner: Any, manager: contextlib.AbstractContextManager) -> None:
+        self.owner, self.manager = owner, manager  # the owner has in_pass and restore()
 
     def __enter__(self) -> None:
-        clean = not self.optimizer.run.perturbed
+        clean = not self.owner.in_pass
         try:
             self.manager.__enter__()
         except BaseException:
             if clean:
-                self.optimizer.restore()
+                self.owner.restore()
             raise
 
 
@@ -80,7 +105,7 @@ def perturbed_pass(generator: Callable[..., Iterator[None]]) -> Callable[..., Pa
     manager = contextlib.contextmanager(generator)
 
     @functools.wraps(generator)
-    def begin(self: Flat, *args: Any, **kwargs: Any) -> Pass:
+    def begin(self: Any, *args: Any, **kwargs: Any) -> Pass:
         return Pass(self, manager(self, *args, **kwargs))
 
     return begin
@@ -145,7 +170,7 @@ class Flat(torch.optim.Optimizer):
 
     @abc.abstractmethod
     def _perturb(self) -> None:
-        """Changes the weights, each list announced by `_will_change`."""
+        """Changes the weights, each list announced in `run.undo`."""
 
     @abc.abstractmethod
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
@@ -156,6 +181,11 @@ class Flat(torch.optim.Optimizer):
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are perturbed now; for closures, which run in both passes."""
+        return self.run.perturbed
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a perturbed pass is under way, of which a clean process of parallel m-RWP has its part too."""
         return self.run.perturbed
 
     @perturbed_pass
@@ -232,12 +262,7 @@ class Flat(torch.optim.Optimizer):
     def restore(self) -> None:
         """Takes the perturbation away, if there is one. perturbed() and second_step() do it for you."""
         run = self.run
-        for undo in reversed(run.undo):  # two groups may hold the same memory
-            last = undo.params[-1]
-            if undo.token._version != undo.version and last._version != undo.restored:
-                undo.restored = last._version + 1
-                ops.restore_(undo.params, **undo.how)
-        run.undo.clear()
+        take_back(run.undo)
         for hook in run.hooks:
             hook.remove()
         run.hooks.clear()
@@ -260,10 +285,6 @@ class Flat(torch.optim.Optimizer):
                 ):
                     kept[p] = ops.new_backup([w])[0]
         return [kept[p] for p in params]
-
-    def _will_change(self, params: list[Tensor], token: Tensor, **how: Any) -> None:
-        """Announces a change of this process's part of `params`, before it is made, and how to undo it."""
-        self.run.undo.append(Undo(distributed.all_local(params), how, token, token._version))
 
     def _trainable(
         self, keys: tuple[str, ...], with_grad: bool = False
@@ -300,7 +321,7 @@ class Flat(torch.optim.Optimizer):
             RuntimeError: inside `perturbed()`, or with a closure through a GradScaler.
         """
         run = self.run
-        if run.perturbed:
+        if run.perturbed and not (run.lent and closure is not None):
             raise RuntimeError(
                 "step() while the weights are perturbed: leave perturbed() first, or call second_step()"
             )
@@ -326,7 +347,8 @@ class Flat(torch.optim.Optimizer):
                     "scaler.step(optimizer, closure) would step on scaled gradients: use perturbed() and scaler.step(optimizer)"
                 )
             with torch.enable_grad():
-                loss = closure() if run.ready else self._evaluate(closure)
+                loss = closure() if run.ready or run.lent else self._evaluate(closure)
+            self._not_while_perturbed("step()")  # the closure began a pass and did not end it
         self._before_step()
         self._base_step()
         self._after_step()
@@ -508,8 +530,13 @@ def check_range(name: str, value: Any, low: float = 0.0, high: float = math.inf)
         raise ValueError(f"{name} must be a finite number {what}, not {value!r}")
 
 
+def own(grad: Tensor) -> Tensor:
+    """A gradient that nobody else writes to: a view is DistributedDataParallel's, into its buckets."""
+    return grad.clone() if grad._is_view() else grad
+
+
 def unwrap(optimizer: Any) -> Flat:
-    """The flatops optimizer inside the wrappers of Lightning, accelerate and others.
+    """The flatops optimizer inside the wrappers of Lightning, accelerate, timm and others.
 
     Raises:
         TypeError: if there is none.
@@ -521,7 +548,7 @@ def unwrap(optimizer: Any) -> Flat:
         inner = next(
             (
                 o
-                for o in (getattr(inner, name, None) for name in ("optimizer", "_optimizer"))
+                for o in (getattr(inner, name, None) for name in ("optimizer", "_optimizer", "_base_optimizer"))
                 if o is not None and id(o) not in seen
             ),
             None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from flatops import distributed, ops
 from flatops.distributed import all_local, local
 from flatops.optim.fisher import KeepsFisher
-from flatops.optim.flat import check_range, check_tensor, on, perturbed_pass
+from flatops.optim.flat import check_range, check_tensor, on, own, perturbed_pass
+from flatops.optim.noise import add_noise, check_regenerate
 
 
 class RWP(KeepsFisher):
@@ -132,12 +134,8 @@ class RWP(KeepsFisher):
     def _check_groups(self) -> None:
         super()._check_groups()
         for group in self.param_groups:
-            if group["restore"] == "regenerate" and any(
-                p.dtype in (torch.bfloat16, torch.float16) for p in group["params"]
-            ):
-                raise TypeError(
-                    "restore='regenerate' would lose the low bits of bfloat16 and float16 weights: use 'exact'"
-                )
+            if group["restore"] == "regenerate":
+                check_regenerate(group["params"])
 
     def _replica(self) -> tuple[int, int]:
         """Which replica this is, of how many; told by the parameters, sharded ones first."""
@@ -242,10 +240,10 @@ class RWP(KeepsFisher):
     def _perturb(self) -> None:
         if not self.perturbs:
             return
-        if self._mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
+        if self.mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
             self._take_back()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            self.aside += [(p, _own(p.grad)) for p in params]
+            self.aside += [(p, own(p.grad)) for p in params]
             for p in params:
                 p.grad = None
         for (device, sigma, eta, seed, how), (params, index) in self._trainable(
@@ -258,41 +256,8 @@ class RWP(KeepsFisher):
                 "draw": self._draw(device),
                 "stream": self._replica()[0] if self.stream is None else self.stream,
             }
-            for gathered, part, places in _by_kind(params, index):
-                perturb = self._perturb_gathered if gathered else self._perturb_part
-                perturb(part, places, on(device, sigma), eta, how, noise)
-
-    def _perturb_part(
-        self, params: list[Tensor], index: list[int], sigma: float | Tensor, eta: float, how: str, noise: dict
-    ) -> None:
-        noise = {**noise, "index": index}
-        if distributed.any_distributed(params):
-            noise["first_row"] = [distributed.layout(p).first_row for p in params]
-        if eta > 0:
-            noise |= {"eta": eta, "fisher": all_local(map(self._fisher, params))}
-        mine = all_local(params)
-        if how == "exact":
-            backup = self._backup(params)
-            self._will_change(params, backup[-1], backup=backup)
-            ops.perturb_(mine, sigma, backup=backup, **noise)
-        else:
-            with torch.inference_mode(False):  # an inference tensor has no version
-                scales = ops.new_scales(mine)
-            self._will_change(params, scales, scales=scales, **noise)
-            ops.perturb_(mine, sigma, scales=scales, **noise)
-
-    def _perturb_gathered(
-        self, params: list[Tensor], index: list[int], sigma: float | Tensor, eta: float, how: str, noise: dict
-    ) -> None:
-        """One filter each, whose norm and noise need all of it: biases and scales, small enough to be gathered whole."""
-        mine, backup = all_local(params), self._backup(params)
-        whole = distributed.gather(params, mine)
-        if eta > 0:
-            noise = noise | {"eta": eta, "fisher": distributed.gather(params, all_local(map(self._fisher, params)))}
-        ops.perturb_(whole, sigma, index=index, **noise)
-        self._will_change(params, backup[-1], backup=backup)
-        torch._foreach_copy_(backup, mine)
-        torch._foreach_copy_(mine, [distributed.shard_of(p, w) for p, w in zip(params, whole)])
+            ours = {"restore": how, "room": self._backup, "eta": eta, "fisher": self._fisher}
+            add_noise(params, index, on(device, sigma), self.run.undo, **ours, **noise)
 
     def _draw(self, device: torch.device) -> Tensor:
         """The draw, which is the same in every group, as it lies on a device."""
@@ -315,7 +280,7 @@ class RWP(KeepsFisher):
         super()._passed()
         scale = self.perturbed_weight if self.loss_scale is None else self.loss_scale
         self.loss_scale = None
-        if self._mixes_fisher():
+        if self.mixes_fisher():
             self._update_fisher(1.0 / scale)
         self._take_back()
 
@@ -330,7 +295,8 @@ class RWP(KeepsFisher):
             row = row.select(1, 0)
         return torch.zeros_like(row, dtype=torch.float32)  # sharded as p is, where p is
 
-    def _mixes_fisher(self) -> bool:
+    def mixes_fisher(self) -> bool:
+        """Whether F is to be told apart from the clean gradient, and so needs to know the loss scale."""
         lam = self.param_groups[0]["lam"]
         return 0 < lam < 1 and not self.parallel and any(group["eta"] > 0 for group in self.param_groups)
 
@@ -355,19 +321,17 @@ class RWP(KeepsFisher):
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         lam = self.param_groups[0]["lam"]
         if lam == 1 or self.parallel:
-            with self.perturbed():
-                self._weigh()
+            with self.perturbed(), self.weighted(self.perturbed_weight if self._takes_roles() else 1.0):
                 self.run.inside_step = True
                 try:
                     return closure()
                 finally:
                     self.run.inside_step = False
-                    self._unweigh()
         loss = closure()
         if self.run.ready:  # the closure went through perturbed() itself
             return loss
         params = [p for group in self.param_groups for p in group["params"]]
-        clean = {p: _own(p.grad) for p in params if p.grad is not None}
+        clean = {p: own(p.grad) for p in params if p.grad is not None}
         for p in clean:
             p.grad = None
         with self.perturbed(loss_scale=1.0):
@@ -380,17 +344,19 @@ class RWP(KeepsFisher):
                 p.grad = g.mul_(1 - lam) if p.grad is None else p.grad.add_(g, alpha=1 - lam)
         return loss
 
-    def _weigh(self) -> None:
-        """Multiplies what arrives in p.grad by this replica's weight, before any all-reduce: the closure's loss is not weighed."""
-        weight = self.perturbed_weight if self._takes_roles() else 1.0
-        if weight == 1:
-            return
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+    @contextlib.contextmanager
+    def weighted(self, weight: float) -> Iterator[None]:
+        """Multiplies what arrives in p.grad by a weight, before any all-reduce, where the loss is not multiplied by it."""
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad and weight != 1]
         if distributed.any_distributed(params):
             raise RuntimeError(
-                "step(closure) cannot weigh the gradients of shards: write perturbed() and perturbed_weight out, then step()"
+                "the gradients of shards cannot be weighed: write perturbed() out and multiply the loss by perturbed_weight"
             )
         self.weighing += [p.register_hook(lambda grad: grad * weight) for p in params]
+        try:
+            yield
+        finally:
+            self._unweigh()
 
     def _unweigh(self) -> None:
         while self.weighing:
@@ -399,21 +365,3 @@ class RWP(KeepsFisher):
     def __getstate__(self) -> dict[str, Any]:
         ours = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside, "loss_scale": None, "weighing": []}
         return {**super().__getstate__(), **ours}
-
-
-def _by_kind(params: list[Tensor], index: list[int]) -> list[tuple[bool, list[Tensor], list[int]]]:
-    """(one sharded filter each?, parameters, their positions): of one call each."""
-    if not distributed.any_distributed(params):
-        return [(False, params, index)]
-    kinds: dict[Any, tuple[list[Tensor], list[int]]] = {}
-    for p, i in zip(params, index):
-        group = distributed.layout(p).group if p.dim() < 2 else None
-        part = kinds.setdefault((group, p.dtype if group else None), ([], []))
-        part[0].append(p)
-        part[1].append(i)
-    return [(group is not None, *part) for (group, _), part in kinds.items()]
-
-
-def _own(grad: Tensor) -> Tensor:
-    """A gradient that nobody else writes to: a view is DistributedDataParallel's, into its buckets."""
-    return grad.clone() if grad._is_view() else grad

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flatops import distributed, ops
 from flatops.distributed import all_local, local
-from flatops.optim.flat import Flat, check_range, check_tensor, on, perturbed_pass
+from flatops.optim.flat import Flat, announce, check_range, check_tensor, on, perturbed_pass
 
 
 class SAM(Flat):
@@ -105,7 +105,7 @@ class SAM(Flat):
 
     def _ascend(self, params: list[Tensor], grads: list[Tensor], rho: float | Tensor, **how: Any) -> None:
         backup = self._backup(params)
-        self._will_change(params, backup[-1], backup=backup)
+        announce(self.run.undo, params, backup[-1], backup=backup)
         ops.ascend_(all_local(params), grads, rho, backup=backup, **how)
 
     def _norm(self, parts: dict, grads: dict) -> Tensor:
@@ -194,4 +194,9 @@ class SAM(Flat):
         if not self.run.ready:  # unless the closure went through perturbed() itself
             with self.perturbed():
                 closure()
+            if all(p.grad is None for group in self.param_groups for p in group["params"]):
+                raise RuntimeError(
+                    "the closure made no gradient in the perturbed pass, so that no step would ever move a weight: it has to run "
+                    "the backward itself (in Lightning's manual optimization run perturbed() before optimizer.step())"
+                )
         return loss

@@ -15,7 +15,7 @@ from flatops import distributed, ops
 from flatops.distributed import all_reduce, broadcast, local
 from flatops.optim import masks
 from flatops.optim.fisher import KeepsFisher, sample_fisher
-from flatops.optim.flat import _user_frame, check_range, on
+from flatops.optim.flat import _user_frame, announce, check_range, on
 from flatops.optim.masks import Mask
 from flatops.optim.sam import SAM
 
@@ -530,7 +530,7 @@ class SSAM(KeepsFisher, SAM):
             if part.params:
                 grads = [g for p, g in zip(params, grads) if p in mask.place]
                 undo = {"backup": part.backup, "mask": part.mask}
-                self._will_change(part.params, part.backup[0], **undo)
+                announce(self.run.undo, part.params, part.backup[0], **undo)
                 ops.ascend_(distributed.all_local(part.params), grads, rho, **undo, **how)
 
     # --- checkpoints and copies --------------------------------------------------------------------------------------------

@@ -1,0 +1,143 @@
+"""Noise in the weights of any model, without an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatops import distributed, ops
+from flatops.optim.flat import Pass, Undo, on, perturbed_pass, take_back
+from flatops.optim.noise import add_noise, check_regenerate
+
+RESTORE = ("exact", "offload", "regenerate")
+
+
+def perturb(
+    weights: nn.Module | Tensor | Iterable[Tensor],
+    sigma: float | Tensor = 0.01,
+    *,
+    seed: int | Tensor = 0,
+    draw: int | Tensor = 0,
+    stream: int = 0,
+    restore: str = "exact",
+) -> Pass:
+    """Adds RWP's noise to weights in place for what runs within; they come back bit for bit, whatever happens.
+
+    w_f <- w_f + eps_f, eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0): the bits that `flatops.RWP`
+    over the same list has at the same seed, draw and stream. For evaluation under weight noise, ensembles, robustness tests,
+    and training what is not perturbed, such as adapters on a frozen base.
+
+    Args:
+        weights: a module, for all of its parameters, frozen ones too; or tensors, such as some of its parameters. The noise of
+            each depends on its position among them.
+        sigma: noise as a share of the filter's norm, >= 0; default 0.01. A number, or a tensor of one on the weights' device.
+        seed, draw, stream: which noise: another draw, other noise. Default 0, on every process; across replicas that are to
+            differ, let `stream` be the rank.
+        restore: where the weights are meanwhile.
+            'exact' (default): in a copy on their device.
+            'offload': in a copy in the host's memory, pinned for a GPU's, where the device has no room: 2 bytes per bfloat16
+                weight, moved there and back.
+            'regenerate': nowhere, the noise is drawn again and subtracted; one number a filter. They drift by about 1.5e-8
+                sqrt(passes), and bfloat16 and float16 are refused.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is changed.
+
+    Example:
+        >>> losses = []
+        >>> for draw in range(8):
+        ...     with torch.no_grad(), flatops.perturb(model, sigma=0.01, draw=draw):
+        ...         losses.append(loss_fn(model(x), y))
+
+    A backward pass has to run within: outside the weights are others, and autograd says so.
+
+    References:
+        Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
+        Li et al.: Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape. arXiv 2409.14396.
+    """
+    return _Noisy(weights, sigma, restore, {"seed": seed, "draw": draw, "stream": stream}).perturbed()
+
+
+class _Noisy:
+    """Weights while a `perturb` lasts."""
+
+    def __init__(self, weights: Any, sigma: float | Tensor, restore: str, noise: dict[str, Any]) -> None:
+        if isinstance(weights, nn.Module):
+            if distributed.is_sharded_module(
+                weights
+            ):  # gathered weights, which a forward may leave behind, are copies
+                distributed.reshard(distributed.sharded_modules())
+            named = dict(weights.named_parameters())
+        else:
+            weights = [weights] if isinstance(weights, Tensor) else list(weights)
+            named = {f"weights[{i}]": w for i, w in enumerate(weights)}
+        if not named:
+            raise ValueError("weights holds no tensor: there is nothing to perturb")
+        if restore not in RESTORE:
+            raise ValueError(f"restore must be one of {', '.join(map(repr, RESTORE))}, not {restore!r}")
+        for name, w in named.items():
+            if not isinstance(w, Tensor):
+                raise TypeError(f"{name} must be a tensor, not {type(w).__name__}")
+            if w.dtype not in ops.DTYPES:
+                raise TypeError(
+                    f"{name} is {w.dtype}: expected float32, bfloat16, float16 or float64; leave quantised weights out"
+                )
+            if w.is_inference():
+                raise ValueError(
+                    f"{name} was made under torch.inference_mode(), which allows no change: clone it outside"
+                )
+            distributed.check_layout(w, name)
+        if restore == "regenerate":
+            check_regenerate(named.values())
+        self.weights, self.sigma, self.how, self.noise = list(named.values()), sigma, restore, noise
+        self.undo: list[Undo] = []
+        self.modules: list[Any] = []  # under fully_shard
+
+    @property
+    def in_pass(self) -> bool:
+        return bool(self.undo)
+
+    @perturbed_pass
+    def perturbed(self) -> Iterator[None]:
+        try:
+            self._enter()
+            yield
+        finally:
+            try:
+                self.restore()
+            except BaseException:  # an interrupt between two lines of it
+                self.restore()
+                raise
+
+    def _enter(self) -> None:
+        torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
+        if distributed.any_distributed(self.weights):
+            self.modules = distributed.sharded_modules()
+            distributed.reshard(self.modules)
+        devices: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
+        for i, w in enumerate(self.weights):
+            part = devices.setdefault(w.device, ([], []))
+            part[0].append(w)
+            part[1].append(i)
+        with torch.no_grad():
+            for device, (weights, index) in devices.items():
+                noise = {name: on(device, value) for name, value in self.noise.items()}
+                sigma = on(device, self.sigma)
+                add_noise(weights, index, sigma, self.undo, restore=self.how, room=self._room, **noise)
+
+    def _room(self, weights: list[Tensor]) -> list[Tensor]:
+        mine = distributed.all_local(weights)
+        with torch.inference_mode(False):  # an inference tensor has no version
+            if self.how == "offload":
+                return [
+                    torch.empty_like(w, device="cpu", pin_memory=w.is_cuda, requires_grad=False) for w in mine
+                ]
+            return ops.new_backup(mine)
+
+    def restore(self) -> None:
+        take_back(self.undo)
+        distributed.reshard(self.modules)
+        torch.clear_autocast_cache()

@@ -1,0 +1,352 @@
+"""Lightning's trainer against a plain loop, to the bit: precision, a real scaler, accumulation, clipping, both optimizations."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from documentation import run_snippets
+from models import assert_same_bits, loss_of, make_batch, make_net, state_tensors
+from torch.amp import GradScaler
+
+import flatops
+
+lightning = pytest.importorskip("lightning.pytorch")
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+
+from flatops.integrations.lightning import FlatMinima  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),
+]  # Lightning's advice
+SGD = torch.optim.SGD
+METHODS = {
+    "sam": (flatops.SAM, {"rho": 0.1}),
+    "ssam": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "pattern": "layer"}),
+    "rwp": (flatops.RWP, {"sigma": 0.05}),
+    "mrwp": (flatops.RWP, {"sigma": 0.05, "lam": 0.5}),
+    "marwp": (flatops.RWP, {"sigma": 0.05, "lam": 0.5, "eta": 1.0}),
+}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCALE = 2.0**12
+
+
+def make(method, model, **options):
+    flat, ours = METHODS[method]
+    return flat(model.parameters(), SGD, **ours, **{"lr": 0.05, "momentum": 0.9, **options})
+
+
+class Net(lightning.LightningModule):
+    def __init__(self, method="sam", factors=None):
+        super().__init__()
+        self.net, self.method, self.factors = make_net(), method, factors or {}
+        self.losses, self.runs = [], 0
+
+    def configure_optimizers(self):
+        return make(self.method, self.net)
+
+    def training_step(self, batch, batch_idx):
+        self.runs += 1
+        loss = loss_of(self.net, batch)
+        self.log("loss", loss)
+        return loss * self.factors.get(batch_idx, 1.0)
+
+
+class Seen(lightning.Callback):
+    """What Lightning logs and hands on, and how often hooks run."""
+
+    def __init__(self):
+        self.logged, self.outputs, self.backwards, self.steps, self.clean = [], [], 0, 0, True
+
+    def on_after_backward(self, trainer, module):
+        self.backwards += 1
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.steps += 1
+        self.clean &= not flatops.unwrap(optimizer).is_perturbed
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.logged.append(trainer.callback_metrics["loss"].item())
+        self.outputs.append(outputs["loss"].item())
+
+
+def batches_of(count):
+    return [make_batch(i) for i in range(count)]
+
+
+def fit(module, batches, precision="fp32", callbacks=None, epochs=1, **options):
+    plugins = []
+    if PRECISIONS[precision] is not None:
+        scaler = GradScaler("cpu", init_scale=SCALE) if precision == "fp16" else None
+        plugins = [MixedPrecision("16-mixed" if scaler else "bf16-mixed", "cpu", scaler)]
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_checkpointing=False, plugins=plugins,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[FlatMinima()] if callbacks is None else callbacks, **options,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader)
+    return trainer
+
+
+def plain(method, batches, precision="fp32", accumulate=1, clip=None, factors=None):
+    """The loop that one would write: every micro-batch's two passes, their gradients added up."""
+    model = make_net()
+    optimizer = make(method, model)
+    scaler = GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
+    dtype = PRECISIONS[precision]
+    losses = []
+    total: dict = {}
+
+    def backward(i):
+        with torch.autocast(
+            "cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+        ):
+            loss = loss_of(model, batches[i])
+            scaled = loss * (factors or {}).get(i, 1.0) / accumulate
+        scaler.scale(scaled).backward()
+        return loss.item()
+
+    def take(weight=1.0):
+        for p in model.parameters():
+            total[p] = weight * p.grad if p not in total else total[p] + weight * p.grad
+            p.grad = None
+
+    sam = isinstance(optimizer, flatops.SAM)
+    for i in range(len(batches)):
+        if sam:
+            losses.append(backward(i))
+            with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
+                backward(i)
+            take()
+        elif method == "rwp":
+            with optimizer.perturbed():
+                losses.append(backward(i))
+            take()
+        else:
+            losses.append(backward(i))
+            take(optimizer.clean_weight)
+            scale = scaler.get_scale() / accumulate
+            with optimizer.perturbed(loss_scale=scale), flatops.freeze_batchnorm_stats(model):
+                backward(i)
+            take(optimizer.perturbed_weight)
+        if (i + 1) % accumulate == 0:
+            for p in model.parameters():
+                p.grad = total.pop(p)
+            scaler.unscale_(optimizer)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return model, optimizer, losses, scaler
+
+
+@pytest.mark.parametrize("accumulate, clip", [(1, None), (2, 0.5)], ids=["", "accumulated and clipped"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_automatic_optimization_equals_a_plain_loop(method, precision, accumulate, clip):
+    """Weights, BatchNorm's statistics and momentum to the bit; the clean losses are logged; hooks run once a backward or step."""
+    batches = batches_of(4)
+    model, optimizer, losses, _ = plain(method, batches, precision, accumulate, clip)
+    module, seen = Net(method), Seen()
+    trainer = fit(
+        module,
+        batches,
+        precision,
+        [FlatMinima(), seen],
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+    )
+    assert_same_bits(module.net.state_dict().values(), model.state_dict().values())
+    ours = flatops.unwrap(trainer.optimizers[0])
+    assert_same_bits(state_tensors(ours), state_tensors(optimizer))
+    assert_same_bits(getattr(ours, "fisher", {}).values(), getattr(optimizer, "fisher", {}).values())
+    assert seen.logged == losses
+    assert seen.outputs == [pytest.approx(loss / accumulate, rel=1e-6) for loss in losses]
+    assert (seen.backwards, seen.steps, seen.clean) == (4, 4 // accumulate, True)
+    assert module.runs == (4 if method == "rwp" else 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_overflow_skips_the_step(method):
+    """The scaler backs off, and all is as in the plain loop."""
+    batches, factors = batches_of(3), {1: 1e38}
+    model, optimizer, _, expected = plain(method, batches, "fp16", factors=factors)
+    module = Net(method, factors)
+    trainer = fit(module, batches, "fp16")
+    scaler = trainer.precision_plugin.scaler
+    assert scaler.get_scale() == expected.get_scale() == SCALE / 2
+    assert_same_bits(module.net.state_dict().values(), model.state_dict().values())
+    assert_same_bits(state_tensors(flatops.unwrap(trainer.optimizers[0])), state_tensors(optimizer))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", ["sam", "rwp", "mrwp"])
+@pytest.mark.parametrize("own", [False, True], ids=["passes", "perturbed"])
+def test_manual_optimization_equals_a_plain_loop(method, precision, own):
+    """With flatops.passes, or with perturbed() itself."""
+
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            flat = flatops.unwrap(optimizer)
+            if not own:
+                for one_pass in flatops.passes(optimizer, self):
+                    with one_pass:
+                        self.manual_backward(loss_of(self.net, batch))
+            elif method == "rwp":
+                with flat.perturbed():
+                    self.manual_backward(loss_of(self.net, batch))
+            else:
+                weights = (
+                    (1, 1) if method == "sam" else (flat.clean_weight, flat.perturbed_weight)
+                )  # powers of two
+                self.manual_backward(weights[0] * loss_of(self.net, batch))
+                with flat.perturbed(), flatops.freeze_batchnorm_stats(self):
+                    self.manual_backward(weights[1] * loss_of(self.net, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def __init__(self):
+            super().__init__(method)
+            self.automatic_optimization = False
+
+    batches = batches_of(3)
+    model, optimizer, _, _ = plain(method, batches, precision)
+    module = Manual()
+    trainer = fit(module, batches, precision)
+    assert_same_bits(module.net.state_dict().values(), model.state_dict().values())
+    assert_same_bits(state_tensors(flatops.unwrap(trainer.optimizers[0])), state_tensors(optimizer))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("method", ["sam", "rwp"])
+def test_a_manual_step_without_a_pass_is_refused(method, precision):
+    """Lightning gives step() a closure that does nothing: that would be a plain step, or none at all."""
+
+    class Manual(Net):
+        def __init__(self):
+            super().__init__(method)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(loss_of(self.net, batch))
+            self.optimizers().step()
+
+    module = Manual()
+    with pytest.raises(RuntimeError, match="without a perturbed pass"):
+        fit(module, batches_of(1), precision)
+    assert_same_bits(module.net.parameters(), make_net().parameters())
+    if method == "sam" and precision == "fp32":  # without the callback
+        with pytest.raises(RuntimeError, match="no gradient in the perturbed pass"):
+            fit(Manual(), batches_of(1), callbacks=[])
+
+
+@pytest.mark.parametrize("method", ["sam", "rwp"])
+def test_resume_from_lightnings_checkpoint(method, tmp_path):
+    """Two epochs at once, or one and then another from its checkpoint: the same bits."""
+    batches = batches_of(3)
+    whole = Net(method)
+    fit(whole, batches, epochs=2)
+    first = Net(method)
+    fit(first, batches, epochs=1).save_checkpoint(tmp_path / "one.ckpt", weights_only=False)
+    second = Net(method)
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[FlatMinima()],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(
+        second, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=tmp_path / "one.ckpt"
+    )
+    assert_same_bits(second.net.state_dict().values(), whole.net.state_dict().values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", ["sam", "rwp"])
+def test_a_step_that_is_left_out(method, accumulate, precision):
+    """training_step returns None, on_train_batch_start returns -1: no weight stays perturbed, and training goes on."""
+
+    class Sparse(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else loss
+
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 3 else None
+
+    module = Sparse(method)
+    trainer = fit(module, batches_of(4), precision, epochs=2, accumulate_grad_batches=accumulate)
+    flat = flatops.unwrap(trainer.optimizers[0])
+    assert not flat.is_perturbed and not flat.run.lent
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("run", [1, 2])
+@pytest.mark.parametrize("method", ["sam", "rwp"])
+def test_an_exception_in_either_pass(method, run, error):
+    """The weights are those of the last step."""
+
+    class Failing(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if self.runs == run:
+                raise error
+            return loss
+
+    module = Failing(method)
+    with pytest.raises((error, SystemExit)):
+        fit(module, batches_of(3))
+    before = plain(method, batches_of(1))[0] if (method, run) == ("rwp", 2) else make_net()
+    assert_same_bits(module.net.parameters(), before.parameters())
+
+
+def test_what_it_cannot_do_is_refused():
+    """One error, before the first step."""
+
+    class Plain(Net):
+        def configure_optimizers(self):
+            return SGD(self.net.parameters(), lr=0.1)
+
+    with pytest.raises(TypeError, match="configure_optimizers"):
+        fit(Plain(), batches_of(1))
+
+    class Iterating(Net):
+        def training_step(self, dataloader_iter):
+            return None
+
+    with pytest.raises(ValueError, match="dataloader_iter"):
+        fit(Iterating(), batches_of(1))
+
+    class FSDPStrategy:
+        pass
+
+    class Trainer:
+        strategy, optimizers = FSDPStrategy(), []
+
+    with pytest.raises(ValueError, match="FSDPStrategy"):
+        FlatMinima().on_train_start(Trainer(), Net())
+
+
+def test_the_callback_can_be_copied():
+    copy.deepcopy(FlatMinima())
+
+
+def test_importing_flatops_imports_no_framework():
+    import subprocess
+    import sys
+
+    code = "import sys, flatops; print([m for m in ('lightning', 'transformers', 'accelerate', 'timm') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_the_snippets_of_the_documentation_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_snippets("lightning.md", 2)
