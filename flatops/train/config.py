@@ -108,6 +108,9 @@ class Recipe:
     workers: int | None = None
     """Processes that read images for each training process; 0 reads in between steps. Left out: its share of the CPUs, 16 at
     most. How many there are makes no difference to the result."""
+    decoder: Literal["pil", "dali"] = "pil"
+    """folder: what decodes, crops and resizes the images: PIL in the worker processes, or NVIDIA DALI (nvidia-dali-cuda130), on
+    the GPU where there is one. Their pixels differ by some steps of 255."""
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do about an image that cannot be read: stop, or name it and take the next one in its place."""
     amp: Literal["none", "bf16", "fp16"] = "none"
@@ -141,6 +144,10 @@ class Recipe:
             self.base == "sgd" or not self.nesterov,
             "nesterov is a form of SGD's momentum: leave it out with base adamw",
         )
+        if self.decoder == "dali":
+            check(self.data == "folder", f"decoder dali is for data folder, not {self.data}")
+            check(self.randaugment is None, "randaugment distorts PIL's images: leave out decoder dali")
+            check(self.bad_images == "stop", "DALI stops at a bad image: bad_images skip needs decoder pil")
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import dali
 from .augment import Augment
 from .config import TrainConfig
 from .data import Data
@@ -119,17 +120,21 @@ class Files:
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
+    def read(self, index: int) -> bytes:
+        return Path(self.name(index)).read_bytes()
+
     def open(self, index: int) -> Image.Image:
-        with open(self.name(index), "rb") as file:
-            return Image.open(io.BytesIO(file.read())).convert("RGB")
+        return Image.open(io.BytesIO(self.read(index))).convert("RGB")
 
 
 def folder(config: TrainConfig) -> Stream:
     """A tree of train/CLASS/IMAGE and val/CLASS/IMAGE.
 
     Raises:
-        ValueError: no such tree, an empty class, or other classes in val/ than in train/.
+        ValueError: no such tree, an empty class, or other classes in val/ than in train/; or DALI is not installed.
     """
+    if config.decoder == "dali":
+        dali.check_installed()
     root = config.data_dir
     if root is None:
         raise ValueError("data folder needs data_dir, the tree that has train/ and val/")
@@ -182,6 +187,8 @@ def find_images(split: Path, classes: list[str]) -> tuple[list[str], list[int]]:
 
 def folder_transforms(config: TrainConfig, size: int) -> tuple[Callable, Callable]:
     """ImageNet's usual crops: for training of 8 to 100 % of the area, for testing the middle of 7/8 of the side."""
+    if config.decoder == "dali":
+        return (dali.random_window if config.augment == "standard" else dali.central_window), dali.central_window
     from timm.data import create_transform
 
     common = {"input_size": size, "interpolation": "bilinear", "use_prefetcher": True, "crop_pct": 0.875}
@@ -232,8 +239,9 @@ def stream(
 ) -> Stream:
     """Training and test images, read by worker processes."""
     train, test = sources
-    return Stream(
-        Images(train, test, transforms, size, config.seed),
+    images, kind = (dali.Windows, dali.DaliStream) if config.decoder == "dali" else (Images, Stream)
+    return kind(
+        images(train, test, transforms, size, config.seed),
         (None, torch.from_numpy(train.labels)),
         classes,
         Augment(cutout=config.cutout, erasing=config.erasing, **colours),

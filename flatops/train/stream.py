@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from .augment import Augment, drawing_from
 from .data import IGNORED, Batch, piece, shuffled
 
+T = TypeVar("T")
 TEST = -1  # where training images have a stream
 Key = tuple[int, int, int]  # stream, epoch, index
 
@@ -56,35 +57,35 @@ class Images(Dataset):
         stream, epoch, index = key
         bad: list[tuple[str, str]] = []
         if stream == TEST:
-            image = attempt(self.test, index, bad)
+            image = attempt(self.test.open, self.test, index, bad)
             if image is None:
                 return np.zeros((3, self.size, self.size), dtype=np.uint8), index, bad
             return np.asarray(self.transforms[1](image)), index, bad
         count = len(self.train.labels)
         for number in range(index, index + count):
-            image = attempt(self.train, number % count, bad)
+            image = attempt(self.train.open, self.train, number % count, bad)
             if image is not None:
                 with drawing_from(self.seed, stream, epoch, index):
                     return np.asarray(self.transforms[0](image)), number % count, bad
         raise ValueError(f"not one of the {count} training images can be read; the first: {': '.join(bad[0])}")
 
+    @staticmethod
+    def collate(items: list[tuple[np.ndarray, int, list]]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        """A batch: images (B, 3, H, W) uint8, their numbers (B,), and what could not be read."""
+        images, numbers, bad = zip(*items)
+        return torch.from_numpy(np.stack(images)), torch.tensor(numbers), [entry for some in bad for entry in some]
 
-def attempt(source: Source, index: int, bad: list[tuple[str, str]]) -> Image.Image | None:
-    """An image, or None and a new entry in `bad`."""
+
+def attempt(opened: Callable[[int], T], source: Source, index: int, bad: list[tuple[str, str]]) -> T | None:
+    """What `opened` makes of an image of a source, or None and a new entry in `bad`."""
     try:
-        return source.open(index)
+        return opened(index)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they trip over
         reason = (str(error) or type(error).__name__).splitlines()[0]
         bad.append((source.name(index), reason))
         return None
-
-
-def collate(items: list[tuple[np.ndarray, int, list]]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """A batch: images (B, 3, H, W) uint8, their numbers (B,), and what could not be read."""
-    images, numbers, bad = zip(*items)
-    return torch.from_numpy(np.stack(images)), torch.tensor(numbers), [entry for some in bad for entry in some]
 
 
 class Plan:
@@ -214,19 +215,24 @@ class Stream:
             yield self.augment.prepare(images), chosen.to(self.device, non_blocking=True)
 
     def _read(self, plan: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images on the device, and their numbers; what could not be read is noted, or raised."""
+        """uint8 images (B, 3, size, size) on the device, and their numbers."""
+        for images, indices in self._loaded(plan):
+            # On a GPU the host does not wait for the copy: the memory is pinned.
+            yield images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout), indices
+
+    def _loaded(self, plan: Iterator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
+        """What worker processes make of each batch of keys, and the numbers; what could not be read is noted, or raised."""
         self.plan.batches = plan
         if self.loader is None:
             self.loader = self._loader()
-        for images, indices, bad in self.loader:
+        for batch, indices, bad in self.loader:
             for name, reason in bad:
                 if not self.skip_bad:
                     raise ValueError(
                         f"cannot read {name}: {reason}; bad_images skip would take the next image in its place"
                     )
                 self.bad[name] = reason
-            # On a GPU the host does not wait for the copy: the memory is pinned.
-            yield images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout), indices
+            yield batch, indices
 
     def _loader(self) -> DataLoader:
         some: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if self.workers else {}
@@ -234,7 +240,7 @@ class Stream:
             self.images,
             batch_sampler=self.plan,
             num_workers=self.workers,
-            collate_fn=collate,
+            collate_fn=self.images.collate,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=deaf_to_signals,
             generator=torch.Generator(),  # or every pass would draw from the one that dropout uses
