@@ -69,7 +69,7 @@ else
   for file in tests/test_ops.py tests/test_noise.py tests/test_cuda.py tests/test_triton.py tests/test_mask.py tests/test_optim_*.py; do
     [[ -e $file ]] && tests+=("$file")
   done
-  tests+=("tests/test_fsdp.py::test_one_shard_on_each_device")
+  tests+=("tests/test_fsdp.py::test_one_shard_on_each_device" "tests/test_integrations_pytorch.py::test_the_snippets_of_the_documentation_run")
   # One GPU serves them all: a few workers keep it busy while others build their cases on the CPU.
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n 6)
 fi

@@ -172,7 +172,7 @@ class TrainConfig(Recipe):
     """Also write every epoch's figures for TensorBoard, in the run's folder."""
     profile: bool = False
     """Train nothing: time a step of every method, in turns, show what it spends its time on and its ratio to SGD's step. With
-    the default data and model: a ResNet-18 on synthetic images."""
+    the default data and model: synthetic images, and a ResNet-18 at 32×32, or on a GPU a ResNet-50 at 224×224."""
 
     rwp_parallel: bool = False
     """m-RWP family: a step takes one batch, not two: about half of the processes perturb, the others do not. The time of
