@@ -283,6 +283,9 @@ def test_cutout_and_erasing_blot_out_the_mean_colour():
     cut = augment.Augment(cutout=16, **how)(images, [0], 64, slice(0, 64))
     holes = (cut == 0).sum((1, 2, 3)) / 3
     assert holes.max() == 256 and holes.min() >= 64 and set(cut.unique().tolist()) == {0.0, 2.0}
+    some = augment.Augment(cutout=16, cutout_probability=0.5, **how)(images, [0], 64, slice(0, 64))
+    spared = (some == 2).all(3).all(2).all(1)
+    assert 16 < spared.sum() < 48 and torch.equal(some[~spared], cut[~spared])
     erased = augment.Augment(erasing=0.5, **how)(images, [0], 64, slice(0, 64))
     holes = (erased == 0).sum((1, 2, 3)) / 3
     assert 16 < (holes > 0).sum() < 48 and holes.max() < 0.37 * 1024

@@ -10,11 +10,14 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .config import TrainConfig
 
 AUGMENT, MIX = 1001, 1002  # keep these draws apart from those of the shuffles
 
@@ -27,6 +30,7 @@ class Augment:
         padding: pixels on every side, out of which a random crop of the old size is taken.
         flip: mirror half of the images.
         cutout: side in pixels of a square that is blotted out (DeVries and Taylor, arXiv 1708.04552).
+        cutout_probability: with which an image has one.
         erasing: probability of blotting out a rectangle (Zhong et al., arXiv 1708.04896).
         mean, std: of every channel, in units of uint8; images of float32 are normalised already.
     """
@@ -34,9 +38,17 @@ class Augment:
     padding: int = 0
     flip: bool = False
     cutout: int = 0
+    cutout_probability: float = 1.0
     erasing: float = 0.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, config: TrainConfig, **more: Any) -> Augment:
+        """What a run blots out; `more` are the other arguments."""
+        return cls(
+            cutout=config.cutout, cutout_probability=config.cutout_probability, erasing=config.erasing, **more
+        )
 
     def __call__(self, images: Tensor, path: Sequence[int], size: int, mine: slice) -> Tensor:
         """Training images.
@@ -57,7 +69,8 @@ class Augment:
         if self.cutout:
             centres = rng.integers((height, width), size=(size, 2))
             low = centres - self.cutout // 2
-            images = blotted(images, low[mine], low[mine] + self.cutout)
+            sides = self.cutout * (rng.random((size, 1)) < self.cutout_probability)
+            images = blotted(images, low[mine], (low + sides)[mine])
         if self.erasing:
             low, high = rectangles(rng, self.erasing, size, height, width)
             images = blotted(images, low[mine], high[mine])

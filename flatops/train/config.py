@@ -66,6 +66,8 @@ class Recipe:
     """RandAugment for CIFAR and folder, as timm writes it, such as rand-m9-mstd0.5."""
     cutout: int = 0
     """Side in pixels of the square that is blotted out at a random place of every image (CIFAR: 16)."""
+    cutout_probability: float = 1.0
+    """Share of the images that cutout reaches (in the code of the RWP and SSAM papers: 0.5)."""
     erasing: float = 0.0
     """Probability with which a random rectangle of 2 to 33 % of an image is blotted out."""
     mixup: float = 0.0
@@ -127,7 +129,7 @@ class Recipe:
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "mixup", "cutmix", "cutout", "workers"):
             value = getattr(self, name)
             check(value is None or 0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
-        for name in ("label_smoothing", "label_noise", "erasing"):
+        for name in ("label_smoothing", "label_noise", "erasing", "cutout_probability"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"{name} must lie between 0 and 1, not {value}")
         check(

@@ -139,7 +139,7 @@ def digits(config: TrainConfig | None = None) -> Data:
     train, test = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
     images = (images - images[train].mean()) / images[train].std()
     erasing = config and (config.cutout or config.erasing)
-    augment = Augment(cutout=config.cutout, erasing=config.erasing) if erasing else None
+    augment = Augment.of(config) if erasing else None
     return Data((images[train], labels[train]), (images[test], labels[test]), classes=10, augment=augment)
 
 
@@ -152,7 +152,7 @@ def synthetic(config: TrainConfig) -> Data:
         images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
         return images, torch.randint(classes, (count,), generator=generator)
 
-    augment = Augment(cutout=config.cutout, erasing=config.erasing, mean=(127.5,) * 3, std=(73.9,) * 3)
+    augment = Augment.of(config, mean=(127.5,) * 3, std=(73.9,) * 3)
     return Data(made(max(1024, 4 * config.batch_size)), made(256), classes, augment=augment)
 
 

@@ -63,11 +63,10 @@ def fetch_cifar(config: TrainConfig) -> None:
 def cifar_memory(config: TrainConfig) -> Data:
     """CIFAR in the device's memory, which crops, flips and blots out whole batches."""
     standard = config.augment == "standard"
-    augment = Augment(
+    augment = Augment.of(
+        config,
         padding=CIFAR_PADDING * standard,
         flip=standard,
-        cutout=config.cutout,
-        erasing=config.erasing,
         **CIFAR[config.data],
     )
     sets = cifar_sets(config)
@@ -244,7 +243,7 @@ def stream(
         images(train, test, transforms, size, config.seed),
         (None, torch.from_numpy(train.labels)),
         classes,
-        Augment(cutout=config.cutout, erasing=config.erasing, **colours),
+        Augment.of(config, **colours),
         default_workers() if config.workers is None else config.workers,
         config.bad_images == "skip",
     )
