@@ -6,6 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
+# Files are shared out over processes of one thread each: tensors in tests are too small for more.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo test bench install clean
 
 install: $(VENV)/installed
@@ -18,7 +21,7 @@ $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -name '*.h' -o -nam
 	@touch $@
 
 demo: ; @$(call timed,demo,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(BIN)/flatops compare)
-test: ; @$(call timed,test,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(BIN)/python -m pytest)
+test: ; @$(call timed,test,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(PYTEST))
 
 bench: install
 	$(BIN)/flatops bench

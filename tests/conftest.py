@@ -17,6 +17,14 @@ from cases import BACKENDS  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that take minutes, first: none should be left alone with one process at the end.
+LONG = ("test_train_distributed.py", "test_triton.py", "test_benchmarks.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request):
     """Every backend that this machine runs, in turn; flatops uses it, on tensors of its device."""

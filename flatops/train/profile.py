@@ -18,7 +18,7 @@ from .engine import Trainer, choose_device
 from .methods import METHODS, known_options
 from .world import launched
 
-ROUNDS, WARMUP = 8, 2
+ROUNDS, WARMUP = 16, 2
 # What is timed where no data and no network are asked for: digits are too small to tell anything.
 PROFILED = {
     "cpu": {"model": "resnet18", "image_size": 32},
