@@ -123,7 +123,7 @@ wants_core = any(
 )
 setup(
     packages=[
-        *("flatops", "flatops.integrations", "flatops.optim", "flatops.train", "flatops.train.presets"),
+        *("flatops", "flatops.integrations", "flatops.landscape", "flatops.optim", "flatops.train", "flatops.train.presets"),
         *("flatops.benchmarks", "flatops.kernels"),
     ],
     package_data={"flatops.train.presets": ["*.toml"]},

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 C = TypeVar("C")
-EXTRA = {"matplotlib", "numpy", "PIL", "rich", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tyro"}
+# Which of pip's extras has what may be missing.
+EXTRA = dict.fromkeys(
+    ("matplotlib", "numpy", "PIL", "rich", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tyro"), "train"
+) | {"plotly": "landscape"}
 
 
 @dataclass
@@ -85,6 +88,17 @@ def compare(arguments: list[str]) -> int:
     return 0
 
 
+def landscape(arguments: list[str]) -> int:
+    """draw the loss around trained networks: curves, surfaces, sharpness, top eigenvalue"""
+    from flatops.landscape.config import LandscapeConfig
+
+    config = parse(LandscapeConfig, "landscape", arguments)
+    from flatops.landscape.run import landscape  # needs plotly, which --help does not
+
+    landscape(config)
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     """measure the kernels on this machine"""
     from flatops.benchmarks import bench
@@ -96,6 +110,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "train": train,
     "compare": compare,
+    "landscape": landscape,
     "bench": bench,
 }
 
@@ -116,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        message = f"{error.name} is missing; install it with: pip install 'flatops[train]'"
+        message = f"{error.name} is missing; install it with: pip install 'flatops[{EXTRA[error.name]}]'"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = str(error)
     where = f" (rank {process()})" if process() else ""
@@ -126,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def usage() -> str:
     """The sub-commands and what they do."""
-    lines = [f"  {name:<9}{command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<11}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["usage: flatops COMMAND [OPTIONS]", "", *lines, "", "flatops COMMAND --help lists its options."]
     )

@@ -1,0 +1,113 @@
+"""The loss of a network on fixed batches, wherever its weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatops import distributed
+from flatops.optim.flat import Pass
+
+LossFn = Callable[[Any, Any], Tensor]
+Pairs = Iterable[tuple[Any, Any]]
+
+
+class Probe:
+    """A network in evaluation mode, as a context manager: modes and buffers are as they were afterwards.
+
+    BatchNorm normalises by its running statistics, wherever the weights are, and dropout is off: the loss is a function of
+    the weights alone.
+
+    Args:
+        model: on one device, not sharded.
+        loss_fn: called as loss_fn(model(inputs), targets); a mean over the samples.
+        batches: pairs (inputs, targets) on the model's device; the samples are along the targets' first dimension.
+        on_pass: called after every pass over the batches.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, batches: Pairs, on_pass: Callable[[], None] = lambda: None
+    ) -> None:
+        self.model, self.loss_fn, self.batches, self.on_pass = model, loss_fn, list(batches), on_pass
+        try:
+            self.samples = sum(len(targets) for _, targets in self.batches)
+        except (TypeError, ValueError) as error:
+            raise TypeError("batches must hold pairs (inputs, targets), the samples along the first dimension") from error
+        if not self.samples:
+            raise ValueError("batches holds no sample")
+        if distributed.any_distributed(list(model.parameters())):
+            raise ValueError("model is sharded: gather its weights first, landscapes are for whole ones")
+
+    def __enter__(self) -> Probe:
+        self.modes = [(module, module.training) for module in self.model.modules()]
+        self.buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.model.eval()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+        for module, training in self.modes:
+            module.training = training
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that have a gradient.
+
+        Raises:
+            ValueError: there are none.
+        """
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        if not params:
+            raise ValueError("model has no parameter that requires a gradient")
+        return params
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean over all samples at the weights as they are; not finite where it is not."""
+        return float(sum(self._losses()))  # the device is waited for once
+
+    def gradient(self) -> list[Tensor]:
+        """That of the mean loss, one tensor for each of `trainable`; p.grad is left alone."""
+        params = self.trainable
+        total = [torch.zeros_like(p) for p in params]
+        with torch.enable_grad():
+            for loss in self._losses():
+                torch._foreach_add_(total, torch.autograd.grad(loss, params, materialize_grads=True))
+        return total
+
+    def hessian_times(self, vector: list[Tensor]) -> list[Tensor]:
+        """The Hessian of the mean loss times a vector, both one tensor for each of `trainable`."""
+        params = self.trainable
+        total = [torch.zeros_like(v) for v in vector]
+        # Fused attention can be differentiated once only.
+        with torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            for loss in self._losses():
+                slopes = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+                along = sum((slope * v).sum() for slope, v in zip(slopes, vector))
+                if along.requires_grad:  # not where the loss is linear
+                    torch._foreach_add_(total, torch.autograd.grad(along, params, materialize_grads=True))
+        return total
+
+    def _losses(self) -> Iterable[Tensor]:
+        """Each batch's share of the mean, in float64."""
+        torch.clear_autocast_cache()  # it holds low-precision copies of weights that have moved
+        for inputs, targets in self.batches:
+            yield self.loss_fn(self.model(inputs), targets).double() * (len(targets) / self.samples)
+        self.on_pass()
+
+
+def with_backup(perturbed: Pass) -> list[tuple[Tensor, Tensor]]:
+    """The weights of a `flatops.perturb` that has been entered, each with its backup, in their order.
+
+    At sigma 0 that is a way to write to weights at will: they come back as from any other noise.
+    """
+    backups = {w: b for change in perturbed.owner.undo for w, b in zip(change.params, change.how["backup"])}
+    return [(w, backups[w]) for w in perturbed.owner.weights]

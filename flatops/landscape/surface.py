@@ -1,0 +1,135 @@
+"""The loss along filter-normalised random directions, none of which is stored."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flatops import ops
+from flatops.perturb import perturb
+
+from .probe import LossFn, Pairs, Probe, with_backup
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Losses on a grid.
+
+    Args:
+        axes: the places along each direction, as shares of every filter's norm: at 0.5 a filter has moved by half of it.
+        losses: nested lists, losses[i][j] at axes[0][i] and axes[1][j], or losses[i]; what is not finite stays so.
+        seed, draws: the directions, a draw each.
+    """
+
+    axes: list[list[float]]
+    losses: list
+    seed: int
+    draws: list[int]
+
+
+def surface(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Pairs,
+    *,
+    points: int = 25,
+    radius: float = 1.0,
+    seed: int = 0,
+    draws: Sequence[int] = (0, 1),
+    all_parameters: bool = False,
+    on_pass: Callable[[], None] = lambda: None,
+) -> Surface:
+    """The loss at w + sum_k a_k d_k for every a on a grid, d_k filter-normalised Gaussian directions.
+
+    d_f = ||w_f|| z_f / ||z_f|| for every filter f (a slice along dim 0), z = `ops.normal`: a function of (seed, draw,
+    position of the parameter), drawn anew at every point. One parameter's direction is in memory at a time, and every point is
+    reached from the weights as they were. They come back bit for bit, whatever happens.
+
+    Args:
+        model: in evaluation mode meanwhile, so that BatchNorm uses its running statistics.
+        loss_fn: called as loss_fn(model(inputs), targets); a mean over the samples.
+        batches: pairs (inputs, targets) on the model's device.
+        points: along each direction, odd, so that one is the weights as they are; default 25.
+        radius: of the grid, as a share of every filter's norm; default 1.
+        seed: of the directions, in [0, 2**64); default 0.
+        draws: one for each direction; one gives a curve, two a surface; default (0, 1).
+        all_parameters: also move those of less than two dimensions, each one filter: biases and the weights of
+            normalisation, which the paper leaves alone; default False.
+        on_pass: called after every point.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is changed.
+
+    Example:
+        >>> curve = landscape.surface(model, F.cross_entropy, batches, draws=[0])
+        >>> plane = landscape.surface(model, F.cross_entropy, batches, points=15)
+
+    References:
+        Li et al.: Visualizing the Loss Landscape of Neural Nets. arXiv 1712.09913.
+    """
+    check_grid(points, radius)
+    if len(draws) not in (1, 2) or len(set(draws)) != len(draws):
+        raise ValueError(f"draws must be one or two numbers that differ, not {list(draws)}")
+    if not any(all_parameters or p.dim() > 1 for p in model.parameters()):
+        kind = "" if all_parameters else " of two or more dimensions: pass all_parameters=True"
+        raise ValueError(f"model has no parameter{kind}")
+    half = points // 2
+    axis = [radius * (i - half) / half for i in range(points)]
+    grid = itertools.product(axis, repeat=len(draws))
+    perturbed = perturb(model, 0.0)
+    with Probe(model, loss_fn, batches, on_pass) as probe, perturbed:
+        # The noise is that of the parameter's position among all, whichever of them move.
+        moving = [
+            (index, w, clean)
+            for index, (w, clean) in enumerate(with_backup(perturbed))
+            if all_parameters or w.dim() > 1
+        ]
+        losses = []
+        for place in grid:
+            for index, w, clean in moving:
+                move(w, clean, dict(zip(draws, place)), seed, index)
+            losses.append(probe.loss())
+    if len(draws) == 2:
+        losses = [losses[start : start + points] for start in range(0, len(losses), points)]
+    return Surface([axis] * len(draws), losses, seed, list(draws))
+
+
+def direction(weight: Tensor, *, seed: int, draw: int, index: int = 0) -> Tensor:
+    """A filter-normalised direction at a weight: d_f = ||w_f|| z_f / ||z_f||, z = `ops.normal`.
+
+    Args:
+        weight: of any floating dtype and layout; the direction is that of its contiguous form.
+        seed, draw, index: which direction, and the parameter's position in its model.
+
+    Returns:
+        float32 tensor of the weight's shape, contiguous; zero where a filter is.
+    """
+    z = ops.normal(weight.shape, seed=seed, draw=draw, tensor=index, device=weight.device)
+    if not z.numel():
+        return z
+    tiny = torch.finfo(torch.float32).tiny  # a filter of one element may draw 0
+    scale = ops.filter_norms([weight]) / ops.filter_norms([z]).clamp_min(tiny)
+    return z.mul_(scale.reshape([-1, *[1] * (z.dim() - 1)] if z.dim() else []))
+
+
+@torch.no_grad()
+def move(w: Tensor, clean: Tensor, place: dict[int, float], seed: int, index: int) -> None:
+    """w <- clean + sum_k place[k] d_k, summed in float32 or float64 and rounded once more for shorter dtypes."""
+    moved = clean.to(torch.promote_types(clean.dtype, torch.float32), copy=True)
+    for draw, distance in place.items():
+        if distance:
+            moved.add_(direction(clean, seed=seed, draw=draw, index=index), alpha=distance)
+    w.copy_(moved)
+
+
+def check_grid(points: int, radius: float) -> None:
+    """Raise unless a grid has a middle and a size."""
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points must be an odd number from 3 up, not {points}")
+    if not 0 < radius < math.inf:
+        raise ValueError(f"radius must be finite and positive, not {radius}")
