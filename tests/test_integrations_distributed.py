@@ -1,0 +1,84 @@
+"""Lightning, Hugging Face's Trainer and accelerate on two processes, under torchrun, against a plain loop on one with the whole batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import integration_worker as worker
+import pytest
+import torch
+from models import assert_same_bits, loss_of
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOLERANCE = 2e-6  # of the weights' norm; 3e-8 to 1e-6 was seen
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of two processes ends with, for every case of a framework."""
+    done: dict[str, list[dict]] = {}
+
+    def of(framework: str) -> list[dict]:
+        if framework not in done:
+            if importlib.util.find_spec(framework) is None:
+                pytest.skip(f"{framework} is not installed")
+            folder = tmp_path_factory.mktemp(framework)
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            command += ["--shutdown-timeout", "3", worker.__file__, framework, str(folder / "weights")]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            ran = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=120, env=env, cwd=folder
+            )
+            assert ran.returncode == 0, ran.stderr
+            done[framework] = [torch.load(folder / f"weights.{rank}") for rank in range(2)]
+        return done[framework]
+
+    return of
+
+
+def plain(method: str, accumulate: int) -> list[Tensor]:
+    """The loop that one would write, on one process; in parallel m-RWP each half of the batch has a pass of its own."""
+    model = worker.network()
+    other = {"parallel": False, "stream": 1} if method == "parallel mrwp" else {}
+    optimizer = worker.optimizer_of(method, model, **other)
+    for i, batch in enumerate(worker.batches(accumulate), 1):
+        clean, noisy = (worker.part(batch, rank) for rank in range(2)) if other else (batch, batch)
+        if method == "sam":
+            loss_of(model, clean).backward()
+        elif method != "rwp":
+            (optimizer.clean_weight * loss_of(model, clean) / accumulate).backward()
+        with optimizer.perturbed():
+            (getattr(optimizer, "perturbed_weight", 1.0) * loss_of(model, noisy) / accumulate).backward()
+        if i % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return list(model.parameters())
+
+
+def distance(left: list[Tensor], right: list[Tensor]) -> float:
+    """As a share of the norm."""
+    left, right = (torch.cat([t.detach().flatten() for t in tensors]) for tensors in (left, right))
+    return ((left - right).norm() / right.norm()).item()
+
+
+@pytest.mark.parametrize(
+    "framework, case",
+    [(framework, case) for framework, cases in worker.CASES.items() for case in cases],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
+)
+def test_two_processes_compute_what_one_does(results, framework, case):
+    """Their weights are equal to the bit, have moved, and are those of one process with the whole batch up to rounding."""
+    first, second = (result[case] for result in results(framework))
+    assert_same_bits(first, second)
+    assert distance(first, list(worker.network().parameters())) > 0.01
+    print(case, distance(first, list(worker.network().parameters())), distance(first, plain(*case[1:])))
+    assert distance(first, plain(*case[1:])) < TOLERANCE
+
+
+def test_mrwp_on_shards_is_refused_with_what_to_do(results):
+    for result in results("lightning"):
+        assert "write perturbed() out and multiply the loss by perturbed_weight" in result["refused"]
