@@ -58,15 +58,21 @@ def info(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """train a network with SGD, RWP, m-RWP, ARWP, m-ARWP, SAM, ASAM or SSAM"""
-    from flatops.train import TrainConfig, checkpoint, presets, profile, train
+    from flatops.train import TrainCommand, TrainConfig, checkpoint, methods, presets, profile, train
 
-    default = None  # where options come from that the command line does not give
-    if resume := given(arguments, "resume"):
+    default = TrainConfig()  # where options come from that the command line does not give
+    resume, preset, method = (given(arguments, name) for name in ("resume", "preset", "method"))
+    if resume and preset:
+        raise ValueError("a run that is resumed has its options: leave out preset")
+    if resume:
         default = checkpoint.unpack_config(checkpoint.read(Path(resume)), Path(resume))
-    elif preset := given(arguments, "preset"):
+    elif preset:
         default = presets.recipe(preset)
-    config = parse(TrainConfig, "train", arguments, default)
-    profile(config) if config.profile else train(config)
+        if method in methods.METHODS:  # options of the preset's own method mean nothing to another
+            default = methods.with_method(default, method)
+    command = parse(TrainCommand, "train", arguments, TrainCommand(**vars(default)))
+    config = TrainConfig(**{name: getattr(command, name) for name in vars(default)})
+    profile(config) if command.profile else train(config)
     return 0
 
 

@@ -14,30 +14,22 @@ from models import assert_same_bits, loss_of
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = 2e-6  # of the weights' norm; 3e-8 to 1e-6 was seen
+TOLERANCE = 5e-7  # of the weights' norm; 2e-8 to 3e-8 was seen, and 1e-2 to 1e-1 is what the perturbations make
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(request, tmp_path_factory):
     """What each of two processes ends with, for every case of a framework."""
-    done: dict[str, list[dict]] = {}
-
-    def of(framework: str) -> list[dict]:
-        if framework not in done:
-            if importlib.util.find_spec(framework) is None:
-                pytest.skip(f"{framework} is not installed")
-            folder = tmp_path_factory.mktemp(framework)
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            command += ["--shutdown-timeout", "3", worker.__file__, framework, str(folder / "weights")]
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
-            ran = subprocess.run(
-                command, check=False, capture_output=True, text=True, timeout=120, env=env, cwd=folder
-            )
-            assert ran.returncode == 0, ran.stderr
-            done[framework] = [torch.load(folder / f"weights.{rank}") for rank in range(2)]
-        return done[framework]
-
-    return of
+    for package in {"lightning": ["lightning"], "transformers": ["transformers", "accelerate"]}[request.param]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    file = tmp_path_factory.mktemp(request.param) / "weights"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--shutdown-timeout", "3", worker.__file__, request.param, str(file)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(f"{file}.{rank}") for rank in range(2)]
 
 
 def plain(method: str, accumulate: int) -> list[Tensor]:
@@ -66,19 +58,20 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize(
-    "framework, case",
+    "results, case",
     [(framework, case) for framework, cases in worker.CASES.items() for case in cases],
+    indirect=["results"],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
 )
-def test_two_processes_compute_what_one_does(results, framework, case):
+def test_two_processes_compute_what_one_does(results, case):
     """Their weights are equal to the bit, have moved, and are those of one process with the whole batch up to rounding."""
-    first, second = (result[case] for result in results(framework))
+    first, second = (result[case] for result in results)
     assert_same_bits(first, second)
     assert distance(first, list(worker.network().parameters())) > 0.01
-    print(case, distance(first, list(worker.network().parameters())), distance(first, plain(*case[1:])))
     assert distance(first, plain(*case[1:])) < TOLERANCE
 
 
+@pytest.mark.parametrize("results", ["lightning"], indirect=True)
 def test_mrwp_on_shards_is_refused_with_what_to_do(results):
-    for result in results("lightning"):
+    for result in results:
         assert "write perturbed() out and multiply the loss by perturbed_weight" in result["refused"]
