@@ -120,9 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        if not error.name or error.name.split(".")[0] not in EXTRA and "tensorboard" not in error.name:
             raise
-        message = f"{error.name} is missing; install it with: pip install 'flatops[train]'"
+        extra = "tensorboard" if "tensorboard" in error.name else "train"
+        message = f"{error.name} is missing; install it with: pip install 'flatops[{extra}]'"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = str(error)
     where = f" (rank {process()})" if process() else ""

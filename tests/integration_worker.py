@@ -5,10 +5,12 @@ integration_worker.py FRAMEWORK FILE: every case of CASES[FRAMEWORK], in one pro
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,6 +140,7 @@ def transformers() -> Callable[..., nn.Module]:
 def main(framework: str, file: str) -> None:
     warnings.simplefilter("ignore")  # the frameworks' advice
     torch.set_num_threads(1)
+    os.chdir(Path(file).parent)  # the Trainer makes a folder
     run = {"lightning": lightning, "transformers": transformers}[framework]()
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     result = {}

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from . import checkpoint, plots
 from .config import TrainConfig
+from .data import Data
 from .engine import Row, Trainer
 from .report import Board, Log, Screen, write_json
 from .world import joined, peer_errors
@@ -59,7 +60,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
         folder = world.from_first(lambda: make_folder(config))
         if world.first:
             write_json(folder / "config.json", checkpoint.pack_config(config) | trainer.options)
-        with closing(trainer.data), resumable(folder), memory_advice(config, folder):
+        with resumable(folder), memory_advice(config, folder), closing(trainer.data), reader_errors(trainer.data):
             run_epochs(trainer, folder, console)
         if world.first:
             title = f"{trainer.method.label} on {config.data}"
@@ -152,7 +153,7 @@ def memory_advice(config: TrainConfig, folder: Path | None = None) -> Iterator[N
 def resumable(folder: Path) -> Iterator[None]:
     """Say how to go on, where another process is lost, one that reads images included."""
     try:
-        with peer_errors(), reader_errors():
+        with peer_errors():
             yield
     except ConnectionError as error:
         saved = (folder / checkpoint.NAME).is_file()
@@ -161,12 +162,12 @@ def resumable(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reader_errors() -> Iterator[None]:
-    """Turns what torch raises where a worker process was killed into an error that says so."""
+def reader_errors(data: Data) -> Iterator[None]:
+    """Say so where a process that reads images was killed, which torch raises one of several errors for."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except Exception as error:
+        if not data.lost_readers:
             raise
         raise ConnectionError("a process that reads images was killed, for want of memory perhaps: lower workers") from error
 

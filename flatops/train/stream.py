@@ -166,6 +166,17 @@ class Stream:
         self.device, self.layout = device, memory_format
         return self
 
+    @property
+    def lost_readers(self) -> bool:
+        """See Data.lost_readers."""
+        workers = getattr(getattr(self.loader, "_iterator", None), "_workers", ())
+        try:
+            for worker in workers:
+                worker.join(0.1)  # its connections close before it is gone
+        except RuntimeError:  # which torch raises in its handler of the signal that a process has ended
+            return True
+        return any(worker.exitcode for worker in workers)
+
     def close(self) -> None:
         """End the worker processes; the next pass would start others."""
         if getattr(self.loader, "_iterator", None) is not None:
