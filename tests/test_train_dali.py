@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pictures import make_folder, truncate
+from PIL import Image
 
 from flatops import cli
 from flatops.train import data, train

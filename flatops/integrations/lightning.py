@@ -80,9 +80,10 @@ class FlatMinima(Callback):
     ) -> None:
         if not module.automatic_optimization:
             return
-        if trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward:
-            return  # StochasticWeightAveraging's look at the data for BatchNorm's statistics
         flat = unwrap(trainer.optimizers[0])
+        if trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward:
+            flat.run.ready = True  # StochasticWeightAveraging looks at the data for BatchNorm's statistics: no pass, by no one
+            return
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.batch = (batch, batch_idx) if takes_index else (batch,)
         scaler, parts = _scaler(trainer), trainer.accumulate_grad_batches

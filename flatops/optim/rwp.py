@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatops import distributed, ops
-from flatops.distributed import all_local, local
+from flatops.distributed import all_local
 from flatops.optim.fisher import KeepsFisher
 from flatops.optim.flat import check_range, check_tensor, on, own, perturbed_pass
 from flatops.optim.noise import add_noise, check_regenerate
