@@ -14,8 +14,8 @@ from typing import TypeVar
 C = TypeVar("C")
 # Which of pip's extras has what may be missing.
 EXTRA = dict.fromkeys(
-    ("matplotlib", "numpy", "PIL", "rich", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tyro"), "train"
-) | {"plotly": "landscape"}
+    ("matplotlib", "numpy", "PIL", "rich", "sklearn", "timm", "tomli", "torchvision", "tyro"), "train"
+) | {"plotly": "landscape", "tensorboard": "tensorboard"}
 
 
 @dataclass
@@ -61,15 +61,21 @@ def info(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """train a network with SGD, RWP, m-RWP, ARWP, m-ARWP, SAM, ASAM or SSAM"""
-    from flatops.train import TrainConfig, checkpoint, presets, profile, train
+    from flatops.train import TrainCommand, TrainConfig, checkpoint, methods, presets, profile, train
 
-    default = None  # where options come from that the command line does not give
-    if resume := given(arguments, "resume"):
+    default = TrainConfig()  # where options come from that the command line does not give
+    resume, preset, method = (given(arguments, name) for name in ("resume", "preset", "method"))
+    if resume and preset:
+        raise ValueError("a run that is resumed has its options: leave out preset")
+    if resume:
         default = checkpoint.unpack_config(checkpoint.read(Path(resume)), Path(resume))
-    elif preset := given(arguments, "preset"):
+    elif preset:
         default = presets.recipe(preset)
-    config = parse(TrainConfig, "train", arguments, default)
-    profile(config) if config.profile else train(config)
+        if method in methods.METHODS:  # options of the preset's own method mean nothing to another
+            default = methods.with_method(default, method)
+    command = parse(TrainCommand, "train", arguments, TrainCommand(**vars(default)))
+    config = TrainConfig(**{name: getattr(command, name) for name in vars(default)})
+    profile(config) if command.profile else train(config)
     return 0
 
 
@@ -129,9 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        package = "tensorboard" if "tensorboard" in (error.name or "") else error.name
+        if package not in EXTRA:
             raise
-        message = f"{error.name} is missing; install it with: pip install 'flatops[{EXTRA[error.name]}]'"
+        message = f"{error.name} is missing; install it with: pip install 'flatops[{EXTRA[package]}]'"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = str(error)
     where = f" (rank {process()})" if process() else ""

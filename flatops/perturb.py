@@ -52,7 +52,8 @@ def perturb(
         ...     with torch.no_grad(), flatops.perturb(model, sigma=0.01, draw=draw):
         ...         losses.append(loss_fn(model(x), y))
 
-    A backward pass has to run within: outside the weights are others, and autograd says so.
+    A backward pass has to run within: outside the weights are others, and autograd says so; not so under activation
+    checkpointing, which computes the forward again with what is there. A step of the weights themselves is undone at the end.
 
     References:
         Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
@@ -85,6 +86,11 @@ class _Noisy:
                 raise TypeError(
                     f"{name} is {w.dtype}: expected float32, bfloat16, float16 or float64; leave quantised weights out"
                 )
+            # bitsandbytes packs its codes in tensors of any dtype, torchao wraps them.
+            if hasattr(w, "quant_state") or (hasattr(w, "__tensor_flatten__") and not distributed.is_distributed(w)):
+                raise TypeError(f"{name} is quantised or wrapped ({type(w).__name__}): leave it out")
+            if w.is_meta:
+                raise ValueError(f"{name} is on the meta device, offloaded or not loaded yet: there is nothing to perturb")
             if w.is_inference():
                 raise ValueError(
                     f"{name} was made under torch.inference_mode(), which allows no change: clone it outside"

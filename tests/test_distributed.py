@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from pathlib import Path
@@ -159,6 +160,31 @@ def regenerating() -> None:
     with pytest.raises(ValueError, match="restore='regenerate'"), optimizer.perturbed():
         pass
     assert_same_bits(before, all_bits(model.parameters()))
+    optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.1, lam=0.5, eta=1.0, restore="regenerate", stream=0, lr=0.1)
+    with pytest.raises(ValueError, match="no mixed ARWP"), optimizer.perturbed():
+        pass
+
+
+def mixed_arwp_accumulates() -> None:
+    """Each replica's first micro-batch is its own affair, and so is what F has seen of it."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = DDP(make_net())
+    optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.1, lam=0.5, eta=1.0, stream=0, lr=0.1)
+    for i in range(3):
+        for j in range(2):
+            with model.no_sync() if j == 0 else contextlib.nullcontext():
+                for one_pass in flatops.passes(optimizer, model):
+                    with one_pass:
+                        loss_of(model, part_of(make_batch(2 * i + j, size=16), rank, world)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_same_everywhere(optimizer.fisher.values())
+        assert all(f.min() > 0 for f in optimizer.fisher.values() if f.numel() > 1)
+    assert_same_everywhere(model.parameters())
+
+
+def test_replicas_agree_on_f_under_accumulation():
+    run(mixed_arwp_accumulates, 2)
 
 
 def test_replicas_that_would_drift_apart_are_refused():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import all_bits, assert_same_bits, bits, loss_of, make_batch, make_net
+from models import all_bits, assert_same_bits, loss_of, make_batch, make_net
 from test_distributed import METHODS, assert_close, assert_same_everywhere, groupnorm, make_optimizer, part_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

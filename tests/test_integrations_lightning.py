@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 import flatops
 
 lightning = pytest.importorskip("lightning.pytorch")
+from lightning.pytorch.callbacks import StochasticWeightAveraging  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 from flatops.integrations.lightning import FlatMinima  # noqa: E402
@@ -76,7 +77,7 @@ def batches_of(count):
     return [make_batch(i) for i in range(count)]
 
 
-def fit(module, batches, precision="fp32", callbacks=None, epochs=1, **options):
+def fit(module, batches, precision="fp32", callbacks=None, epochs=1, checkpoint=None, **options):
     plugins = []
     if PRECISIONS[precision] is not None:
         scaler = GradScaler("cpu", init_scale=SCALE) if precision == "fp16" else None
@@ -86,8 +87,9 @@ def fit(module, batches, precision="fp32", callbacks=None, epochs=1, **options):
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[FlatMinima()] if callbacks is None else callbacks, **options,
     )  # fmt: skip
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)
-    trainer.fit(module, loader)
+    is_loader = hasattr(batches, "state_dict")
+    loader = batches if is_loader else torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader, ckpt_path=checkpoint)
     return trainer
 
 
@@ -256,14 +258,73 @@ def test_resume_from_lightnings_checkpoint(method, tmp_path):
     first = Net(method)
     fit(first, batches, epochs=1).save_checkpoint(tmp_path / "one.ckpt", weights_only=False)
     second = Net(method)
-    trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[FlatMinima()],
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(
-        second, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=tmp_path / "one.ckpt"
-    )
+    fit(second, batches, epochs=2, checkpoint=tmp_path / "one.ckpt")
     assert_same_bits(second.net.state_dict().values(), whole.net.state_dict().values())
+
+
+class StatefulLoader:
+    """Tells where it is and goes on from there, as torchdata's StatefulDataLoader does."""
+
+    def __init__(self, batches):
+        self.batches, self.next = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.next %= len(self.batches)
+        while self.next < len(self.batches):
+            self.next += 1
+            yield self.batches[self.next - 1]
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+@pytest.mark.parametrize("method, accumulate", [("sam", 2), ("marwp", 1)])
+def test_resume_in_mid_epoch_with_a_stateful_loader(method, accumulate, tmp_path):
+    """From a checkpoint after four of six batches in the second of three epochs: the same bits."""
+    file = tmp_path / "middle.ckpt"
+
+    class Save(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 3):
+                trainer.save_checkpoint(file, weights_only=False)
+
+    options = {"epochs": 3, "accumulate_grad_batches": accumulate}
+    whole, resumed = Net(method), Net(method)
+    one = fit(whole, StatefulLoader(batches_of(6)), callbacks=[FlatMinima(), Save()], **options)
+    other = fit(resumed, StatefulLoader(batches_of(6)), checkpoint=file, **options)
+    assert resumed.runs == 2 * (2 + 6)
+    assert_same_bits(resumed.net.state_dict().values(), whole.net.state_dict().values())
+    ours, theirs = (flatops.unwrap(trainer.optimizers[0]) for trainer in (other, one))
+    assert_same_bits(state_tensors(ours), state_tensors(theirs))
+    assert_same_bits(getattr(ours, "fisher", {}).values(), getattr(theirs, "fisher", {}).values())
+
+
+@pytest.mark.parametrize("method", ["rwp", "sam"])
+def test_weight_averaging_takes_batchnorm_statistics_at_clean_weights(method):
+    """Of the average of the weights with which the last two epochs begin; the epoch in which it looks at the data has no passes."""
+
+    class Keep(lightning.Callback):
+        def __init__(self):
+            self.weights = []
+
+        def on_train_epoch_end(self, trainer, module):
+            self.weights.append([p.detach().clone() for p in module.net.parameters()])
+
+    batches, keep, module = batches_of(3), Keep(), Net(method)
+    fit(module, batches, callbacks=[FlatMinima(), StochasticWeightAveraging(0.05, swa_epoch_start=2), keep], epochs=3)
+    assert module.runs == 3 * 3 * (1 if method == "rwp" else 2) + 3
+    average = make_net()
+    with torch.no_grad():
+        for p, first, second in zip(average.parameters(), *keep.weights[:2]):
+            p.copy_((first + second) / 2)
+    torch.optim.swa_utils.update_bn((x for x, _ in batches), average)
+    torch.testing.assert_close(list(module.net.buffers()), list(average.buffers()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

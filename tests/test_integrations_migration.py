@@ -15,54 +15,44 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BASES = {"sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), "adamw": (torch.optim.AdamW, {"lr": 0.01})}
 
 
-class DavdaSAM(torch.optim.Optimizer):
-    """sam.py of davda54/sam (MIT), by its lines, for comparison."""
+class DavdaSAM:
+    """What davda54/sam does, as its README and its users' checkpoints show it: a wrapper that keeps copies of the weights in its state."""
 
     def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, **kwargs):
-        super().__init__(params, dict(rho=rho, adaptive=adaptive, **kwargs))
-        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
-        self.param_groups = self.base_optimizer.param_groups
-        self.defaults.update(self.base_optimizer.defaults)
+        self.base_optimizer = base_optimizer(params, **kwargs)
+        self.rho, self.adaptive, self.state = rho, adaptive, {}
+        self.zero_grad = self.base_optimizer.zero_grad
+
+    def params(self):
+        return [p for group in self.base_optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
     def first_step(self, zero_grad=False):
-        grad_norm = self._grad_norm()
-        for group in self.param_groups:
-            scale = group["rho"] / (grad_norm + 1e-12)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                self.state[p]["old_p"] = p.data.clone()
-                e_w = (torch.pow(p, 2) if group["adaptive"] else 1.0) * p.grad * scale.to(p)
-                p.add_(e_w)
+        weigh = torch.abs if self.adaptive else torch.ones_like
+        norm = torch.cat([(weigh(p) * p.grad).flatten() for p in self.params()]).norm()
+        for p in self.params():
+            self.state[p] = {"old_p": p.clone()}
+            p += self.rho / norm * weigh(p) ** 2 * p.grad
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
     def second_step(self, zero_grad=False):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                p.data = self.state[p]["old_p"]
+        for p in self.params():
+            p.copy_(self.state[p]["old_p"])
         self.base_optimizer.step()
         if zero_grad:
             self.zero_grad()
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        closure = torch.enable_grad()(closure)
+    def step(self, closure):
         self.first_step(zero_grad=True)
         closure()
         self.second_step()
 
-    def _grad_norm(self):
-        return torch.norm(
-            torch.stack([
-                ((torch.abs(p) if group["adaptive"] else 1.0) * p.grad).norm(p=2)
-                for group in self.param_groups for p in group["params"] if p.grad is not None
-            ]), p=2,
-        )  # fmt: skip
+    def state_dict(self):
+        """Before its first second_step, as its users save it: the copies, and nothing of the base's."""
+        packed = self.base_optimizer.state_dict()
+        return {**packed, "state": {i: self.state[p] for i, p in enumerate(self.params()) if p in self.state}}
 
 
 def peers():
@@ -71,17 +61,16 @@ def peers():
 
 
 def drive(optimizer, model, form, steps, first=0):
-    """Both loops of their READMEs, unchanged."""
+    """Both loops of their READMEs, in which the closure zeroes nothing."""
     for i in range(first, first + steps):
 
         def closure():
-            optimizer.zero_grad()
             loss = loss_of(model, make_batch(i))
             loss.backward()
             return loss
 
         if form == "closure":
-            closure()
+            loss_of(model, make_batch(i)).backward()
             optimizer.step(closure)
             optimizer.zero_grad()
         else:
@@ -129,6 +118,26 @@ def test_their_checkpoints_load(peer, base):
     drive(old, model, "two steps", 5, first=5)
     drive(optimizer, twin, "two steps", 5, first=5)
     assert difference(twin, model) < 1e-6
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_their_own_state_loads_too(base):
+    """davda54's state has copies of the weights and nothing of the base's, which begins anew, as it does there."""
+    base, options = BASES[base]
+    model, twin = make_net(), make_net()
+    old = DavdaSAM(model.parameters(), base, rho=0.1, **options)
+    loss_of(model, make_batch(0)).backward()
+    old.first_step()
+    saved = copy.deepcopy(old.state_dict())
+    assert any("old_p" in entry for entry in saved["state"].values())
+    old.zero_grad()
+    optimizer, fresh = (flatops.SAM(m.parameters(), base, rho=0.1, **options) for m in (twin, model))
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state
+    twin.load_state_dict(model.state_dict())
+    drive(optimizer, twin, "two steps", 3)
+    drive(fresh, model, "two steps", 3)
+    assert_same_bits(twin.parameters(), model.parameters())
 
 
 def test_the_snippets_of_the_documentation_run():

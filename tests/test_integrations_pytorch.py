@@ -235,6 +235,28 @@ def test_an_average_of_a_model_is_evaluated_under_noise():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_micro_batch_that_fails_costs_itself_alone(method):
+    """Out of memory in its first or last pass: what others have accumulated stays, to which m-RWP has by then added its clean part."""
+    model, optimizer, *_ = make(method)
+    for one_pass in flatops.passes(optimizer, model):
+        with one_pass:
+            loss_of(model, make_batch(0)).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    for last in (False, True):
+        with pytest.raises(MemoryError):
+            for one_pass in flatops.passes(optimizer, model):
+                with one_pass:
+                    if not last or optimizer.is_perturbed:
+                        raise MemoryError
+                    loss_of(model, make_batch(1)).backward()
+        if last and method in ("mrwp", "marwp"):
+            assert all(p.grad is not None for p in model.parameters())
+        else:
+            assert_same_bits([p.grad for p in model.parameters()], before)
+    assert not optimizer.in_pass
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_passes_refuse_what_is_no_flatops_optimizer(method):
     with pytest.raises(TypeError, match="no flatops optimizer"):
         next(flatops.passes(SGD(make_net().parameters(), lr=0.1)))

@@ -143,6 +143,22 @@ def test_the_training_scripts_loop(name, precision, accumulate, clip):
     assert_same_bits(state, other)
 
 
+def test_f_does_not_depend_on_what_the_loss_is_divided_by():
+    """ARWP's F under a scaler and four micro-batches, which are four updates, is that of four losses as they are."""
+    seen = []
+    for accumulate, enabled in ((1, False), (4, True)):
+        model = make_model()
+        optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, sigma=0.0, lam=0.5, eta=1.0, lr=0.1)
+        scaler = FlatScaler(model, "cpu", enabled=enabled, accum_steps=accumulate)
+        x, y = make_data(0)
+        for _ in range(4):
+            forward = lambda: torch.nn.functional.cross_entropy(model(x), y) / accumulate
+            scaler(forward, optimizer, need_update=False)
+        seen.append(list(optimizer.fisher.values()))
+    torch.testing.assert_close(*seen)
+    assert sum(f.max() > 0 for f in seen[0]) > len(seen[0]) / 2  # a residual branch that begins at zero has no gradients
+
+
 def test_a_loss_in_the_place_of_the_forward_is_refused():
     model = make_model()
     with pytest.raises(TypeError, match="function that computes the loss"):

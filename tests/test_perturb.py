@@ -12,6 +12,7 @@ from test_optim_restore import LAYOUTS, knows_the_opcodes, moments_that_go_wrong
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
+from torch.testing._internal.two_tensor import TwoTensor
 from workers import run
 
 import flatops
@@ -289,6 +290,35 @@ def test_errors_name_the_argument_and_change_nothing(arguments, error, name):
     with pytest.raises(error, match=name), flatops.perturb(*arguments, **options):
         pytest.fail("it was entered")
     assert all(torch.equal(w, torch.ones_like(w)) for w in arguments[0] if torch.is_tensor(w))
+
+
+class Packed(nn.Parameter):
+    """As bitsandbytes has them: codes of four bits, under any dtype."""
+
+    quant_state = "nf4"
+
+
+def test_weights_that_are_none_are_refused():
+    """Quantised codes, wrappers around them, and what accelerate has offloaded and a hook would load without the noise."""
+    packed = torch.randn(4, 4).bfloat16()
+    before = packed.clone()
+    with pytest.raises(TypeError, match=r"weights\[0\] is quantised or wrapped \(Packed\)"):
+        flatops.perturb([Packed(packed)])
+    assert torch.equal(packed, before)
+    with pytest.raises(TypeError, match="TwoTensor"):
+        flatops.perturb([TwoTensor(torch.ones(2), torch.ones(2))])
+    with pytest.raises(ValueError, match="weight is on the meta device"):
+        flatops.perturb(nn.Linear(3, 3, device="meta"))
+
+
+def test_a_pass_is_entered_once():
+    w = torch.ones(3)
+    noise = flatops.perturb([w])
+    with noise:
+        assert not torch.equal(w, torch.ones(3))
+    with pytest.raises(RuntimeError, match="entered once"), noise:
+        pass
+    assert torch.equal(w, torch.ones(3))
 
 
 def test_inference_tensors_are_refused():

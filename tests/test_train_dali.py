@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pictures import make_folder, truncate
+from PIL import Image
 
 from flatops import cli
 from flatops.train import data, train
@@ -112,7 +112,7 @@ def test_bad_images_stop_the_run_by_name(tree, workers, kind):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"data": "cifar10"}, "decoder dali is for data folder, not cifar10"),
+        ({"data": "cifar10", "image_size": None}, "decoder dali is for data folder, not cifar10"),
         ({"randaugment": "rand-m9"}, "leave out decoder dali"),
         ({"bad_images": "skip"}, "bad_images skip needs decoder pil"),
     ],

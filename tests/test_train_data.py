@@ -202,8 +202,46 @@ def test_a_folder_without_a_single_good_image_is_refused(tmp_path):
     root = make_folder(tmp_path / "images", train=2, val=1)
     for path in (root / "train").rglob("*.*"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="not one of the 6 training images"):
-        list(loaded(root, bad_images="skip", batch_size=2).batches(2, stream=data.CLEAN, **WHERE))
+    for workers in (0, 2):
+        with pytest.raises(ValueError, match="^6 training images in a row cannot be read, the first .*/train/"):
+            list(loaded(root, bad_images="skip", batch_size=2, workers=workers).batches(2, stream=data.CLEAN, **WHERE))
+        stopping = loaded(root, batch_size=2, workers=workers)
+        assert len(stopping.images[data.CLEAN, 0, 2][2]) == 1  # it has not tried all of them
+        with pytest.raises(ValueError, match="cannot read .*; bad_images skip would"):
+            list(stopping.batches(2, stream=data.CLEAN, **WHERE))
+
+
+def test_test_images_none_of_which_can_be_read_are_refused(own_tree, capsys):
+    for path in (own_tree / "val").rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not one of the test images"):
+        Trainer(config(own_tree, bad_images="skip")).run_epoch()
+
+
+def test_what_could_not_be_read_is_remembered_on_resume(own_tree, tmp_path):
+    spoil(own_tree)
+    settings = config(own_tree, bad_images="skip", epochs=2)
+    trainer = Trainer(settings)
+    trainer.run_epoch()
+    other = Trainer(settings)
+    other.load_state_dict(trainer.state_dict())
+    assert other.bad == trainer.bad != {}
+
+
+def test_a_reader_that_is_killed_is_named(tree, tmp_path, capsys):
+    class Killed(Exception):
+        pass
+
+    def kill(trainer):
+        for process in trainer.data.loader._iterator._workers:
+            process.kill()
+
+    step = Trainer._train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", lambda self, *batches: (step(self, *batches), kill(self)))
+        arguments = ["--data-dir", str(tree), "--image-size", "16", "--batch-size", "4", "--workers", "1", "--epochs", "2"]
+        assert cli.main(["train", "--data", "folder", *arguments, "--output", str(tmp_path / "run")]) == 2
+    assert "a process that reads images was killed" in capsys.readouterr().err
 
 
 # Folders that are not as they should be

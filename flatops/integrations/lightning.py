@@ -1,4 +1,4 @@
-"""Lightning: one callback that gives flatops optimizers their passes.
+"""Lightning: one callback, or a mixin that brings it, that gives flatops optimizers their passes.
 
 Without it Lightning's automatic optimization is right in the simplest case alone: under a GradScaler it calls the closure once,
 outside of step(), so that SAM is its base optimizer; with accumulation only the last micro-batch is perturbed; and the loss it
@@ -8,7 +8,7 @@ logs is the perturbed one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from flatops.optim.flat import Flat, unwrap
 from flatops.optim.passes import passes, two_passes
 
 # Their parameters are no longer the model's: filters are flattened away, or the backward is not PyTorch's.
-REFUSED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
+REFUSED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy", "XLAFSDPStrategy")
 
 
 class FlatMinima(Callback):
@@ -30,6 +30,8 @@ class FlatMinima(Callback):
     shows and returns to callbacks is the clean pass's (RWP has no other than the perturbed one). Mixed precision with or
     without a GradScaler, `accumulate_grad_batches` and `gradient_clip_val` mean what they always mean: gradients are unscaled
     and clipped once, before the step; under accumulation SAM climbs for every micro-batch by itself (m-sharpness).
+
+    RWP's pass is open from on_train_batch_start to the end of the backward: hooks between see perturbed weights.
 
     In manual optimization the passes are yours, by `flatops.passes` or `perturbed()`; the callback sees to it that no step is
     made without.
@@ -53,13 +55,14 @@ class FlatMinima(Callback):
         self.batch: tuple[Any, ...] = ()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if {kind.__name__ for kind in type(trainer.strategy).__mro__} & set(REFUSED):
+            raise ValueError(
+                f"FlatMinima does not go with {type(trainer.strategy).__name__}: use DDPStrategy, or ModelParallelStrategy (FSDP2)"
+            )
+        if sum(isinstance(callback, FlatMinima) for callback in trainer.callbacks) > 1:
+            raise ValueError("callbacks has more than one FlatMinima: each would run the passes")
         if not module.automatic_optimization:
             return
-        strategy = type(trainer.strategy).__name__
-        if strategy in REFUSED:
-            raise ValueError(
-                f"FlatMinima does not go with {strategy}: use DDPStrategy, or ModelParallelStrategy (FSDP2)"
-            )
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 "training_step takes dataloader_iter, and a second pass needs the same batch: let it take batch"
@@ -78,6 +81,9 @@ class FlatMinima(Callback):
         if not module.automatic_optimization:
             return
         flat = unwrap(trainer.optimizers[0])
+        if trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward:
+            flat.run.ready = True  # StochasticWeightAveraging looks at the data for BatchNorm's statistics: no pass, by no one
+            return
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.batch = (batch, batch_idx) if takes_index else (batch,)
         scaler, parts = _scaler(trainer), trainer.accumulate_grad_batches
@@ -103,6 +109,11 @@ class FlatMinima(Callback):
                 # so that no hook runs twice.
                 output = trainer.strategy.training_step(*self.batch)
                 loss = output["loss"] if isinstance(output, Mapping) else output
+                if loss is None:
+                    raise RuntimeError(
+                        "training_step returned None in the perturbed pass and a loss in the clean one: let it return the loss, "
+                        "and a GradScaler skip what is not finite"
+                    )
                 loss = loss / trainer.accumulate_grad_batches
                 scaler = _scaler(trainer)
                 module.backward(loss if scaler is None else scaler.scale(loss))
@@ -138,6 +149,22 @@ class FlatMinima(Callback):
         self._close(trainer)
         for flat in filter(None, map(_flat, trainer.optimizers)):
             flat.restore()  # an interrupt may have come before the pass was noted
+
+
+class FlatMinimaMixin:
+    """Mixed into a LightningModule, brings FlatMinima along, so that no Trainer has to be told.
+
+    Example:
+        >>> class Net(FlatMinimaMixin, LightningModule):
+        ...     def configure_optimizers(self):
+        ...         return flatops.SAM(self.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+        >>> Trainer().fit(Net(), loader)
+    """
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The module's own callbacks, and FlatMinima, which takes the place of one that the Trainer has."""
+        others = super().configure_callbacks()
+        return [*(others if isinstance(others, Sequence) else [others]), FlatMinima()]
 
 
 def _flat(optimizer: Any) -> Flat | None:

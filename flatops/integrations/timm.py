@@ -72,6 +72,7 @@ class FlatScaler(NativeScaler):
         model: whose BatchNorm statistics are to come from the clean pass alone.
         device: of the GradScaler; default 'cuda'.
         enabled: whether to scale; default True.
+        accum_steps: what `forward` divides the loss by; only ARWP with lam < 1 has to know. Default 1.
 
     Example:
         >>> loss_scaler = FlatScaler(model, device.type, enabled=amp_dtype == torch.float16)
@@ -80,8 +81,10 @@ class FlatScaler(NativeScaler):
         in the place of `loss = _forward(); loss_scaler(loss, optimizer, ...)`.
     """
 
-    def __init__(self, model: nn.Module | None = None, device: str = "cuda", enabled: bool = True) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module | None = None, device: str = "cuda", enabled: bool = True, accum_steps: int = 1
+    ) -> None:
+        self.model, self.accum_steps = model, accum_steps
         self._scaler = torch.amp.GradScaler(device, enabled=enabled)
 
     def __call__(
@@ -109,7 +112,7 @@ class FlatScaler(NativeScaler):
                 "FlatScaler takes the function that computes the loss, not the loss: SAM has to call it twice"
             )
         losses = []
-        for one_pass in passes(optimizer, self.model, loss_scale=self._scaler.get_scale):
+        for one_pass in passes(optimizer, self.model, loss_scale=lambda: self._scaler.get_scale() / self.accum_steps):
             with one_pass:
                 losses.append(forward())
                 self._scaler.scale(losses[-1]).backward(create_graph=create_graph)

@@ -40,6 +40,12 @@ class FlatMinimaMixin:
         ValueError: under DeepSpeed, Megatron or XLA, whose weights and backwards are their own.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(FlatMinimaMixin)]
+        if any("training_step" in vars(kind) and not issubclass(kind, FlatMinimaMixin) for kind in before):
+            raise TypeError(f"{cls.__name__}: FlatMinimaMixin has to come before the Trainer that it is mixed into")
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The passes over one micro-batch; returns the first one's loss."""
         accelerator = self.accelerator
@@ -54,9 +60,10 @@ class FlatMinimaMixin:
                 f"FlatMinimaMixin is for flatops optimizers: give the Trainer one; {error}"
             ) from None
         scaler = accelerator.scaler
-        scale = (
-            1.0 if scaler is None else scaler.get_scale
-        )  # ARWP's F is of the loss as the Trainer divides it
+
+        def scale() -> float:
+            return (scaler.get_scale() if scaler else 1.0) / self.current_gradient_accumulation_steps
+
         losses = []
         for one_pass in passes(flat, model, loss_scale=scale):
             with one_pass:

@@ -89,8 +89,12 @@ class Pass:
 
     def __init__(self, owner: Any, manager: contextlib.AbstractContextManager) -> None:
         self.owner, self.manager = owner, manager  # the owner has in_pass and restore()
+        self.entered = False
 
     def __enter__(self) -> None:
+        if self.entered:
+            raise RuntimeError("a pass is entered once: make another for the next")
+        self.entered = True
         clean = not self.owner.in_pass
         try:
             self.manager.__enter__()
@@ -452,7 +456,9 @@ class Flat(torch.optim.Optimizer):
         """
         self._not_while_perturbed("load_state_dict()")
         kept = [{key: group[key] for key in self.options} for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        # davda54/sam leaves copies of the weights in its state; an entry of nothing else would pass for the base's own.
+        others = {k: {n: v for n, v in s.items() if n != "old_p"} for k, s in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": {k: s for k, s in others.items() if s}})
         written: dict[Tensor, Any] = {}
         for group, old in zip(self.param_groups, kept):
             for key, value in old.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,7 +16,7 @@ from flatops.optim.rwp import RWP
 
 
 def passes(
-    optimizer: Any, model: nn.Module | None = None, *, loss_scale: float | Tensor | Callable[[], float] = 1.0
+    optimizer: Any, model: nn.Module | None = None, *, loss_scale: float | Tensor | Callable[[], float] | None = None
 ) -> Iterator[AbstractContextManager[None]]:
     """The passes over one micro-batch, each a context for one forward and backward: two for SAM, SSAM and m-RWP, one for RWP.
 
@@ -26,7 +27,8 @@ def passes(
         optimizer: a flatops optimizer, or what accelerate or Lightning have wrapped around it.
         model: whose BatchNorm statistics are to come from the clean pass alone.
         loss_scale: what the losses are multiplied by, or a function that tells, such as `scaler.get_scale`, which is asked where
-            it matters alone: for ARWP with lam < 1. Default 1.
+            it matters alone: for ARWP with lam < 1. Default: what accelerate multiplies by where it has wrapped the optimizer,
+            otherwise 1.
 
     Example:
         >>> for one_pass in flatops.passes(optimizer, model):
@@ -40,10 +42,18 @@ def passes(
             perturbed_weight instead.
     """
     flat = unwrap(optimizer)
+    if loss_scale is None:
+        loss_scale = functools.partial(_accelerates_scale, optimizer)
     earlier: dict[Tensor, Tensor] = {}
     if two_passes(flat):
         yield _clean(flat, earlier)
     yield Pass(flat, _perturbed(flat, model, earlier, loss_scale))
+
+
+def _accelerates_scale(optimizer: Any) -> float:
+    """What accelerate's backward multiplies a loss by: its optimizers know. Other optimizers know of nothing."""
+    scaler, state = (getattr(optimizer, name, None) for name in ("scaler", "gradient_state"))
+    return (scaler.get_scale() if scaler else 1.0) / getattr(state, "num_steps", 1)
 
 
 def two_passes(flat: Flat) -> bool:
@@ -62,8 +72,13 @@ def _clean(flat: Any, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
         for p in group["params"]:
             if p.grad is not None:
                 earlier[p], p.grad = own(p.grad), None
-    with flat.ascent_pass():
-        yield
+    try:
+        with flat.ascent_pass():
+            yield
+    except BaseException:  # the micro-batch is lost, and nothing else
+        for p, g in earlier.items():
+            p.grad = g
+        raise
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flatops import distributed, ops
-from flatops.distributed import all_local, local
+from flatops.distributed import all_local
 from flatops.optim.fisher import KeepsFisher
 from flatops.optim.flat import check_range, check_tensor, on, own, perturbed_pass
 from flatops.optim.noise import add_noise, check_regenerate
@@ -224,10 +224,10 @@ class RWP(KeepsFisher):
                 "parallel m-RWP needs two replicas or more, and there is one: leave parallel out, and give both passes half a "
                 "batch, which takes the same time"
             )
-        if self._regenerates() and self.stream is None and self._replica()[1] > 1:
+        if self._regenerates() and (self.stream is None or self.mixes_fisher()) and self._replica()[1] > 1:
             raise ValueError(
                 "restore='regenerate' drifts a little with the noise, so replicas with noise of their own would drift apart: use "
-                "'exact', or give them all the same stream"
+                "'exact', or give them all the same stream and no mixed ARWP, whose F may differ between steps"
             )
 
     def _regenerates(self) -> bool:
@@ -310,6 +310,18 @@ class RWP(KeepsFisher):
             if getattr(self, "found_inf", None) is not None:
                 scale = torch.where(self.found_inf > 0, torch.nan, scale).double()  # F stays as it was
             self._update_fisher(scale)
+        elif self.mixes_fisher() and self._replica()[1] > 1:
+            self._average_fisher()
+
+    @torch.no_grad()
+    def _average_fisher(self) -> None:
+        """Makes F the same on all replicas: under no_sync each has had the gradients of its own micro-batches."""
+        for (_, eta), (params, _) in self._trainable(("eta",)).items():
+            fisher = [self._fisher(p) for p in params if eta > 0 and not distributed.is_distributed(p)]
+            if fisher:
+                means = torch.cat(fisher) / self._replica()[1]
+                distributed.all_reduce([means])
+                torch._foreach_copy_(fisher, means.split([len(f) for f in fisher]))
 
     @torch.no_grad()
     def _update_fisher(self, scale: float | Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
+        self.lock = threading.Lock()  # the progress bar reads in a thread of its own
         self.part: str | None = None
         self.reset()
 
@@ -45,10 +47,11 @@ class Clock:
         """Seconds by part so far; with `wait` also of what the GPU has still to do."""
         if wait and self.cuda:
             torch.cuda.synchronize()
-        while self.pending and self.pending[0][2].query():
-            part, start, end = self.pending.popleft()
-            self.seconds[part] += start.elapsed_time(end) / 1000
-        return dict(self.seconds)
+        with self.lock:
+            while self.pending and self.pending[0][2].query():
+                part, start, end = self.pending.popleft()
+                self.seconds[part] += start.elapsed_time(end) / 1000
+            return dict(self.seconds)
 
     def _switch(self, part: str | None) -> str | None:
         now: Any = time.perf_counter()

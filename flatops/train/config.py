@@ -136,6 +136,10 @@ class Recipe:
             self.warmup_epochs <= self.epochs,
             f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}",
         )
+        check(
+            self.image_size is None or self.data in ("folder", "synthetic"),
+            f"image_size is for data folder and synthetic: {self.data} has the size it has",
+        )
         check(self.classes is None or self.classes >= 2, f"classes must be at least 2, not {self.classes}")
         check(
             self.clip_norm is None or 0 < self.clip_norm < math.inf,
@@ -156,9 +160,6 @@ class Recipe:
 class TrainConfig(Recipe):
     """Train an image classifier with one method."""
 
-    preset: str | None = None
-    """Begin with a recipe of the papers, such as imagenet-resnet50-rwp; what else the command line gives goes before it. A wrong
-    name lists them all."""
     method: MethodName = "sgd"
     """rwp: random weight perturbation; mrwp: mixed with the clean gradient; arwp, marwp: adapted to the
     Fisher information; sam: sharpness-aware minimisation; asam: adaptive SAM; ssam: sparse SAM."""
@@ -172,9 +173,6 @@ class TrainConfig(Recipe):
     """Also write the checkpoint every so many steps. Left out: at the end of each epoch."""
     tensorboard: bool = False
     """Also write every epoch's figures for TensorBoard, in the run's folder."""
-    profile: bool = False
-    """Train nothing: time a step of every method, in turns, show what it spends its time on and its ratio to SGD's step. With
-    the default data and model: synthetic images, and a ResNet-18 at 32×32, or on a GPU a ResNet-50 at 224×224."""
 
     rwp_parallel: bool = False
     """m-RWP family: a step takes one batch, not two: about half of the processes perturb, the others do not. The time of
@@ -206,6 +204,18 @@ class TrainConfig(Recipe):
             )
             check(not self.channels_last, "parallel fsdp shards contiguous weights: leave out channels_last")
             check(self.ema is None, "ema needs the whole network on every process: use parallel ddp, not fsdp")
+
+
+@dataclass(kw_only=True)
+class TrainCommand(TrainConfig):
+    """Train an image classifier with one method."""
+
+    preset: str | None = None
+    """Begin with a recipe of the papers, such as imagenet-resnet50-rwp; what else the command line gives goes before it. A wrong
+    name lists them all."""
+    profile: bool = False
+    """Train nothing: time a step of every method, in turns, show what it spends its time on and its ratio to SGD's step. With
+    the default data and model: synthetic images, and a ResNet-18 at 32×32, or on a GPU a ResNet-50 at 224×224."""
 
 
 @dataclass(kw_only=True)

@@ -117,6 +117,11 @@ class Data:
             chosen = images[number]
             yield (self.augment.prepare(chosen) if self.augment else chosen), labels[number]
 
+    @property
+    def lost_readers(self) -> bool:
+        """Whether a process that reads images was killed."""
+        return False
+
     def close(self) -> None:
         """Nothing is open."""
 

@@ -59,6 +59,7 @@ class Trainer:
         seed_everything(config.seed)
         self.model = models.create(config.model, self.data.classes, self.data.channels, self.data.size)
         self.model.to(self.device, memory_format=self.layout)
+        check_takes_images(self.model, self.config.model, self.data, self.device)
         self.average = average_of(self.model, config.ema) if config.ema else None
         self.network = self.model  # what runs; `model` has the weights and their names
         self.parallel = (config.parallel or "ddp") if world.size > 1 else None
@@ -148,6 +149,10 @@ class Trainer:
                 metrics.add(*output, batch[1])
         return metrics.result(self.world)
 
+    def is_finite(self) -> bool:
+        """Whether the loss has been a finite number in all steps of this epoch so far, on all processes. Waits for the device."""
+        return bool(self.world.sum(self.sums.clone()).isfinite().all())
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on, whole on the first process; the same for any number of them."""
         return {
@@ -157,6 +162,7 @@ class Trainer:
             "step": self.step,
             "seconds": {"epoch": self.seconds, **self.clock.read()},
             "history": self.history,
+            "bad": self.bad,
             "model": parallel.whole(self.model.state_dict()),
             "ema": self.average.module.state_dict() if self.average else None,
             "scaler": self.passes.scaler.state_dict(),
@@ -190,7 +196,7 @@ class Trainer:
         parts = dict(state["seconds"])
         self.seconds = parts.pop("epoch")
         self.clock.reset(parts)
-        self.history = list(state["history"])
+        self.history, self.bad = list(state["history"]), dict(state["bad"])
         saved = state["processes"]
         if len(saved) == self.world.size:
             self.sums = saved[self.world.rank]["sums"].to(self.device)
@@ -344,7 +350,7 @@ def choose_device(name: str, world: World = World()) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
-    if world.size > 1 and device.type == "cuda":
+    if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
@@ -363,10 +369,24 @@ def seed_everything(seed: int, *path: int) -> None:
     random.seed(word)
 
 
+@torch.no_grad()
+def check_takes_images(model: nn.Module, name: str, images: data.Data, device: torch.device) -> None:
+    """Raise ValueError where a network cannot take images of that size: each has an error of its own for it."""
+    model.eval()
+    try:
+        model(torch.zeros(1, images.channels, images.size, images.size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model {name} does not take images of {images.size}×{images.size}: {reason}") from error
+    model.train()
+
+
 # All else decides the weights, to the bit but for how many processes round them.
 MAY_DIFFER = {
     *("output", "resume", "checkpoint_every", "device", "threads", "parallel", "timeout", "accumulate"),
-    *("data_dir", "workers", "bad_images", "preset", "tensorboard", "profile"),
+    *("data_dir", "workers", "bad_images", "tensorboard"),
 }
 
 

@@ -240,10 +240,10 @@ def stream(
     train, test = sources
     images, kind = (dali.Windows, dali.DaliStream) if config.decoder == "dali" else (Images, Stream)
     return kind(
-        images(train, test, transforms, size, config.seed),
+        images(train, test, transforms, size, config.seed, config.bad_images == "skip"),
         (None, torch.from_numpy(train.labels)),
         classes,
         Augment.of(config, **colours),
         default_workers() if config.workers is None else config.workers,
-        config.bad_images == "skip",
+        config.batch_size,
     )

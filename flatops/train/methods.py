@@ -183,6 +183,16 @@ def used_options(config: TrainConfig) -> Options:
     return options
 
 
+def with_method(config: TrainConfig, method: str) -> TrainConfig:
+    """A run with another method: the options of its own go as far as they mean something to that one."""
+    foreign = set(METHOD_OPTIONS) - known_options(method)
+    forms = {
+        "rwp_parallel": config.rwp_parallel and "lam" in METHODS[method].options,
+        "ascent": config.ascent if "rho" in METHODS[method].options else "synced",
+    }
+    return replace(config, method=method, **dict.fromkeys(foreign), **forms)
+
+
 def create_optimizer(
     params: Iterable[nn.Parameter], config: TrainConfig, steps_per_epoch: int = 1, processes: int = 1
 ) -> torch.optim.Optimizer:

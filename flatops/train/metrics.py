@@ -40,8 +40,14 @@ class Metrics:
         self.gaps += ((confidence - right.float()) * valid) @ F.one_hot(bins, BINS).float()
 
     def result(self, world: World) -> dict[str, float]:
-        """Mean loss, accuracy, top-5 accuracy and expected calibration error over all processes."""
+        """Mean loss, accuracy, top-5 accuracy and expected calibration error over all processes.
+
+        Raises:
+            ValueError: there was no image that could be read.
+        """
         sums, gaps = world.sum(self.sums), world.sum(self.gaps)
+        if not sums[3]:
+            raise ValueError("not one of the test images can be read")
         loss, accuracy, top5, _ = (sums / sums[3]).tolist()
         more = {"top5": top5} if self.top5 else {}
         return {"loss": loss, "accuracy": accuracy, **more, "ece": float(gaps.abs().sum() / sums[3])}

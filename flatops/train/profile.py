@@ -1,8 +1,9 @@
-"""`flatops train --profile`: where a step goes, and what each method's step costs beside SGD's."""
+"""`flatops train --profile`: where a step goes once its images are there, and what each method's step costs beside SGD's."""
 
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -13,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .clock import PARTS
-from .config import METHOD_OPTIONS, TrainConfig
+from .config import TrainConfig
 from .engine import Trainer, choose_device
-from .methods import METHODS, known_options
+from .methods import METHODS, with_method
+from .run import memory_advice
 from .world import launched
 
 ROUNDS, WARMUP = 16, 2
@@ -47,12 +49,14 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
     console = console or Console()
     default = TrainConfig()
     if (config.data, config.model) == (default.data, default.model):
-        config = replace(config, data="synthetic", **PROFILED[choose_device(config.device).type])
-    contenders = {method: Contender(method_config(config, method)) for method in METHODS}
-    for contender in contenders.values():
-        for _ in range(WARMUP):
-            contender.step()
-        contender.trainer.clock.reset()
+        size = PROFILED[choose_device(config.device).type]
+        config = replace(config, data="synthetic", **{k: v for k, v in size.items() if getattr(config, k) == getattr(default, k)})
+    with memory_advice(config):
+        contenders = {method: Contender(with_method(config, method)) for method in METHODS}
+        for contender in contenders.values():
+            for _ in range(WARMUP):
+                contender.step()
+            contender.trainer.clock.reset()
     seconds = {method: [] for method in METHODS}
     for _ in range(rounds):
         for method, contender in contenders.items():
@@ -60,6 +64,7 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
     rows = []
     for method, contender in contenders.items():
         parts = contender.trainer.clock.read(wait=True)
+        del parts["data"]
         total = sum(parts.values())
         rows.append(
             {
@@ -69,7 +74,6 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
                 **{part: value / total for part, value in parts.items()},
             }
         )
-        contender.trainer.data.close()
     trainer = contenders["sgd"].trainer
     console.print(
         f"{config.data} of {trainer.data.size}×{trainer.data.size}, {config.model}, batches of {config.batch_size}, "
@@ -82,44 +86,33 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
 
 
 class Contender:
-    """A run of which single steps are taken."""
+    """A run of which single steps are taken, over the same images again and again: readers that wait for their turn would be ahead."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.trainer = Trainer(config)
         self.trainer.network.train()
-        self.batches = iter(())
         if "fisher_samples" in self.trainer.options:
             self.trainer.update_mask()
+        with closing(self.trainer.data):
+            self.batches = next(self.trainer._batches())
 
     def step(self) -> float:
-        """Take a step; how long it took, its wait for data included."""
-        trainer = self.trainer
+        """Take a step; how long it took."""
         started = time.perf_counter()
-        step = next(self.batches, None)
-        if step is None:  # the next epoch
-            trainer.step = 0
-            self.batches = trainer.clocked(trainer._batches())
-            step = next(self.batches)
-        trainer._train_step(*step)
-        if trainer.device.type == "cuda":
+        self.trainer._train_step(*self.batches)
+        if self.trainer.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
-
-
-def method_config(config: TrainConfig, method: str) -> TrainConfig:
-    """The run with another method: its options as far as they mean something to that one."""
-    foreign = set(METHOD_OPTIONS) - known_options(method)
-    forms = {"rwp_parallel": config.rwp_parallel and "lam" in METHODS[method].options, "ascent": "synced"}
-    return replace(config, method=method, **dict.fromkeys(foreign), **forms)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows, to print."""
     result = Table(box=box.SIMPLE_HEAD)
     result.add_column("method")
-    for name in ("ms / step", "step / SGD's", *PARTS):
+    parts = [part for part in PARTS if part != "data"]
+    for name in ("ms / step", "step / SGD's", *parts):
         result.add_column(name, justify="right")
     for row in rows:
-        shares = (f"{row[part]:.1%}" for part in PARTS)
+        shares = (f"{row[part]:.1%}" for part in parts)
         result.add_row(METHODS[row["method"]].label, f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f}", *shares)
     return result

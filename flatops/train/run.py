@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +17,7 @@ from rich.console import Console
 
 from . import checkpoint, plots
 from .config import TrainConfig
+from .data import Data
 from .engine import Row, Trainer
 from .report import Board, Log, Screen, write_json
 from .world import joined, peer_errors
@@ -57,7 +60,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
         folder = world.from_first(lambda: make_folder(config))
         if world.first:
             write_json(folder / "config.json", checkpoint.pack_config(config) | trainer.options)
-        with closing(trainer.data), resumable(folder), memory_advice(config, folder):
+        with resumable(folder), memory_advice(config, folder), closing(trainer.data), reader_errors(trainer.data):
             run_epochs(trainer, folder, console)
         if world.first:
             title = f"{trainer.method.label} on {config.data}"
@@ -79,6 +82,8 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
     accuracy = "ema_accuracy" if trainer.average else "test_accuracy"
 
     def save() -> None:
+        if not trainer.is_finite():  # on all processes alike
+            raise FloatingPointError("the loss is no longer a finite number: lower lr, sigma or rho")
         state = trainer.state_dict()
         if world.first:
             checkpoint.save(folder / checkpoint.NAME, state)
@@ -117,7 +122,8 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
             if not math.isfinite(row["train_loss"]):
                 raise FloatingPointError(f"the loss became {row['train_loss']}: lower lr, sigma or rho")
             save()
-            stop_if_asked()
+            if trainer.epoch < config.epochs:
+                stop_if_asked()
     board.close()
 
 
@@ -145,7 +151,7 @@ def memory_advice(config: TrainConfig, folder: Path | None = None) -> Iterator[N
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Say how to go on, where another process is lost."""
+    """Say how to go on, where another process is lost, one that reads images included."""
     try:
         with peer_errors():
             yield
@@ -153,6 +159,17 @@ def resumable(folder: Path) -> Iterator[None]:
         saved = (folder / checkpoint.NAME).is_file()
         advice = f"continue with: flatops train --resume {folder}" if saved else "nothing was saved yet"
         raise ConnectionError(f"{error}; {advice}") from error
+
+
+@contextmanager
+def reader_errors(data: Data) -> Iterator[None]:
+    """Say so where a process that reads images was killed, which torch raises one of several errors for."""
+    try:
+        yield
+    except Exception as error:
+        if not data.lost_readers:
+            raise
+        raise ConnectionError("a process that reads images was killed, for want of memory perhaps: lower workers") from error
 
 
 def say(console: Console, message: str) -> None:
@@ -173,11 +190,24 @@ def make_folder(config: TrainConfig) -> Path:
     elif config.resume:
         folder = checkpoint.locate(config.resume).parent
     else:
-        folder = Path(
-            "runs", f"{config.data}-{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-        )
+        return new_folder(Path("runs", f"{config.data}-{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"))
     folder.mkdir(parents=True, exist_ok=True)
+    if config.resume and (source := checkpoint.locate(config.resume).parent) != folder:
+        for name in (checkpoint.NAME, checkpoint.BEST):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
     return folder
+
+
+def new_folder(folder: Path) -> Path:
+    """A folder that nobody else has: of that name, or with a number behind it where runs start in the same second."""
+    for number in itertools.count(1):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            place.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return place
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from .augment import Augment, drawing_from
 from .data import IGNORED, Batch, piece, shuffled
 
 T = TypeVar("T")
+NONE, MOST_BAD = -1, 1000  # the number of no image; how many in a row are passed by
 TEST = -1  # where training images have a stream
 Key = tuple[int, int, int]  # stream, epoch, index
 
@@ -44,6 +45,7 @@ class Images(Dataset):
         transforms: of PIL images to uint8 (3, size, size), of training and of test images.
         size: side of what comes out.
         seed: with the key, it decides what is random.
+        skip_bad: whether a training image that cannot be read has the next in its place; otherwise it is black, and an error.
     """
 
     train: Source
@@ -51,6 +53,7 @@ class Images(Dataset):
     transforms: tuple[Callable[[Image.Image], Any], Callable[[Image.Image], Any]]
     size: int
     seed: int
+    skip_bad: bool = False
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
         """The image, its number, and what could not be read: a test image is black then, a training one the next that can be."""
@@ -58,16 +61,19 @@ class Images(Dataset):
         bad: list[tuple[str, str]] = []
         if stream == TEST:
             image = attempt(self.test.open, self.test, index, bad)
-            if image is None:
-                return np.zeros((3, self.size, self.size), dtype=np.uint8), index, bad
-            return np.asarray(self.transforms[1](image)), index, bad
+            if image is not None:
+                return np.asarray(self.transforms[1](image)), index, bad
+            return self._black(), index, bad
         count = len(self.train.labels)
-        for number in range(index, index + count):
+        for number in range(index, index + (min(count, MOST_BAD) if self.skip_bad else 1)):
             image = attempt(self.train.open, self.train, number % count, bad)
             if image is not None:
                 with drawing_from(self.seed, stream, epoch, index):
                     return np.asarray(self.transforms[0](image)), number % count, bad
-        raise ValueError(f"not one of the {count} training images can be read; the first: {': '.join(bad[0])}")
+        return self._black(), NONE, bad
+
+    def _black(self) -> np.ndarray:
+        return np.zeros((3, self.size, self.size), dtype=np.uint8)
 
     @staticmethod
     def collate(items: list[tuple[np.ndarray, int, list]]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
@@ -115,7 +121,7 @@ class Stream:
         classes: number of classes.
         augment: what happens to batches on the device.
         workers: processes that read; 0 reads in between steps.
-        skip_bad: whether images that cannot be read are passed by.
+        batch_size: images in a batch over all processes.
         wrong: number of training labels that were replaced.
     """
 
@@ -124,7 +130,7 @@ class Stream:
     classes: int
     augment: Augment
     workers: int
-    skip_bad: bool
+    batch_size: int
     wrong: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
@@ -145,7 +151,7 @@ class Stream:
 
     @property
     def test_size(self) -> int:
-        """Test images that can be read, as far as they have been looked at."""
+        """Test images, those included that cannot be read."""
         return len(self.images.test.labels)
 
     @property
@@ -159,6 +165,17 @@ class Stream:
         """The same data, whose batches go to a device."""
         self.device, self.layout = device, memory_format
         return self
+
+    @property
+    def lost_readers(self) -> bool:
+        """See Data.lost_readers."""
+        workers = getattr(getattr(self.loader, "_iterator", None), "_workers", ())
+        try:
+            for worker in workers:
+                worker.join(0.1)  # its connections close before it is gone
+        except RuntimeError:  # which torch raises in its handler of the signal that a process has ended
+            return True
+        return any(worker.exitcode for worker in workers)
 
     def close(self) -> None:
         """End the worker processes; the next pass would start others."""
@@ -227,15 +244,20 @@ class Stream:
             self.loader = self._loader()
         for batch, indices, bad in self.loader:
             for name, reason in bad:
-                if not self.skip_bad:
+                if not self.images.skip_bad:
                     raise ValueError(
                         f"cannot read {name}: {reason}; bad_images skip would take the next image in its place"
                     )
                 self.bad[name] = reason
+            if NONE in indices:
+                (name, reason), tried = bad[0], min(self.train_size, MOST_BAD)
+                raise ValueError(f"{tried} training images in a row cannot be read, the first {name}: {reason}")
             yield batch, indices
 
     def _loader(self) -> DataLoader:
-        some: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if self.workers else {}
+        # What is ahead lies in shared memory: four batches a worker, fewer of large ones.
+        ahead = max(1, min(4, 1024 // self.batch_size))
+        some: dict[str, Any] = {"prefetch_factor": ahead, "persistent_workers": True} if self.workers else {}
         return DataLoader(
             self.images,
             batch_sampler=self.plan,

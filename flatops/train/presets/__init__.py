@@ -41,4 +41,4 @@ def recipe(name: str, **options: Any) -> TrainConfig:
     Raises:
         ValueError: there is no such preset, or an option is out of range.
     """
-    return TrainConfig(**{"preset": name} | read(name) | options)
+    return TrainConfig(**read(name) | options)
