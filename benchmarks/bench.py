@@ -1,7 +1,7 @@
 """How many floors does each operator cost? The table of `flatops bench`.
 
 A floor is one read and one write of every weight, by torch's own in-place add on one flat tensor, there and then.
-This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU.
+This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU, `suite.py` all questions at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from flatops import ops
 from flatops.backend import _C, operators
-from flatops.benchmarks import seeds, step
+from flatops.benchmarks import foreach, seeds, step
 from flatops.benchmarks.measure import best_times, count, provenance
 from flatops.train import models
 
@@ -37,6 +38,12 @@ class Config:
     """What to measure on; a GPU with every backend that it has."""
     json: Path | None = None
     """Also write the rows to this file."""
+    suite: Literal["quick", "full"] = "quick"
+    """full: every question that benchmarks/ asks of a CPU, and the tables and pictures of README and docs made anew."""
+    results: Path | None = None
+    """Where the full suite writes its rows, README and docs then left alone; else benchmarks/results of this checkout."""
+    compare: tuple[Path, Path] | None = None
+    """Measure nothing: show which ratios differ between two files of rows, or two folders of them."""
 
 
 # Floors, at most. What a CPU must do depends on the width of its registers.
@@ -66,28 +73,58 @@ MUST = {
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One line of the table; a peer does what the nearest row before it does that is ours."""
 
     name: str
     call: Callable[[], Any]
     bytes: int | None = None  # a weight, at best
     level: str | None = None  # the SIMD level, if not the machine's best
-    peer: bool = False  # not ours: what the row above is to be compared with
+    peer: bool = False  # not ours
     slow: bool = False  # takes a second: measured in two rounds
 
 
-@dataclass
 class Buffers:
-    """Everything that one call of an operator touches."""
+    """Parameters of these shapes, filled as in the middle of training, and what belongs to them, made when it is first used."""
 
-    params: list[Tensor]
-    grads: list[Tensor]
-    backup: list[Tensor]
-    scales: Tensor
-    fisher: list[Tensor]
-    scores: dict[str, list[Tensor]]  # float32, of several kinds
-    flat: Tensor  # as many weights as the parameters, in one piece
-    noise: Tensor  # float32
+    def __init__(self, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> None:
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.shapes, self.device, self.dtype = shapes, device, dtype
+        self.params, self.grads = self._normal(0.05), self._normal(1e-3)
+        self.weights = sum(p.numel() for p in self.params)
+
+    def _normal(self, scale: float) -> list[Tensor]:
+        how = {"generator": self.generator, "device": self.device}
+        return [torch.randn(s, **how).mul_(scale).to(self.dtype) for s in self.shapes]
+
+    @cached_property
+    def backup(self) -> list[Tensor]:
+        return ops.new_backup(self.params)
+
+    @cached_property
+    def scales(self) -> Tensor:
+        return ops.new_scales(self.params).zero_()
+
+    @cached_property
+    def fisher(self) -> list[Tensor]:
+        return [torch.zeros(p.shape[0], device=self.device) for p in self.params]
+
+    @cached_property
+    def scores(self) -> dict[str, list[Tensor]]:
+        """float32, of several kinds."""
+        squares = [g.float().square() for g in self.grads]
+        how = {"generator": self.generator, "device": self.device}
+        zeros = [s.masked_fill(torch.rand(s.shape, **how) < 0.8, 0.0) for s in squares]
+        return {"some": squares, "zeros": zeros, "equal": [torch.ones_like(s) for s in squares]}
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """As many weights as the parameters, in one piece."""
+        return torch.ones(self.weights, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """float32, about as many."""
+        return torch.empty(self.weights // 512, 512, device=self.device)
 
 
 @contextmanager
@@ -107,33 +144,6 @@ def parameter_shapes(model: str) -> list[tuple[int, ...]]:
         return [tuple(p.shape) for p in models.create(model, classes=1000, channels=3).parameters()]
 
 
-def new_buffers(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Buffers:
-    """Parameters of these shapes with all that belongs to them, filled as in the middle of training."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(scale: float) -> list[Tensor]:
-        return [torch.randn(s, generator=generator, device=device).mul_(scale).to(dtype) for s in shapes]
-
-    params, grads = normal(0.05), normal(1e-3)
-    weights = sum(p.numel() for p in params)
-    squares = [g.float().square() for g in grads]
-    zeros = [torch.rand(s, generator=generator, device=device) < 0.8 for s in shapes]
-    return Buffers(
-        params,
-        grads,
-        backup=ops.new_backup(params),
-        scales=ops.new_scales(params).zero_(),
-        fisher=[torch.zeros(p.shape[0], device=device) for p in params],
-        scores={
-            "some": squares,
-            "zeros": [s.masked_fill(zero, 0.0) for s, zero in zip(squares, zeros)],
-            "equal": [torch.ones_like(s) for s in squares],
-        },
-        flat=torch.ones(weights, dtype=dtype, device=device),
-        noise=torch.empty(weights // 512, 512, device=device),
-    )
-
-
 def operator_rows(
     shapes: list[tuple[int, ...]],
     device: torch.device,
@@ -145,16 +155,20 @@ def operator_rows(
 
     With several copies each call takes the next one's turn, so that it finds nothing of its own in a cache.
     """
-    turn = itertools.cycle([new_buffers(shapes, device, dtype) for _ in range(copies)])
+    turn = itertools.cycle([Buffers(shapes, device, dtype) for _ in range(copies)])
     namespace = operators(device, backend)
     norm, sigma, rho = torch.ones((), dtype=torch.float64, device=device), 1e-7, 1e-7
     peer_norm = norm.float()
     key, draw = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
     count = itertools.count()
     first = next(turn)
-    weights = sum(p.numel() for p in first.params)
-    mask = ops.topk_mask(first.scores["some"], weights // 2, backend=backend)
-    moving, masked_backup = mask.clone(), ops.new_backup(first.params, mask)
+    weights = first.weights
+
+    @cache
+    def masked() -> tuple[Tensor, Tensor, list[Tensor]]:
+        """A mask of half the weights, one to be changed, and the backup that belongs to it."""
+        mask = ops.topk_mask(first.scores["some"], weights // 2, backend=backend)
+        return mask, mask.clone(), ops.new_backup(first.params, mask)
 
     def floor():
         next(turn).flat.add_(1e-9)
@@ -171,6 +185,11 @@ def operator_rows(
     def seeds_perturb_restore():
         b = next(turn)
         seeds.remove(b.params, seeds.perturb(b.params, sigma))
+
+    def foreach_perturb_restore():
+        b = next(turn)
+        foreach.perturb(b.params, sigma, b.backup)
+        foreach.copy_back(b.params, b.backup)
 
     def regenerate():
         b = next(turn)
@@ -189,6 +208,11 @@ def operator_rows(
         b = next(turn)
         seeds.copy_back(b.params, seeds.ascend(b.params, b.grads, rho, peer_norm))
 
+    def foreach_ascend_restore():
+        b = next(turn)
+        foreach.ascend(b.params, b.grads, rho, peer_norm, b.backup)
+        foreach.copy_back(b.params, b.backup)
+
     def filter_fisher():
         b = next(turn)
         ops.filter_fisher_(b.fisher, b.grads, 0.99, backend=backend)
@@ -197,14 +221,15 @@ def operator_rows(
         return lambda: ops.topk_mask(next(turn).scores[kind], k, check=False, backend=backend)
 
     def ascend_masked():
-        b = next(turn)
-        ops.ascend_(b.params, b.grads, rho, norm=norm, mask=mask, backup=masked_backup, backend=backend)
+        b, (mask, _, backup) = next(turn), masked()
+        ops.ascend_(b.params, b.grads, rho, norm=norm, mask=mask, backup=backup, backend=backend)
 
     def restore_masked():
-        ops.restore_(next(turn).params, backup=masked_backup, mask=mask, backend=backend)
+        mask, _, backup = masked()
+        ops.restore_(next(turn).params, backup=backup, mask=mask, backend=backend)
 
     def regrow():
-        b = next(turn)
+        b, (_, moving, _) = next(turn), masked()
         how = {"seed": 0, "draw": next(count), "check": False, "backend": backend}
         ops.regrow_mask_(moving, b.params, weights // 10, drop=b.grads, **how)
 
@@ -218,19 +243,17 @@ def operator_rows(
         Row("perturb_", perturb, 2 * size),
         Row("perturb_, backup, restore_", perturb_restore, 5 * size),
         Row("the seeds' way", seeds_perturb_restore, peer=True),
+        Row("torch's foreach", foreach_perturb_restore, peer=True),
         Row("restore_, regenerating", regenerate, 2 * size),
         Row("filter_norms", lambda: ops.filter_norms(next(turn).params, backend=backend), size),
         Row("filter_fisher_", filter_fisher, size),
         Row("grad_norm", lambda: ops.grad_norm(next(turn).grads, backend=backend), size),
-        Row(
-            "torch._foreach_norm",
-            lambda: torch.stack(torch._foreach_norm(next(turn).grads)).norm(),
-            peer=True,
-        ),
+        Row("torch's foreach", lambda: foreach.grad_norm(next(turn).grads), peer=True),
         Row("the seeds' way", lambda: seeds.grad_norm(next(turn).grads), peer=True),
         Row("ascend_, backup", ascend, 4 * size),
         Row("ascend_, backup, restore_", ascend_restore, 6 * size),
         Row("the seeds' way", seeds_ascend_restore, peer=True),
+        Row("torch's foreach", foreach_ascend_restore, peer=True),
         Row("normals alone", lambda: namespace.normal_(next(turn).noise, key, draw, 0), 4),
         Row("torch.Tensor.normal_", lambda: next(turn).noise.normal_(), peer=True),
         Row("topk_mask, half", topk("some", weights // 2), 4),
@@ -259,7 +282,12 @@ def operator_rows(
     return rows
 
 
-def measure(config: Config) -> dict[str, Any]:
+def compared_with(rows: list[Row]) -> list[str]:
+    """For every row the name of the one of ours that does the same: its own, or of a peer the nearest before it."""
+    return list(itertools.accumulate((row.name if not row.peer else "" for row in rows), lambda a, b: b or a))
+
+
+def measure(config: Config = Config()) -> dict[str, Any]:
     """Everything that the table shows."""
     from rich.progress import Progress
 
@@ -298,6 +326,7 @@ def measure(config: Config) -> dict[str, Any]:
     table = [
         {
             "name": row.name,
+            "of": of,
             "peer": row.peer,
             "simd": row.level or _C.simd(),
             "ms": seconds * 1e3,
@@ -308,7 +337,7 @@ def measure(config: Config) -> dict[str, Any]:
             "operations": operations,
             "host_reads": reads,
         }
-        for row, seconds, (operations, reads) in zip(rows, times, counts)
+        for row, of, seconds, (operations, reads) in zip(rows, compared_with(rows), times, counts)
     ]
     by_name = {row["name"]: row for row in table if row["simd"] == _C.simd()}
     checks = [
@@ -396,7 +425,11 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(config: Config) -> int:
-    """Measures and prints; writes JSON if asked."""
+    """Measures and prints; writes JSON if asked. Returns 1 if what is compared differs."""
+    if config.compare:
+        from flatops.benchmarks import compare
+
+        return compare.main(*config.compare)
     if config.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("there is no GPU that torch can use: see nvidia-smi, and torch.version.cuda")
@@ -405,6 +438,10 @@ def main(config: Config) -> int:
         return bench_gpu.main(config)
     if _C is None:
         raise ValueError("there is no compiled core to measure: see flatops info")
+    if config.suite == "full":
+        from flatops.benchmarks import suite
+
+        return suite.main(config)
     result = measure(config)
     show(result)
     if config.json:

@@ -7,11 +7,16 @@ the time between two events, the median of all rounds, with the host kept out of
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import importlib.metadata
+import itertools
 import json
+import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,7 +61,8 @@ def best_times(
     clock: Callable[[], float] = time.thread_time,
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
-    """Seconds of each contender's fastest call."""
+    """Seconds of each contender's fastest call, with memory from a heap that keeps its pages."""
+    keep_pages()
 
     def timed(call: Callable[[], Any]) -> Callable[[], float]:
         def run() -> float:
@@ -68,6 +74,19 @@ def best_times(
 
     times = in_turn({name: timed(call) for name, call in contenders.items()}, rounds, progress)
     return {name: min(seconds) for name, seconds in times.items()}
+
+
+@functools.cache
+def keep_pages() -> None:
+    """Lets malloc return nothing to the system, where it is glibc's.
+
+    Otherwise contenders that allocate pay for fresh pages or not as it sees fit, and differ by a quarter from one run to the
+    next. This is the best case for them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            mallopt(option, value)
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -187,16 +206,21 @@ def count(call: Callable[[], Any]) -> tuple[int, int]:
 
 def traced(call: Callable[[], Any]) -> dict[str, int]:
     """What one call really does on a GPU, by the profiler: see `tally`. Nothing of it happens on a CPU."""
+    return tally(_trace(call))
+
+
+def _trace(call: Callable[[], Any], **how: Any) -> list[dict[str, Any]]:
+    """The events that the profiler saw around one call."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, **how) as profiler:
             with record_function(MARK):
                 call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         profiler.export_chrome_trace(str(path))
-        return tally(json.loads(path.read_text(errors="replace"), strict=False)["traceEvents"])
+        return json.loads(path.read_text(errors="replace"), strict=False)["traceEvents"]
 
 
 MARK = "flatops: the call that counts"
@@ -224,6 +248,20 @@ def tally(events: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+def allocations(call: Callable[[], Any]) -> dict[str, int]:
+    """Bytes of tensors that one call takes from torch's allocator, by the profiler: see `balance`."""
+    return balance(_trace(call, profile_memory=True))
+
+
+def balance(events: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes allocated within the mark of a profiler's trace: in all; at most at one time; left at the end."""
+    mark = next(e for e in events if e.get("cat") == "user_annotation" and e["name"] == MARK)
+    first, last = mark["ts"], mark["ts"] + mark["dur"]
+    changes = [e["args"]["Bytes"] for e in events if e["name"] == "[memory]" and first <= e["ts"] <= last]
+    held = list(itertools.accumulate(changes, initial=0))
+    return {"allocated": sum(c for c in changes if c > 0), "peak": max(held), "kept": held[-1]}
+
+
 def waits(call: Callable[[], Any], device: torch.device) -> str | None:
     """What torch says of a call that makes the host wait for the GPU; None of one that does not."""
     if device.type != "cuda":
@@ -237,6 +275,15 @@ def waits(call: Callable[[], Any], device: torch.device) -> str | None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return None
+
+
+def available_memory() -> int:
+    """Bytes that this machine could still give."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: what there is, free or not
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # --- where it was measured -----------------------------------------------------------------------------------------------

@@ -1,40 +1,44 @@
-"""README's picture, from the rows that `flatops bench --json` wrote:
-
-python -m flatops.benchmarks.picture benchmarks/results/cpu.json docs/bench.png
-"""
+"""README's and docs' pictures, from the rows that were measured."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from flatops.benchmarks.tables import FOREACH, SEEDS, named
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars: what a perturbed pass costs beside plain training, in passes over the weights; ours and the seeds' way."""
+
+def axes_of(width: float, height: float):
+    """A figure without a screen and its axes, open to the top and the right."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Bars: what a perturbed pass costs beside plain training, in passes over the weights; ours and the seeds' way."""
     rows = result["rows"]
-    seeds = iter(row["floors"] for row in rows if row["name"] == "the seeds' way")
-    rwp, _, sam, *_ = seeds
-    by_name = {row["name"]: row["floors"] for row in rows if row["simd"] == result["simd"]}
+
+    def pair(label: str, name: str, other: str) -> tuple[str, float, float]:
+        return label, named(rows, of=name, name=other)["floors"], named(rows, name=name)["floors"]
+
     pairs = [
-        ("RWP\nperturb, restore", rwp, by_name["perturb_, backup, restore_"]),
-        ("SAM\nascend, restore", sam, by_name["ascend_, backup, restore_"]),
-        ("noise alone", by_name["torch.Tensor.normal_"], by_name["normals alone"]),
+        pair("RWP\nperturb, restore", "perturb_, backup, restore_", SEEDS),
+        pair("SAM\nascend, restore", "ascend_, backup, restore_", SEEDS),
+        pair("noise alone", "normals alone", "torch.Tensor.normal_"),
     ]
-    figure, axes = plt.subplots(figsize=(8, 2.8), layout="constrained")
+    figure, axes = axes_of(8, 2.8)
     for i, (_, theirs, ours) in enumerate(pairs):
         for y, value, color in ((i - 0.19, theirs, "0.75"), (i + 0.19, ours, "tab:blue")):
             axes.barh(y, value, 0.36, color=color)
             axes.text(value, y, f" {value:.1f}", va="center", fontsize=9)
     axes.set_yticks(range(len(pairs)), [name for name, _, _ in pairs])
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("floors: reads and writes of all weights, one thread; less is better")
     axes.set_title(
         f"{result['model']}, {result['weights'] / 1e6:.1f} million weights, {result['machine']}", fontsize=10
@@ -45,5 +49,28 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-if __name__ == "__main__":
-    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+def draw_growth(result: dict[str, Any], path: Path) -> None:
+    """Time of a call over the number of weights: a line in both logarithms, over a fixed cost."""
+    figure, axes = axes_of(8, 3.6)
+    for name in dict.fromkeys(point["name"] for point in result["points"]):
+        points = [(p["weights"], p["us"]) for p in result["points"] if p["name"] == name]
+        axes.loglog(*zip(*points), marker=".", color="0.6" if name == "floor" else None, label=name)
+    axes.set_xlabel("weights")
+    axes.set_ylabel("µs a call, one thread")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_peers(result: dict[str, Any], path: Path) -> None:
+    """Bars: a perturbed pass of each optimizer, in floors."""
+    rows = [row for row in result["rows"] if row["model"] == "resnet50"]
+    figure, axes = axes_of(8, 4.6)
+    colors = {"flatops": "tab:blue", FOREACH: "0.6", SEEDS: "0.85"}
+    for i, row in enumerate(rows):
+        axes.barh(i, row["floors"], 0.75, color=colors.get(row["name"], "0.75"))
+        axes.text(row["floors"], i, f" {row['floors']:.1f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row['method']}, {row['name']}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("floors: reads and writes of all weights, one thread; less is better")
+    axes.set_title(f"a perturbed pass, ResNet-50, {result['machine']}", fontsize=10)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,55 @@
+"""Do two runs agree? The ratios that differ between two files of rows, or between the files of two folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RATIOS = ("floors", "times_ours", "peak", "kept", "allocated")
+AGREE = 0.15  # as far as two runs of one machine may be apart, relatively
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float]:
+    """Every ratio of a result, named by what its row is about: all of it that is text."""
+    return {
+        ", ".join([*(value for value in row.values() if isinstance(value, str)), ratio]): row[ratio]
+        for row in result["rows"]
+        for ratio in RATIOS
+        if row.get(ratio) is not None
+    }
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[float | None, float | None, float]]:
+    """Name to both values and how far apart they are, relatively to the smaller; infinitely if one has it alone."""
+    old, new = ratios(a), ratios(b)
+    found = {}
+    for name in old | new:
+        x, y = old.get(name), new.get(name)
+        apart = 0.0 if x == y else abs(x - y) / min(x, y) if x and y else float("inf")
+        found[name] = (x, y, apart)
+    return found
+
+
+def main(a: Path, b: Path) -> int:
+    """Prints what is more than AGREE apart, and the largest difference of each file; returns 1 if there is any such."""
+    pairs = [(a, b)]
+    if a.is_dir() and b.is_dir():
+        names = {path.name for folder in (a, b) for path in folder.glob("*.json")}
+        pairs = [(a / name, b / name) for name in sorted(names)]
+    status = 0
+    for old, new in pairs:
+        found = differences(json.loads(old.read_text()), json.loads(new.read_text()))
+        apart = {name: each for name, each in found.items() if each[2] > AGREE}
+        largest = max((each[2] for each in found.values()), default=0.0)
+        print(
+            f"{new.name}: {len(found)} ratios, {len(apart)} more than {AGREE:.0%} apart, the largest {largest:.1%}"
+        )
+        for name, (x, y, far) in sorted(apart.items(), key=lambda item: -item[1][2]):
+            print(f"  {name}: {_shown(x)} and {_shown(y)}, {far:.0%}")
+        status |= bool(apart)
+    return status
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"

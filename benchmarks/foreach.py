@@ -1,0 +1,38 @@
+"""The same on torch's foreach operators, as well as they allow: the best that one can do without kernels of one's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def perturb(params: list[Tensor], sigma: float, backup: list[Tensor]) -> None:
+    """RWP's noise, after a copy of the weights into `backup`. Only the norms of filters still take a loop."""
+    torch._foreach_copy_(backup, params)
+    norms = [
+        torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())) or None, keepdim=p.dim() > 1) for p in params
+    ]
+    torch._foreach_mul_(norms, sigma)
+    noise = [torch.randn_like(p) for p in params]
+    torch._foreach_mul_(noise, norms)
+    torch._foreach_add_(params, noise)
+
+
+@torch.no_grad()
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """SAM's norm."""
+    return torch.stack(torch._foreach_norm(grads)).norm()
+
+
+@torch.no_grad()
+def ascend(params: list[Tensor], grads: list[Tensor], rho: float, norm: Tensor, backup: list[Tensor]) -> None:
+    """SAM's step, after a copy of the weights into `backup`."""
+    torch._foreach_copy_(backup, params)
+    torch._foreach_add_(params, torch._foreach_mul(grads, rho / (norm + 1e-12)))
+
+
+@torch.no_grad()
+def copy_back(params: list[Tensor], backup: list[Tensor]) -> None:
+    """Restores the weights."""
+    torch._foreach_copy_(params, backup)

@@ -1,0 +1,112 @@
+"""How does cost grow with the model? Time from ten thousand to a billion weights, and from one to a thousand tensors.
+
+t = a + b·n is fitted to sizes that no cache holds, by least squares on relative errors: b is what a weight costs in memory.
+A call's and a tensor's fixed cost has a measurement of its own, with tensors of sixteen weights. Together they say what sizes
+between should cost; caches make some of it cheaper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flatops import ops
+from flatops.benchmarks.measure import available_memory, best_times, provenance
+
+TENSORS, FILTER = 16, 640  # aligned, as filters of networks are: 625 weights a filter cost half as much again
+SIZES = tuple(m * 10**e for e in range(4, 9) for m in (1, 3)) + (10**9,)
+LINEAR = 10**5  # weights from which cost is held to be a line ...
+MEMORY = 10**7  # ... and those that are too many for a cache
+COUNTS = (1, 3, 10, 30, 100, 300, 1000)
+BYTES = 13  # a weight: parameters, gradients, backup, mask and some
+
+
+def fit(points: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """The line a + b·x through (x, y) of the least squares of relative errors: a, b and the largest such error."""
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    a, b = torch.linalg.lstsq(torch.stack([1 / y, x / y], 1), torch.ones_like(y)[:, None]).solution.flatten()
+    return a.item(), b.item(), ((a + b * x) / y - 1).abs().max().item()
+
+
+def measure(
+    sizes: tuple[int, ...] = SIZES, counts: tuple[int, ...] = COUNTS, calls: int = 1000
+) -> dict[str, Any]:
+    """Times for every operator at every size, `calls` of each where they are short, and the lines through them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        able = [n for n in sizes if BYTES * n < 0.75 * available_memory()]
+        by_weights = dict(_times(_split(n), min(calls, max(4, 10**9 // n))) for n in able)
+        by_tensors = {t: _times(_many(t), calls)[1] for t in counts}
+    finally:
+        torch.set_num_threads(threads)
+    names = list(next(iter(by_weights.values())))
+    lines = {name: fit([(n, t[name]) for n, t in by_weights.items() if n >= MEMORY]) for name in names}
+    fixed = {name: fit([(t, times[name]) for t, times in by_tensors.items()]) for name in names}
+
+    def between(name: str) -> list[float]:
+        call, tensor, _ = fixed[name]
+        line = lambda n: call + TENSORS * tensor + lines[name][1] * n
+        return [t[name] / line(n) for n, t in by_weights.items() if LINEAR <= n < MEMORY]
+
+    return {
+        **provenance(),
+        "sizes": list(by_weights),
+        "skipped": [n for n in sizes if n not in able],
+        "rows": [
+            {
+                "name": name,
+                "us": a * 1e6,
+                "ns_per_weight": b * 1e9,
+                "floors": b / lines["floor"][1],
+                "worst": worst,  # how far a size from MEMORY on is from the line, relatively
+                "between": [min(between(name)), max(between(name))],  # of fixed cost + b·n, from LINEAR to MEMORY
+                "us_per_call": fixed[name][0] * 1e6,
+                "us_per_tensor": fixed[name][1] * 1e6,
+            }
+            for name, (a, b, worst) in lines.items()
+        ],
+        "points": [{"name": m, "weights": n, "us": t[m] * 1e6} for n, t in by_weights.items() for m in names],
+        "tensors": [
+            {"name": m, "tensors": n, "us": t[m] * 1e6} for n, t in by_tensors.items() for m in names
+        ],
+    }
+
+
+def _split(weights: int) -> list[list[torch.Tensor]]:
+    """Parameters and gradients of that size or a little more: pieces of one tensor each, which the floor then moves whole."""
+    generator, rows = torch.Generator().manual_seed(0), math.ceil(weights / (TENSORS * FILTER))
+    return [list(torch.randn(TENSORS, rows, FILTER, generator=generator).abs_()) for _ in range(2)]
+
+
+def _many(tensors: int) -> list[list[torch.Tensor]]:
+    """So many tensors of next to no weights."""
+    return [list(torch.rand(tensors, 1, 16)) for _ in range(2)]
+
+
+def _times(lists: list[list[torch.Tensor]], rounds: int) -> tuple[int, dict[str, float]]:
+    """The number of weights, and every operator's seconds."""
+    params, grads = lists
+    whole = params[0]._base
+    backup, scales = ops.new_backup(params), ops.new_scales(params)
+    norm = torch.ones((), dtype=torch.float64)
+    half = whole.numel() // 2
+
+    def perturb() -> None:
+        ops.perturb_(params, 1e-7, seed=0, draw=0, backup=backup, scales=scales)
+
+    def ascend() -> None:
+        ops.ascend_(params, grads, 1e-7, norm=norm, backup=backup)
+
+    contenders: dict[str, Callable[[], Any]] = {
+        "floor": lambda: whole.add_(1e-9),
+        "perturb_": lambda: ops.perturb_(params, 1e-7, seed=0, draw=0, scales=scales),
+        "perturb_, backup, restore_": lambda: (perturb(), ops.restore_(params, backup=backup)),
+        "grad_norm": lambda: ops.grad_norm(grads),
+        "ascend_, backup, restore_": lambda: (ascend(), ops.restore_(params, backup=backup)),
+        "topk_mask, half": lambda: ops.topk_mask(grads, half, check=False),
+    }
+    return whole.numel(), best_times(contenders, rounds)

@@ -1,0 +1,31 @@
+"""How much memory does a perturbed pass take beside weights and gradients? Bytes a weight, as torch's allocator counts them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flatops.benchmarks.bench import Buffers, parameter_shapes
+from flatops.benchmarks.measure import allocations, provenance
+from flatops.benchmarks.peers import PLAIN, contenders
+
+
+def measure(model: str = "resnet50") -> dict[str, Any]:
+    """For every contender of `peers`: what its first pass holds at most and keeps, what each later one allocates."""
+    b = Buffers(parameter_shapes(model), torch.device("cpu"), torch.float32)
+    rows = []
+    for (method, name), call in contenders(b).items():
+        if method == PLAIN:
+            continue
+        first, later = allocations(call), allocations(call)
+        rows.append(
+            {
+                "method": method,
+                "name": name,
+                "peak": first["peak"] / b.weights,
+                "kept": first["kept"] / b.weights,
+                "allocated": later["allocated"] / b.weights,
+            }
+        )
+    return {**provenance(), "model": model, "weights": b.weights, "tensors": len(b.params), "rows": rows}

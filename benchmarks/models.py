@@ -1,0 +1,137 @@
+"""Do the floors of one model hold for others? Operators × models' real lists of parameters × dtypes × threads."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flatops.benchmarks.bench import Row, compared_with, operator_rows, parameter_shapes
+from flatops.benchmarks.measure import available_memory, best_times, count, provenance
+
+Shapes = list[tuple[int, ...]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPERATORS = (
+    "floor",
+    "perturb_",
+    "perturb_, backup, restore_",
+    "grad_norm",
+    "ascend_, backup, restore_",
+    "topk_mask, half",
+)
+THREADED = "ResNet-50"  # the model on which threads are measured
+BIG = (
+    2 * 10**8
+)  # weights from which a model is measured in bfloat16 alone, as such models are trained, and without peers
+
+
+def wide_resnet_28_10() -> Shapes:
+    """WideResNet-28-10 for CIFAR-100 (arXiv 1605.07146), which timm does not have."""
+    shapes: Shapes = [(16, 3, 3, 3)]
+    before = 16
+    for width in (160, 320, 640):
+        for block in range(4):
+            shapes += [(before,)] * 2 + [(width, before, 3, 3)] + [(width,)] * 2 + [(width, width, 3, 3)]
+            shapes += [(width, before, 1, 1)] * (block == 0)
+            before = width
+    return shapes + [(640,), (640,), (100, 640), (100,)]
+
+
+def llama(
+    layers: int = 22, width: int = 2048, hidden: int = 5632, keys: int = 256, words: int = 32000
+) -> Shapes:
+    """A decoder of Llama's kind; as it stands TinyLlama's 1.1 billion weights (arXiv 2401.02385)."""
+    attention = [(width, width), (keys, width), (keys, width), (width, width)]
+    layer = attention + [(hidden, width), (hidden, width), (width, hidden), (width,), (width,)]
+    return [(words, width), *layer * layers, (width,), (words, width)]
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {
+    "ResNet-18": lambda: parameter_shapes("resnet18"),
+    "ResNet-50": lambda: parameter_shapes("resnet50"),
+    "WideResNet-28-10": wide_resnet_28_10,
+    "ViT-S/16": lambda: parameter_shapes("vit_small_patch16_224"),
+    "ViT-B/16": lambda: parameter_shapes("vit_base_patch16_224"),
+    "Llama, 1.1 billion": llama,
+}
+
+
+def measure(models: dict[str, Callable[[], Shapes]] = MODELS, rounds: int = 12) -> dict[str, Any]:
+    """A row for each operator, and each peer of it, of each model in each dtype; and what more threads gain on one of them."""
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for model, shapes_of in models.items():
+            shapes = shapes_of()
+            weights = sum(map(math.prod, shapes))
+            for dtype in DTYPES if weights < BIG else ("bfloat16",):
+                need = weights * (4 * DTYPES[dtype].itemsize + (24 if weights < BIG else 0))
+                if need > 0.75 * available_memory():
+                    skipped.append(f"{model}, {dtype}: needs {need / 2**30:.0f} GiB")
+                    continue
+                about = {"model": model, "weights": weights, "tensors": len(shapes), "dtype": dtype}
+                rows += [about | row for row in _rows(shapes, DTYPES[dtype], rounds, peers=weights < BIG)]
+        gain = _gain(models[THREADED](), threads, rounds) if threads > 1 and THREADED in models else []
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        **provenance(),
+        "rounds": rounds,
+        "threads": threads,
+        "skipped": skipped,
+        "rows": rows,
+        "gain": gain,
+    }
+
+
+def _chosen(shapes: Shapes, dtype: torch.dtype, peers: bool) -> list[tuple[Row, str]]:
+    every = operator_rows(shapes, torch.device("cpu"), "cpp", dtype)
+    return [
+        (row, of)
+        for row, of in zip(every, compared_with(every))
+        if of in OPERATORS and (peers or not row.peer and row.name != "topk_mask, half") and not row.slow
+    ]
+
+
+def _rows(shapes: Shapes, dtype: torch.dtype, rounds: int, peers: bool) -> list[dict[str, Any]]:
+    chosen = _chosen(shapes, dtype, peers)
+    times = best_times({str(i): row.call for i, (row, _) in enumerate(chosen)}, rounds)
+    return [
+        {
+            "name": row.name,
+            "of": of,
+            "peer": row.peer,
+            "ms": times[str(i)] * 1e3,
+            "floors": times[str(i)] / times["0"],
+        }
+        | dict(zip(("operations", "host_reads"), count(row.call)))
+        for i, (row, of) in enumerate(chosen)
+    ]
+
+
+def _gain(shapes: Shapes, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """How many times faster all threads are than one, by the wall clock: what other programs take is missing from it."""
+
+    def on(number: int, call: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            torch.set_num_threads(number)
+            call()
+
+        return run
+
+    rows = [row for row, _ in _chosen(shapes, torch.float32, peers=True) if not row.peer]
+    calls = {f"{number} {row.name}": on(number, row.call) for row in rows for number in (1, threads)}
+    times = best_times(calls, 2 * rounds, clock=time.perf_counter)
+    return [
+        {
+            "name": row.name,
+            "threads": threads,
+            "times": times[f"1 {row.name}"] / times[f"{threads} {row.name}"],
+        }
+        for row in rows
+    ]

@@ -1,0 +1,164 @@
+"""What do optimizers cost that do the same? A perturbed pass entered and left, of ours, pytorch_optimizer's and loops by hand.
+
+Every contender has the same weights and gradients, and a base optimizer that does nothing, so that what is left is the method.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_optimizer
+import torch
+from torch import Tensor
+
+import flatops
+from flatops.benchmarks import foreach, seeds
+from flatops.benchmarks.bench import Buffers, parameter_shapes
+from flatops.benchmarks.measure import best_times, count, provenance
+
+RHO, SIGMA = 0.05, 0.01
+PLAIN = "a plain step"  # of a base optimizer, for scale
+
+
+class Idle(torch.optim.Optimizer):
+    """A base optimizer that leaves the weights as they are."""
+
+    def __init__(self, params: Any, lr: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: None = None) -> None:
+        """Does nothing."""
+
+
+def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
+    """(method, whose) to one pass: gradients there, weights perturbed, gradients there again, weights back."""
+    params, grads = [p.requires_grad_() for p in b.params], b.grads
+
+    def given() -> None:
+        for p, g in zip(params, grads):
+            p.grad = g
+
+    def two_steps(optimizer: Any) -> Callable[[], None]:
+        def run() -> None:
+            given()
+            optimizer.first_step()
+            given()
+            optimizer.second_step()
+
+        return run
+
+    def plain(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def run() -> None:
+            given()
+            optimizer.step()
+
+        return run
+
+    def theirs(name: str, *leading: Any, **options: Any) -> Callable[[], None]:
+        return two_steps(getattr(pytorch_optimizer, name)(*leading, params, Idle, rho=RHO, **options))
+
+    def sparse() -> Callable[[], None]:
+        optimizer = flatops.SSAM(params, Idle, rho=RHO, sparsity=0.5, mask="dynamic")
+        given()
+        optimizer.update_mask()
+        return two_steps(optimizer)
+
+    def foreach_sam() -> None:
+        kept = [
+            torch.empty_like(p) for p in params
+        ]  # as pytorch_optimizer: made anew each time, and then freed
+        foreach.ascend(params, grads, RHO, foreach.grad_norm(grads), kept)
+        foreach.copy_back(params, kept)
+
+    def foreach_rwp() -> None:
+        kept = [torch.empty_like(p) for p in params]
+        foreach.perturb(params, SIGMA, kept)
+        foreach.copy_back(params, kept)
+
+    masks = [(g > 0).float() for g in grads]
+
+    @torch.no_grad()
+    def seeds_asam() -> None:
+        norm = seeds.grad_norm([p.abs() * g for p, g in zip(params, grads)])
+        seeds.copy_back(
+            params, seeds.ascend(params, [p.square() * g for p, g in zip(params, grads)], RHO, norm)
+        )
+
+    def seeds_sam() -> None:
+        seeds.copy_back(params, seeds.ascend(params, grads, RHO, seeds.grad_norm(grads)))
+
+    def seeds_ssam() -> None:
+        sparse = [g * m for g, m in zip(grads, masks)]
+        seeds.copy_back(params, seeds.ascend(params, sparse, RHO, seeds.grad_norm(grads)))
+
+    def seeds_rwp() -> None:
+        seeds.remove(params, seeds.perturb(params, SIGMA))
+
+    library = "pytorch_optimizer"
+    return {
+        ("SAM", "flatops"): two_steps(flatops.SAM(params, Idle, rho=RHO)),
+        ("SAM", library): theirs("SAM"),
+        ("SAM", f"{library}, foreach"): theirs("SAM", foreach=True),
+        ("SAM", "torch's foreach"): foreach_sam,
+        ("SAM", "the seeds' way"): seeds_sam,
+        ("SAM", f"{library}'s LookSAM"): theirs("LookSAM", k=1),
+        ("SAM", f"{library}'s FriendlySAM"): theirs("FriendlySAM"),
+        ("SAM", f"{library}'s WSAM"): theirs("WSAM", None, lr=0.0),
+        ("ASAM", "flatops"): two_steps(flatops.SAM(params, Idle, rho=RHO, adaptive=True)),
+        ("ASAM", library): theirs("SAM", adaptive=True),
+        ("ASAM", f"{library}, foreach"): theirs("SAM", adaptive=True, foreach=True),
+        ("ASAM", "the seeds' way"): seeds_asam,
+        ("SSAM", "flatops"): sparse(),
+        ("SSAM", "the seeds' way"): seeds_ssam,
+        ("RWP", "flatops"): two_steps(flatops.RWP(params, Idle, sigma=SIGMA)),
+        ("RWP", "torch's foreach"): foreach_rwp,
+        ("RWP", "the seeds' way"): seeds_rwp,
+        (PLAIN, "SGD, fused"): plain(torch.optim.SGD(params, lr=0.0, momentum=0.9, fused=True)),
+        (PLAIN, "AdamW, fused"): plain(torch.optim.AdamW(params, lr=0.0, fused=True)),
+        (PLAIN, "AdamW, foreach"): plain(torch.optim.AdamW(params, lr=0.0, foreach=True)),
+    }
+
+
+def measure(names: tuple[str, ...] = ("resnet50", "cnn"), rounds: int = 15) -> dict[str, Any]:
+    """Floors of every contender, how many times ours that is, what it dispatches, and whether the weights come back.
+
+    On a model of a usual size, and on one so small that a call's fixed cost is all there is.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = [row for name in names for row in _rows(name, rounds)]
+    finally:
+        torch.set_num_threads(threads)
+    version = importlib.metadata.version("pytorch_optimizer")
+    return {**provenance(), "pytorch_optimizer": version, "rounds": rounds, "rows": rows}
+
+
+def _rows(model: str, rounds: int) -> list[dict[str, Any]]:
+    b = Buffers(parameter_shapes(model), torch.device("cpu"), torch.float32)
+    calls = contenders(b)
+    timed = {"floor": lambda: b.flat.add_(1e-9)} | {" ".join(key): call for key, call in calls.items()}
+    times = best_times(timed, rounds if b.weights > 10**6 else 30 * rounds)
+    return [
+        {
+            "model": model,
+            "weights": b.weights,
+            "tensors": len(b.params),
+            "method": method,
+            "name": name,
+            "ms": times[f"{method} {name}"] * 1e3,
+            "floors": times[f"{method} {name}"] / times["floor"],
+            "times_ours": times[f"{method} {name}"] / times[f"{method} flatops"] if method != PLAIN else None,
+            "exact": _exact(call, b.params),
+        }
+        | dict(zip(("operations", "host_reads"), count(call)))
+        for (method, name), call in calls.items()
+    ]
+
+
+def _exact(call: Callable[[], Any], params: list[Tensor]) -> bool:
+    before = [p.detach().clone() for p in params]
+    call()
+    return all(map(torch.equal, before, params))

@@ -1,0 +1,57 @@
+"""Every question that is asked of a CPU, one after the other; then the tables and pictures made from the answers.
+
+`flatops bench --suite full` on a quiet machine takes less than a quarter of an hour. Each question has its own process: what
+one leaves in memory or in a cache is no part of another's answer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from flatops.benchmarks import bench, picture, tables
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# The file of rows, and the module whose measure() makes them.
+QUESTIONS = {"cpu": "bench", "models": "models", "peers": "peers", "memory": "memory", "growth": "growth"}
+
+
+def ask(module: str) -> dict[str, Any]:
+    """What a module measures when it is told nothing."""
+    return importlib.import_module(f"flatops.benchmarks.{module}").measure()
+
+
+def main(config: bench.Config) -> int:
+    """Asks all, writes the rows; and README's and docs' tables and pictures, unless the rows go to a folder of one's own."""
+    here = not config.results
+    if here and not (ROOT / "README.md").exists():
+        raise ValueError(
+            "there is no README here to write tables into: say --results FOLDER, or run it in a checkout"
+        )
+    folder = config.results or ROOT / "benchmarks/results"
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    for name, module in QUESTIONS.items():
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            result = process.submit(ask, module).result()
+        bench.write(result, folder / f"{name}.json")
+        print(f"{time.monotonic() - start:.0f} s", flush=True)
+    if here:
+        publish(ROOT, folder)
+    return 0
+
+
+def publish(root: Path, folder: Path) -> None:
+    """Makes the tables and pictures of a checkout from the rows in a folder."""
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in QUESTIONS}
+    tables.write(root, results)
+    picture.draw(results["cpu"], root / "docs/bench.png")
+    picture.draw_growth(results["growth"], root / "docs/growth.png")
+    picture.draw_peers(results["peers"], root / "docs/peers.png")

@@ -1,0 +1,208 @@
+"""README's and docs' tables about speed, from the rows that were measured: no figure in them is typed by hand.
+
+A page says where a table goes by a pair of comments, and what stands between them is written anew:
+
+    <!-- bench: NAME -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, dict[str, Any]]  # of suite.QUESTIONS, by name
+PAGES = ("README.md", "docs/performance.md")
+BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SEEDS, FOREACH = "the seeds' way", "torch's foreach"
+
+# What keeps an operator from moving its bytes and nothing else.
+BETWEEN = {
+    "perturb_": "arithmetic: Philox and Box–Muller",
+    "perturb_, backup, restore_": "arithmetic, which the backup's stores hide only in part",
+    "grad_norm": "one core reads less than it reads and writes together",
+    "ascend_, backup": "memory",
+    "normals alone": "arithmetic",
+    "topk_mask, half": "one pass, its candidates, the sample",
+    "topk_mask, 5 %": "the same with fewer candidates",
+    "topk_mask, 80 % zeros": "a second pass over a part, no candidates",
+    "topk_mask, all equal": "the same",
+    "ascend_, half masked, backup": "compressing the backup",
+    "regrow_mask_, a tenth": "two selections; Philox words for all weights",
+}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown, the first column to the left."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None) -> str:
+    """Two digits that count, more where there is more before the point; nothing for what there is not."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
+
+
+def where(result: dict[str, Any]) -> str:
+    """Machine, versions, commit and date in one line, and the command."""
+    about = f"{result['machine']}, {result['simd']}, torch {result['torch']}, Python {result['python']}"
+    when = f"commit {result['commit']}, {result['date'][:10]}"
+    return f"`flatops bench --suite full` on {about}; {when}."
+
+
+def named(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any] | None:
+    """The first row with these values, if there is one."""
+    return next((row for row in rows if all(row.get(k) == v for k, v in fields.items())), None)
+
+
+def speed(results: Results) -> str:
+    """README's: ours, and the others, in floors."""
+    cpu, peers, growth = results["cpu"], results["peers"], results["growth"]
+    rows = cpu["rows"]
+
+    def method(name: str) -> list[str]:
+        rows = [row for row in peers["rows"] if row["model"] == "resnet50" and row["method"] == name]
+        of = lambda *who: min((row["floors"] for row in rows if row["name"] in who), default=None)
+        ours = of("flatops")
+        theirs = [of("pytorch_optimizer", "pytorch_optimizer, foreach"), of(FOREACH), of(SEEDS)]
+        return [name, *map(number, [ours, *theirs, min(filter(None, theirs)) / ours])]
+
+    columns = ["flatops", "pytorch_optimizer", FOREACH, "research scripts", "the fastest of these to flatops"]
+    mask, noise = (named(rows, name=name) for name in ("topk_mask, half", "normals alone"))
+    seeds_mask, torchs = named(rows, of=mask["name"], name=SEEDS), named(rows, of=noise["name"], peer=True)
+    body = [method(name) for name in ("SAM", "ASAM", "SSAM", "RWP")]
+    body += [
+        ["SSAM: a mask of half the weights", number(mask["floors"]), "", "", number(seeds_mask["floors"]),
+         number(seeds_mask["floors"] / mask["floors"])],
+        ["noise alone", number(noise["floors"]), "", f"{number(torchs['floors'])} (`normal_`)", "",
+         number(torchs["floors"] / noise["floors"])],
+    ]  # fmt: skip
+    line = named(growth["rows"], name="perturb_, backup, restore_")
+    return "\n\n".join(
+        [
+            table(["a perturbed pass, entered and left", *columns], body),
+            f"Cost grows as a line: `perturb_` with backup and `restore_` take {line['ns_per_weight']:.2f} ns a weight, "
+            f"{number(line['us_per_call'])} µs a call and {number(line['us_per_tensor'])} µs a tensor, and less in a cache. {where(cpu)}",
+        ]
+    )
+
+
+def operators(results: Results) -> str:
+    """Every operator, its bytes, what it must reach and what it reaches."""
+    cpu = results["cpu"]
+    body = []
+    for row in cpu["rows"][1:]:
+        ours = named(cpu["rows"], name=row["of"])
+        label = f"`{row['name']}`" if not row["peer"] else f"{row['name']}: `{row['of']}`"
+        level = ", AVX2 forced" if row["simd"] != cpu["simd"] else ""
+        note = (
+            f"{number(row['floors'] / ours['floors'])} times" if row["peer"] else BETWEEN.get(row["name"], "")
+        )
+        figures = [row["bytes_per_weight"], row["floors_by_bytes"], row["must"], row["floors"]]
+        counts = [str(row["operations"]), str(row["host_reads"])]
+        body.append([label + level, *map(number, figures), *counts, note])
+    head = [
+        "operator",
+        "bytes a weight",
+        "floors by bytes",
+        "must",
+        "measured",
+        "operations",
+        "host reads",
+        "",
+    ]
+    also = [f"- {c['name']}: {number(c['value'])}, must be {c['sign']} {c['must']:g}." for c in cpu["checks"]]
+    return "\n\n".join([table(head, body), "\n".join(also), where(cpu)])
+
+
+def models(results: Results) -> str:
+    """Floors of each operator, a line for each model and dtype."""
+    result = results["models"]
+    names = list(
+        dict.fromkeys((row["of"], row["name"]) for row in result["rows"][1:] if row["name"] != "floor")
+    )
+    cases = dict.fromkeys((row["model"], row["dtype"]) for row in result["rows"])
+    body = []
+    for model, dtype in cases:
+        of = lambda **fields: named(result["rows"], model=model, dtype=dtype, **fields)
+        millions = number(of(name="floor")["weights"] / 1e6)
+        found = [of(of=operator, name=name) for operator, name in names]
+        body.append(
+            [f"{model}, {millions} million, {dtype}", *(number(row and row["floors"]) for row in found)]
+        )
+    head = [f"`{name}`" if name == of else name for of, name in names]
+    gain = ", ".join(
+        f"`{row['name']}` {number(row['times'])}" for row in result["gain"] if row["name"] != "floor"
+    )
+    more = f"{result['threads']} threads against one, ResNet-50, by the wall clock: {gain}." if gain else ""
+    skipped = f"Not enough memory for: {'; '.join(result['skipped'])}." if result["skipped"] else ""
+    return "\n\n".join(filter(None, [table(["", *head], body), more, skipped, where(result)]))
+
+
+def peers(results: Results) -> str:
+    """Whole perturbed passes of optimizers, on a large and on a tiny model."""
+    result = results["peers"]
+    body = []
+    for row in result["rows"]:
+        if row["model"] == "resnet50":
+            tiny = named(result["rows"], model="cnn", method=row["method"], name=row["name"])
+            exact = "" if row["times_ours"] is None else "yes" if row["exact"] else "no"
+            body.append(
+                [row["method"], row["name"], number(row["floors"]), number(row["times_ours"]), exact]
+                + [
+                    str(row["operations"]),
+                    str(row["host_reads"]),
+                    number(tiny["ms"] * 1e3),
+                    number(tiny["times_ours"]),
+                ]
+            )
+    head = ["method", "whose", "floors", "times ours", "weights back to the bit", "operations", "host reads"]
+    return "\n\n".join([table([*head, "small CNN, µs", "times ours"], body), where(result)])
+
+
+def memory(results: Results) -> str:
+    """Bytes a weight of a perturbed pass."""
+    result = results["memory"]
+    body = [
+        [row["method"], row["name"], *(f"{row[k]:.1f}" for k in ("peak", "kept", "allocated"))]
+        for row in result["rows"]
+    ]
+    head = ["method", "whose", "at most", "kept", "allocated by each later pass"]
+    return "\n\n".join([table(head, body), where(result)])
+
+
+def growth(results: Results) -> str:
+    """The lines through the sizes."""
+    result = results["growth"]
+    body = [
+        [f"`{row['name']}`", f"{row['ns_per_weight']:.3f}", f"{row['floors']:.2f}", f"{row['worst']:.0%}"]
+        + [" to ".join(f"{each:.2f}" for each in row["between"])]
+        + [number(row["us_per_call"]), number(row["us_per_tensor"])]
+        for row in result["rows"]
+    ]
+    head = ["", "b, ns a weight", "b, floors", "farthest from the line, 10 million on"]
+    head += ["100,000 to 10 million, to fixed + b·n", "fixed: µs a call", "and a tensor"]
+    sizes = f"{min(result['sizes']):,} to {max(result['sizes']):,} weights."
+    return "\n\n".join([table(head, body), f"{sizes} {where(result)}"])
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    block.__name__: block for block in (speed, operators, models, peers, memory, growth)
+}
+
+
+def rewritten(text: str, results: Results) -> str:
+    """A page with its tables made from these results."""
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](results)}\n{found[3]}", text)
+
+
+def write(root: Path, results: Results) -> None:
+    """Makes the tables of every page anew."""
+    for page in PAGES:
+        path = root / page
+        path.write_text(rewritten(path.read_text(), results))

@@ -1,0 +1,197 @@
+"""The full suite: its pure parts, a tiny run of each question, and that pages say what the committed rows say."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatops.benchmarks import bench, compare, growth, measure, memory, models, peers, suite, tables
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+
+
+# --- pure parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_found_again():
+    a, b, worst = growth.fit([(n, 5e-6 + 3e-10 * n) for n in (1e5, 1e6, 1e7, 1e9)])
+    assert a == pytest.approx(5e-6, rel=1e-6) and b == pytest.approx(3e-10, rel=1e-6) and worst < 1e-9
+
+
+def test_errors_of_a_line_are_relative():
+    """A point far out that is a tenth too high moves the line no more than a near one does."""
+    a, b, worst = growth.fit([(10, 10.0), (1000, 1100.0)])
+    assert a + 10 * b == pytest.approx(10) and worst == pytest.approx(0, abs=1e-9)
+    *_, worst = growth.fit([(1, 1.0), (10, 10.0), (100, 110.0), (1000, 1000.0)])
+    assert 0.04 < worst < 0.1
+
+
+def test_bytes_within_the_mark():
+    def memory_event(ts, size):
+        return {"name": "[memory]", "cat": "cpu_instant_event", "ts": ts, "args": {"Bytes": size}}
+
+    mark = {"name": measure.MARK, "cat": "user_annotation", "ts": 10, "dur": 10}
+    sizes = [(5, 1000), (11, 8), (12, 4), (13, -8), (14, 2), (25, 1000)]
+    events = [mark, *(memory_event(*each) for each in sizes)]
+    assert measure.balance(events) == {"allocated": 14, "peak": 12, "kept": 6}
+
+
+def test_allocations_of_a_call():
+    kept = []
+    found = measure.allocations(lambda: kept.append(torch.ones(1000) + 1))
+    assert found["peak"] >= 8000 and found["kept"] == 4000
+
+
+ROWS = [
+    {"name": "perturb_", "of": "perturb_", "ms": 1.0, "floors": 2.0},
+    {"name": "theirs", "of": "perturb_", "ms": 9.0, "floors": 9.0, "times_ours": None},
+]
+
+
+def test_differences_are_relative_to_the_smaller():
+    other = [ROWS[0] | {"floors": 2.5}, {"name": "new", "floors": 0.0}]
+    found = compare.differences({"rows": ROWS}, {"rows": other})
+    assert found["perturb_, perturb_, floors"] == (2.0, 2.5, 0.25)
+    assert found["theirs, perturb_, floors"] == (9.0, None, math.inf)
+    assert found["new, floors"] == (None, 0.0, math.inf)
+
+
+def test_files_and_folders_are_compared(tmp_path, capsys):
+    for folder, floors in (("a", 2.0), ("b", 2.2), ("c", 3.0)):
+        (tmp_path / folder).mkdir()
+        rows = [ROWS[0] | {"floors": floors}]
+        (tmp_path / folder / "cpu.json").write_text(json.dumps({"rows": rows}))
+    a, b, c = (tmp_path / name for name in "abc")
+    assert bench.main(bench.Config(compare=(a, b))) == 0
+    assert bench.main(bench.Config(compare=(a / "cpu.json", c / "cpu.json"))) == 1
+    shown = capsys.readouterr().out
+    assert "0 more than 15% apart, the largest 10.0%" in shown and "2 and 3, 50%" in shown
+
+
+def test_every_ratio_has_a_name_of_its_own():
+    for name in suite.QUESTIONS:
+        rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        values = sum(row.get(ratio) is not None for row in rows for ratio in compare.RATIOS)
+        assert len(compare.ratios({"rows": rows})) == values > 0, name
+
+
+@pytest.mark.parametrize(
+    "value, shown", [(None, ""), (199.4, "199"), (4.44, "4.4"), (0.825, "0.82"), (10, "10")]
+)
+def test_numbers(value, shown):
+    assert tables.number(value) == shown
+
+
+def test_a_table():
+    assert tables.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_what_stands_between_the_comments_is_written_anew(monkeypatch):
+    monkeypatch.setitem(tables.BLOCKS, "speed", lambda results: results["cpu"])
+    page = "before\n<!-- bench: speed -->\nold\nlines\n<!-- end -->\nafter <!-- end -->\n"
+    new = tables.rewritten(page, {"cpu": "new"})
+    assert new == "before\n<!-- bench: speed -->\nnew\n<!-- end -->\nafter <!-- end -->\n"
+    assert tables.rewritten(new, {"cpu": "new"}) == new
+
+
+# --- the pages -------------------------------------------------------------------------------------------------------------
+
+
+def test_pages_and_pictures_are_made_of_the_committed_rows(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for page in tables.PAGES:
+        shutil.copy(ROOT / page, tmp_path / page)
+    suite.publish(tmp_path, RESULTS)
+    for page in tables.PAGES:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), page
+    assert {path.name for path in (tmp_path / "docs").glob("*.png")} == {
+        "bench.png",
+        "growth.png",
+        "peers.png",
+    }
+
+
+def test_every_block_has_its_place():
+    places = [found[1] for page in tables.PAGES for found in tables.BLOCK.findall((ROOT / page).read_text())]
+    assert sorted(places) == sorted(tables.BLOCKS)
+
+
+# --- a tiny run of each question ---------------------------------------------------------------------------------------------
+
+
+def committed(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def test_models(monkeypatch):
+    shapes = [(16, 3, 3, 3), (1024,), (3, 700)]
+    result = models.measure({"tiny": lambda: shapes, models.THREADED: lambda: shapes}, rounds=1)
+    assert result.keys() == committed("models").keys() and not result["skipped"]
+    assert {frozenset(row) for row in result["rows"]} == {
+        frozenset(row) for row in committed("models")["rows"]
+    }
+    assert {row["dtype"] for row in result["rows"]} == set(models.DTYPES)
+    assert all(row["floors"] > 0 for row in result["rows"])
+    monkeypatch.setattr(models, "available_memory", lambda: 0)
+    assert len(models.measure({"tiny": lambda: shapes}, rounds=1)["skipped"]) == len(models.DTYPES)
+
+
+def test_shapes_that_timm_does_not_have():
+    count = lambda shapes: sum(map(math.prod, shapes))
+    assert count(models.wide_resnet_28_10()) == 36_536_884 and count(models.llama()) == 1_100_048_384
+
+
+def test_peers():
+    result = peers.measure(("cnn",), rounds=1)
+    rows = {(row["method"], row["name"]): row for row in result["rows"]}
+    kept = committed("peers")
+    assert result.keys() == kept.keys() and {(row["method"], row["name"]) for row in kept["rows"]} == set(
+        rows
+    )
+    assert all(row["exact"] for (_, name), row in rows.items() if name == "flatops")
+    assert not rows["RWP", tables.SEEDS]["exact"]  # w + e - e is not w
+    assert rows["RWP", "flatops"]["host_reads"] == rows["SAM", "flatops"]["host_reads"] == 0
+
+
+def test_every_contender_perturbs():
+    """Or it would be fast for nothing: between its two steps the weights are others."""
+    b = bench.Buffers([(3, 50)], torch.device("cpu"), torch.float32)
+    for (method, name), call in peers.contenders(b).items():
+        version = b.params[0]._version
+        call()
+        assert method == peers.PLAIN or b.params[0]._version >= version + 2, (method, name)
+
+
+def test_memory():
+    rows = {(row["method"], row["name"]): row for row in memory.measure("cnn")["rows"]}
+    ours, theirs = rows["SAM", "flatops"], rows["SAM", "pytorch_optimizer"]
+    assert ours["kept"] == pytest.approx(4) and ours["peak"] < 4.1 and ours["allocated"] < 0.1
+    assert theirs["peak"] > 7 and theirs["allocated"] > 7
+    assert rows["SSAM", "flatops"]["kept"] == pytest.approx(2, abs=0.1)
+
+
+def test_growth(monkeypatch):
+    monkeypatch.setattr(growth, "MEMORY", 10**5)
+    monkeypatch.setattr(growth, "LINEAR", 10**4)
+    result = growth.measure((10**4, 10**5, 3 * 10**5), counts=(1, 10), calls=3)
+    assert result.keys() == committed("growth").keys() and result["sizes"] == [10240, 102400, 307200]
+    assert {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in committed("growth")["rows"]}
+    assert {row["name"] for row in result["rows"]} == {row["name"] for row in committed("growth")["rows"]}
+
+
+def test_a_full_suite(tmp_path, monkeypatch, capsys):
+    """Each question in a process of its own, its rows in a folder; README stays as it is."""
+    monkeypatch.setattr(suite, "QUESTIONS", {"cpu": "suite_stub"})
+    monkeypatch.setattr(suite, "ask", stub)
+    before = (ROOT / "README.md").read_text()
+    assert bench.main(bench.Config(suite="full", results=tmp_path / "new")) == 0
+    assert json.loads((tmp_path / "new/cpu.json").read_text()) == {"asked": "suite_stub"}
+    assert (ROOT / "README.md").read_text() == before
+
+
+def stub(module):
+    return {"asked": module}
