@@ -1,6 +1,7 @@
 # Two commands do everything, on a machine that has Python (3.10 or later) and a C++ compiler:
 #   make demo   train on handwritten digits with SGD, RWP, m-RWP, SAM and SSAM, and compare
 #   make test   run the whole test suite
+# CONTRIBUTING.md tells of the others.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ SHELL := /bin/bash
 # Files are shared out over processes of one thread each: tensors in tests are too small for more.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test bench install clean
+.PHONY: demo test lint docs coverage wheel bench install clean
 
 install: $(VENV)/installed
 
@@ -23,10 +24,34 @@ $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -name '*.h' -o -nam
 demo: ; @$(call timed,demo,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(BIN)/flatops compare)
 test: ; @$(call timed,test,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(PYTEST))
 
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+coverage: install
+	$(PYTEST) --cov
+
+# flatops is there already: what comes is the extra's own requirements.
+$(VENV)/lint $(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet "flatops[$(@F)]"
+	@touch $@
+
+# The wheel is built from the sdist, which so holds all that a build needs, and imported from an empty folder.
+wheel: install
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet "setuptools>=77"
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist dist/*.tar.gz
+	$(BIN)/python -m pip install --quiet --no-deps --target dist/installed dist/*.whl
+	cd dist && PYTHONPATH=installed ../$(BIN)/python -c "from flatops.backend import _C; assert 'installed' in _C.__file__; print('ok:', _C.__file__)"
+
 bench: install
 	$(BIN)/flatops bench
 
 clean:
-	rm -rf build *.egg-info flatops/*.so runs
+	rm -rf build dist site *.egg-info flatops/*.so runs
 
 timed = start=$$(date +%s); $(2); status=$$?; echo "make $(1): $$(( $$(date +%s) - start )) s, set-up included"; exit $$status

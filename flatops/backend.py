@@ -10,21 +10,29 @@ import functools
 import importlib.metadata
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from flatops import reference, schemas
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def _triton_kernel(name: str):
+
+def _triton_kernel(name: str) -> Callable[..., Any]:
     """The Triton operator `name`, imported when it is first called: not everybody has Triton, and it takes its time."""
 
-    def kernel(*args):
-        from flatops import kernels
-
-        return getattr(kernels, name)(*args)
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module("flatops.kernels"), name)(*args)
 
     return kernel
+
+
+def _constant_in_graphs(function: F) -> F:
+    """What torch.compiler.assume_constant_result does, which would import the compiler for it and take as long as torch itself."""
+    setattr(function, "_dynamo_marked_constant", True)
+    return function
 
 
 schemas.define("flatops")
@@ -36,10 +44,10 @@ for _namespace, _kernel in (
     for _name in schemas.SCHEMAS:
         _library.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
 
+_C: Any = None  # the compiled core, where there is one
 try:
-    from flatops import _C
+    _C = importlib.import_module("flatops._C")
 except ImportError as error:
-    _C = None
     WHY_NOT_COMPILED = str(
         error
     )  # "No module named ..." in a source tree, a missing symbol after torch has changed
@@ -70,7 +78,7 @@ BACKENDS: dict[str, tuple[str, frozenset[str] | None]] = {
 }
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def why_not(name: str, device: torch.device) -> str:
     """Why a backend cannot serve a device here, and what to do about it; empty if it can."""
     devices = BACKENDS[name][1]
@@ -171,7 +179,7 @@ def choose(device: torch.device, name: str | None = None) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _best(device: torch.device) -> str:
     """The fastest backend for a device, with a warning, once, where it is not the one that was meant for it."""
     wanted = ("cuda", "triton") if device.type == "cuda" else ("cpp",)
@@ -192,6 +200,6 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=6)
 
 
-def operators(device: torch.device, name: str | None = None):
+def operators(device: torch.device, name: str | None = None) -> Any:
     """The namespace of operators, `torch.ops.<namespace>`, that serves `device`."""
     return getattr(torch.ops, BACKENDS[choose(device, name)][0])

@@ -13,11 +13,13 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+M = TypeVar("M", bound="nn.Module | None")
 
 # --- processes -----------------------------------------------------------------------------------------------------------
 
@@ -118,12 +120,12 @@ def is_distributed(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def local(t: Tensor) -> Tensor:
+def local(t: Any) -> Tensor:
     """This process's part of a tensor, without autograd; itself where it has all of it. Always the same object."""
     return t._local_tensor if is_distributed(t) else t
 
 
-def all_local(tensors: Iterable[Tensor]) -> list[Tensor]:
+def all_local(tensors: Iterable[Any]) -> list[Tensor]:
     """This process's part of each."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
@@ -147,7 +149,7 @@ def by_group(params: list[Tensor]) -> dict[Any, list[int]]:
     return groups
 
 
-def _layout(mesh: Any, placements: tuple, rows: int) -> Layout:
+def _layout(mesh: Any, placements: tuple[Any, ...], rows: int) -> Layout:
     rank = mesh.get_coordinate()
     dims = [d for d, placement in enumerate(placements) if placement.is_shard()]
     replica, replicas = 0, 1
@@ -161,10 +163,10 @@ def _layout(mesh: Any, placements: tuple, rows: int) -> Layout:
     return Layout(mesh.get_group(d), mesh.size(d), chunk, min(rank[d] * chunk, rows), replica, replicas)
 
 
-_layouts: dict[int, tuple[weakref.ref, dict[tuple, Layout]]] = {}
+_layouts: dict[int, tuple[weakref.ref[Any], dict[tuple[Any, ...], Layout]]] = {}
 
 
-def _layouts_of(mesh: Any) -> dict[tuple, Layout]:
+def _layouts_of(mesh: Any) -> dict[tuple[Any, ...], Layout]:
     """The layouts known on this very mesh: one equals another whose process groups are gone."""
     i = id(mesh)
     if i not in _layouts:
@@ -250,18 +252,20 @@ def gather(params: list[Tensor], values: list[Tensor]) -> list[Tensor]:
 # --- modules -------------------------------------------------------------------------------------------------------------
 
 
-def sharded_modules() -> list[weakref.ref]:
+def sharded_modules() -> list[weakref.ref[Any]]:
     """Every module under fully_shard in this process: a parameter does not know its own."""
     from torch.distributed.fsdp import FSDPModule
 
     try:
-        from torch.distributed._composable_state import _module_state_mapping as registered
+        from torch.distributed._composable_state import _module_state_mapping
+
+        registered: list[Any] = list(_module_state_mapping)
     except ImportError:  # it is private; without it, all objects are looked through
         registered = gc.get_objects()
-    return [weakref.ref(m) for m in list(registered) if issubclass(type(m), FSDPModule)]
+    return [weakref.ref(m) for m in registered if issubclass(type(m), FSDPModule)]
 
 
-def reshard(modules: list[weakref.ref]) -> None:
+def reshard(modules: list[weakref.ref[Any]]) -> None:
     """Drops gathered copies of the weights, which a forward without a backward leaves behind: the next forward gathers anew.
 
     Module.reshard() does so too, but for a module whose forward has not ended, and an exception in it leaves that so for good.
@@ -280,7 +284,7 @@ def is_offloaded(params: Iterable[Tensor]) -> bool:
     return any(is_distributed(p) and local(p).device.type == "cpu" != p.device_mesh.device_type for p in params)
 
 
-def undecorated(model: nn.Module | None) -> nn.Module | None:
+def undecorated(model: M) -> M:
     """The module that torch.compile was given."""
     return getattr(model, "_orig_mod", model)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def _check_first_row(first_row: Sequence[int], params: Sequence[Tensor]) -> None
             )
 
 
-def _check_scales(scales: Tensor, params: Sequence[Tensor]) -> None:
+def _check_scales(scales: Any, params: Sequence[Tensor]) -> None:
     count = sum(map(filters, params))
     device = params[0].device
     if scales.shape != (count,) or scales.dtype != torch.float32 or scales.device != device:

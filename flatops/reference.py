@@ -7,6 +7,7 @@ CPU) or lacks an operation (a fused multiply-add), this file says how it is made
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -298,7 +299,7 @@ def pack(flat: list[Tensor]) -> Tensor:
     return torch.cat([*words, counts.cumsum(0) - counts]).to(torch.int32)
 
 
-def unpack(mask: Tensor, like: list[Tensor]) -> list[Tensor]:
+def unpack(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The mask as booleans, of the shapes of `like`."""
     sizes = [-(-t.numel() // 32) for t in like]
     shifts = torch.arange(32, device=mask.device)

@@ -58,7 +58,7 @@ _FAKES = {
     "regrow_mask_": lambda mask, *_: mask.new_empty((), dtype=torch.int64),
 }
 
-_libraries = []  # a Library unregisters what it holds when it is collected
+_libraries: list[torch.library.Library] = []  # a Library unregisters what it holds when it is collected
 
 
 def define(namespace: str) -> torch.library.Library:

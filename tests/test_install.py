@@ -1,5 +1,6 @@
 """The package as it is shipped: what a user without a compiler reads, what the sdist holds, what info tells."""
 
+import importlib.metadata
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import flatops
 from flatops.backend import _C
 
 ROOT = Path(__file__).parent.parent
@@ -94,12 +96,19 @@ def test_the_sdist_holds_what_a_build_needs(tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout: an unpacked sdist has no list of files to compare with")
-    wanted = [
-        f
-        for f in tracked
-        if f.startswith(("csrc/", "kernels/", "flatops/", "benchmarks/", "tests/")) or f == "setup.py"
-    ]
-    assert [f for f in wanted if f not in names] == []
+    assert set(tracked) - names <= {".gitignore"}
+
+
+def test_the_import_brings_in_nothing_but_flatops_itself():
+    """torch's own import takes a second; its compiler, DTensor and sympy, which come along easily, take as long again."""
+    program = "import sys, torch; before = set(sys.modules); import flatops; print(*set(sys.modules) - before)"
+    done = run("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert {name.split(".")[0] for name in done.stdout.split()} == {"flatops"}
+
+
+def test_the_version_stands_in_one_place():
+    assert importlib.metadata.version("flatops") == flatops.__version__
 
 
 def test_info_tells_what_was_built():

@@ -22,7 +22,7 @@ class Surface:
 
     Args:
         axes: the places along each direction, as shares of every filter's norm: at 0.5 a filter has moved by half of it.
-        losses: nested lists, losses[i][j] at axes[0][i] and axes[1][j], or losses[i]; what is not finite stays so.
+        losses: nested lists, `losses[i][j]` at `axes[0][i]` and `axes[1][j]`, or `losses[i]`; what is not finite stays so.
         seed, draws: the directions, a draw each.
     """
 

@@ -123,7 +123,8 @@ def sample_fisher(
             if gradients is _by_shards and not done:
                 sums = [v.double().sum().item() for v in pytree.tree_leaves((x, y)) if isinstance(v, Tensor)]
                 distributed.check_agreement({"batches, which must be the same on all under fully_shard": (size, sums)})
-            for grads in gradients(params, model, loss_fn, *_rows((x, y), slice(size)), size):
+            x, y = _rows((x, y), slice(size))
+            for grads in gradients(params, model, loss_fn, x, y, size):
                 for part in parts:
                     if reached := [p for p in part if p in grads]:
                         ops.fisher_([fisher[p] for p in reached], [local(grads[p]) for p in reached])
@@ -150,7 +151,7 @@ def _rows(values: Any, which: slice) -> Any:
 
 
 def _one_by_one(
-    params: list[Tensor], model: nn.Module, loss_fn: Callable, x: Any, y: Any, size: int
+    params: list[Tensor], model: nn.Module, loss_fn: Callable[..., Tensor], x: Any, y: Any, size: int
 ) -> Gradients:
     for i in range(size):
         one, target = _rows((x, y), slice(i, i + 1))
@@ -159,7 +160,7 @@ def _one_by_one(
 
 
 def _by_shards(
-    params: list[Tensor], model: nn.Module, loss_fn: Callable, x: Any, y: Any, size: int
+    params: list[Tensor], model: nn.Module, loss_fn: Callable[..., Tensor], x: Any, y: Any, size: int
 ) -> Gradients:
     # FSDP2 reduces what backward() leaves in p.grad, and averages over processes: which is why all get the same samples.
     kept = [(p, p.grad) for p in {*params, *model.parameters()}]
@@ -176,9 +177,9 @@ def _by_shards(
 
 
 def _vectorized(
-    params: list[Tensor], model: nn.Module, loss_fn: Callable, x: Any, y: Any, size: int
+    params: list[Tensor], model: nn.Module, loss_fn: Callable[..., Tensor], x: Any, y: Any, size: int
 ) -> Gradients:
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     wanted = {names[p]: p.detach() for p in params if p in names}
     shapes = pytree.tree_map(lambda value: 0 if isinstance(value, Tensor) and value.dim() else None, (x, y))
 

@@ -10,13 +10,19 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from flatops import distributed, ops
 from flatops.backend import _C
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -87,7 +93,7 @@ class Pass:
 
     __exit__ = _Exit()
 
-    def __init__(self, owner: Any, manager: contextlib.AbstractContextManager) -> None:
+    def __init__(self, owner: Any, manager: contextlib.AbstractContextManager[None]) -> None:
         self.owner, self.manager = owner, manager  # the owner has in_pass and restore()
         self.entered = False
 
@@ -104,12 +110,12 @@ class Pass:
             raise
 
 
-def perturbed_pass(generator: Callable[..., Iterator[None]]) -> Callable[..., Pass]:
+def perturbed_pass(generator: Callable[Concatenate[T, P], Iterator[None]]) -> Callable[Concatenate[T, P], Pass]:
     """Makes a method that perturbs, yields once and restores into one that returns a Pass."""
     manager = contextlib.contextmanager(generator)
 
     @functools.wraps(generator)
-    def begin(self: Any, *args: Any, **kwargs: Any) -> Pass:
+    def begin(self: T, /, *args: P.args, **kwargs: P.kwargs) -> Pass:
         return Pass(self, manager(self, *args, **kwargs))
 
     return begin
@@ -125,7 +131,7 @@ def _combine(flat: type[Flat], base: type[torch.optim.Optimizer]) -> type[Flat]:
     )
 
 
-def _rebuild(flat: type[Flat], base: type[torch.optim.Optimizer]) -> Flat:
+def _rebuild(flat: Any, base: Any) -> Any:
     return object.__new__(_combine(flat, base))
 
 
@@ -139,15 +145,18 @@ def _check_base(base: Any) -> None:
 class Flat(torch.optim.Optimizer):
     """The base of every flat-minima optimizer; use `flatops.RWP`, `flatops.SAM` or `flatops.SSAM`."""
 
-    base: type[torch.optim.Optimizer] | None = None
+    base: Any = None  # the class that steps
     flat: type[Flat]
     run: Run
+    grad_scale: Any  # a GradScaler leaves these to fused bases
+    found_inf: Any
 
-    def __new__(cls, params: Any = None, base: Any = None, *args: Any, **kwargs: Any) -> Flat:
+    def __new__(cls, params: Any = None, base: Any = None, *args: Any, **kwargs: Any) -> Self:
+        made: Any = cls
         if cls.base is None:
             _check_base(base)
-            cls = _combine(cls, base)
-        return object.__new__(cls)
+            made = _combine(made, base)
+        return object.__new__(made)
 
     def _construct(self, params: Any, options: dict[str, Any], base_kwargs: dict[str, Any]) -> None:
         """Builds the base optimizer around our options, which live in param_groups beside lr."""
@@ -292,12 +301,12 @@ class Flat(torch.optim.Optimizer):
 
     def _trainable(
         self, keys: tuple[str, ...], with_grad: bool = False
-    ) -> dict[tuple, tuple[list[Tensor], list[int]]]:
+    ) -> dict[tuple[Any, ...], tuple[list[Tensor], list[int]]]:
         """(device, *values of keys) -> parameters and their positions: one operator call each, groups that agree merged.
 
         A tensor agrees with itself alone: to compare values would be to wait for the device.
         """
-        parts: dict[tuple, tuple[list[Tensor], list[int]]] = {}
+        parts: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
         position = 0
         for group in self.param_groups:
             values = tuple(group[key] for key in keys)
@@ -470,7 +479,7 @@ class Flat(torch.optim.Optimizer):
                     group[key] = value.fill_(ops.signed(loaded))
         self.run.ready = self.run.agreed = False
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.flat, self.base), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from flatops.distributed import all_local, local, shard_of
 # --- patterns ------------------------------------------------------------------------------------------------------------
 
 
-def n_of_m(pattern: str) -> tuple[int, int] | None:
+def n_of_m(pattern: str) -> Any:
     """(n, m) of a pattern such as '2:4'; None for the patterns that have names.
 
     Raises:
@@ -104,10 +105,10 @@ class Mask:
     def __init__(self, params: list[Tensor], bits: Tensor) -> None:
         self.params, self.bits = params, bits
         self.place = {p: i for i, p in enumerate(params)}
-        self.parts: dict[tuple, Part] = {}
+        self.parts: dict[tuple[Any, ...], Part] = {}
         self.dead_at: tuple[int, list[Tensor]] = (-1, [])
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Mask, (self.params, self.bits)
 
     def is_over(self, params: list[Tensor]) -> bool:

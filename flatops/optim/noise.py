@@ -42,7 +42,17 @@ def add_noise(
         add(part, places, sigma, undo, restore, room, eta, fisher, noise)
 
 
-def _add(params, index, sigma, undo, restore, room, eta, fisher, noise) -> None:
+def _add(
+    params: list[Tensor],
+    index: list[int],
+    sigma: float | Tensor,
+    undo: list[Undo],
+    restore: str,
+    room: Callable[[list[Tensor]], list[Tensor]],
+    eta: float,
+    fisher: Any,
+    noise: dict[str, Any],
+) -> None:
     noise = {**noise, "index": index}
     if distributed.any_distributed(params):
         noise["first_row"] = [distributed.layout(p).first_row for p in params]
@@ -65,7 +75,17 @@ def _add(params, index, sigma, undo, restore, room, eta, fisher, noise) -> None:
         ops.perturb_(mine, sigma, **noise)
 
 
-def _add_gathered(params, index, sigma, undo, restore, room, eta, fisher, noise) -> None:
+def _add_gathered(
+    params: list[Tensor],
+    index: list[int],
+    sigma: float | Tensor,
+    undo: list[Undo],
+    restore: str,
+    room: Callable[[list[Tensor]], list[Tensor]],
+    eta: float,
+    fisher: Any,
+    noise: dict[str, Any],
+) -> None:
     """One filter each, whose norm and noise need all of it: biases and scales, small enough to be gathered whole."""
     mine, backup = all_local(params), room(params)
     whole = distributed.gather(params, mine)

@@ -85,7 +85,9 @@ def _clean(flat: Any, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
 def _perturbed(
     flat: Any, model: nn.Module | None, earlier: dict[Tensor, Tensor], loss_scale: Any
 ) -> Iterator[None]:
-    options, weigh, freeze = {}, contextlib.nullcontext(), contextlib.nullcontext()
+    options: dict[str, Any] = {}
+    weigh: AbstractContextManager[None] = contextlib.nullcontext()
+    freeze: AbstractContextManager[None] = contextlib.nullcontext()
     if isinstance(flat, RWP):
         weight = flat.perturbed_weight
         weigh = flat.weighted(weight)

@@ -304,7 +304,7 @@ class RWP(KeepsFisher):
         # With lam = 1 the gradient that steps is the perturbed one, by now unscaled. A fused base unscales it later itself.
         # In parallel m-RWP no other is left.
         if self.run.ready and (self.parallel or self.param_groups[0]["lam"] == 1):
-            scale: float | Tensor = 1.0
+            scale: Any = 1.0
             if getattr(self, "grad_scale", None) is not None:
                 scale = self.grad_scale.double().reciprocal()
             if getattr(self, "found_inf", None) is not None:

@@ -108,7 +108,7 @@ class SAM(Flat):
         announce(self.run.undo, params, backup[-1], backup=backup)
         ops.ascend_(all_local(params), grads, rho, backup=backup, **how)
 
-    def _norm(self, parts: dict, grads: dict) -> Tensor:
+    def _norm(self, parts: dict[Any, Any], grads: dict[Any, Any]) -> Tensor:
         """The norm over all parameters and all their shards, float64, on the first one's device."""
         norms: dict[Any, list[Tensor]] = {}  # by the process group that has the rest of it
         for key, (params, _) in parts.items():
@@ -126,7 +126,7 @@ class SAM(Flat):
             squares.append(square)
         return torch.stack(squares).sum().sqrt()
 
-    def _taint(self, parts: dict, norm: Tensor) -> None:
+    def _taint(self, parts: dict[Any, Any], norm: Tensor) -> None:
         """Carries an overflow of the first pass into the second one's gradient, before any all-reduce.
 
         The first gradient to be made is enough: a GradScaler skips the step for one NaN. Sharded gradients have no hooks, but
@@ -148,7 +148,9 @@ class SAM(Flat):
 
     def _passed(self) -> None:
         super()._passed()
-        shards, finite = self.run.taint or ((), None)
+        if self.run.taint is None:
+            return
+        shards, finite = self.run.taint
         self.run.taint = None
         for p in shards:
             if p.grad is not None and local(p.grad).numel():

@@ -233,12 +233,11 @@ class SSAM(KeepsFisher, SAM):
         self._not_while_perturbed("update_mask()")
         self._check_groups()
         first = self.param_groups[0]
-        given = [value is not None for value in (model, loss_fn, batches)]
         if first["mask"] == "dynamic" or first["fisher"] == "minibatch":
-            if any(given):
+            if not (model is None and loss_fn is None and batches is None):
                 raise ValueError("update_mask() takes no arguments here: it needs no samples")
             fisher = None
-        elif not all(given):
+        elif model is None or loss_fn is None or batches is None:
             raise ValueError("mask='fisher' needs update_mask(model, loss_fn, batches)")
         elif not (isinstance(samples, int) and samples >= 1):
             raise ValueError(f"samples must be an integer >= 1, not {samples!r}")
@@ -352,8 +351,8 @@ class SSAM(KeepsFisher, SAM):
         new = {}
         with distributed.together():
             for (device,), (params, index) in parts.items():
-                scores = [self._scores(first[by], params) for by in ("drop", "grow")]
-                new[device] = Mask(params, self._moved(self.masks[device].bits, params, index, *scores, rate))
+                drop, grow = (self._scores(first[by], params) for by in ("drop", "grow"))
+                new[device] = Mask(params, self._moved(self.masks[device].bits, params, index, drop, grow, rate))
         self._install(new)
 
     def _regrow_shards(self, rate: float) -> dict[torch.device, Mask]:
@@ -413,7 +412,7 @@ class SSAM(KeepsFisher, SAM):
             else:
                 self.masks[device] = mask
 
-    def _write(self, **values: int) -> None:
+    def _write(self, **values: Any) -> None:
         for group in self.param_groups:
             group.update(values)
 
@@ -467,7 +466,7 @@ class SSAM(KeepsFisher, SAM):
 
         return super()._evaluate(evaluate)
 
-    def _norm(self, parts: dict, grads: dict) -> Tensor:
+    def _norm(self, parts: dict[Any, Any], grads: dict[Any, Any]) -> Tensor:
         dead = set(self._dead())
         kept = {key: [i for i, p in enumerate(params) if p not in dead] for key, (params, _) in parts.items()}
         if dead and any(kept.values()):
@@ -529,7 +528,7 @@ class SSAM(KeepsFisher, SAM):
             part = mask.part(params)
             if part.params:
                 grads = [g for p, g in zip(params, grads) if p in mask.place]
-                undo = {"backup": part.backup, "mask": part.mask}
+                undo: dict[str, Any] = {"backup": part.backup, "mask": part.mask}
                 announce(self.run.undo, part.params, part.backup[0], **undo)
                 ops.ascend_(distributed.all_local(part.params), grads, rho, **undo, **how)
 
