@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 C = TypeVar("C")
-EXTRA = {"matplotlib", "numpy", "PIL", "rich", "sklearn", "tensorboard", "timm", "tomli", "torchvision", "tyro"}
+# Which of pip's extras has what may be missing.
+EXTRA = dict.fromkeys(
+    ("matplotlib", "numpy", "PIL", "rich", "sklearn", "timm", "tomli", "torchvision", "tyro"), "train"
+) | {"tensorboard": "tensorboard"}
 
 
 @dataclass
@@ -120,10 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        if not error.name or error.name.split(".")[0] not in EXTRA and "tensorboard" not in error.name:
+        package = "tensorboard" if "tensorboard" in (error.name or "") else error.name
+        if package not in EXTRA:
             raise
-        extra = "tensorboard" if "tensorboard" in error.name else "train"
-        message = f"{error.name} is missing; install it with: pip install 'flatops[{extra}]'"
+        message = f"{error.name} is missing; install it with: pip install 'flatops[{EXTRA[package]}]'"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = str(error)
     where = f" (rank {process()})" if process() else ""

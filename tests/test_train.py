@@ -31,14 +31,8 @@ from flatops.train import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = sorted(methods.METHODS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def quiet() -> Console:

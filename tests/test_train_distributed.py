@@ -21,16 +21,9 @@ from flatops import cli
 from flatops.train import TrainConfig, Trainer, checkpoint, data, engine, models
 from flatops.train.world import World
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORKER = Path(train_worker.__file__)
 FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def torchrun(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess:

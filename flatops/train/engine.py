@@ -100,7 +100,7 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         if self.step == 0 and "fisher_samples" in self.options:
             self.update_mask()
-        for batches in self.clocked(self._batches()):
+        for batches in self._clocked(self._batches()):
             self._train_step(*batches)
             self.seconds = time.perf_counter() - started
             on_step(self)
@@ -233,7 +233,7 @@ class Trainer:
         process = (self.world.rank, *step) if step or not self.world.first else ()
         seed_everything(self.config.seed, self.epoch, *process)
 
-    def clocked(self, batches: Iterator[tuple[data.Batch, ...]]) -> Iterator[tuple[data.Batch, ...]]:
+    def _clocked(self, batches: Iterator[tuple[data.Batch, ...]]) -> Iterator[tuple[data.Batch, ...]]:
         """The same, with the time that a step waits for them counted."""
         while True:
             with self.clock("data"):
