@@ -80,7 +80,7 @@ def test_a_loss_scale_makes_no_difference_with_accumulation_and_clipping(method)
     for scaled in (False, True):
         trainer = Trainer(config(method, accumulate=2, clip_norm=0.5, **({"eta": 3.0} if "arwp" in method else {})))
         if scaled:
-            trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
+            trainer.gradient.scaler = GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
         steps(trainer, 5)
         fisher = list(getattr(trainer.optimizer, "fisher", {}).values())
         results.append([*weights(trainer), *fisher])
@@ -90,12 +90,12 @@ def test_a_loss_scale_makes_no_difference_with_accumulation_and_clipping(method)
 @pytest.mark.parametrize("method", METHODS)
 def test_float16_skips_overflows_and_goes_on(method, perceptron):
     trainer = Trainer(config(method, amp="fp16", accumulate=2, clip_norm=1.0, batch_size=128))
-    trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**40)  # far too much: the first steps overflow
+    trainer.gradient.scaler = GradScaler("cpu", init_scale=2.0**40)  # far too much: the first steps overflow
     before = weights(trainer)
     steps(trainer, 1)
     torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)
-    assert trainer.passes.scaler.get_scale() == 2.0**39
-    trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**10)
+    assert trainer.gradient.scaler.get_scale() == 2.0**39
+    trainer.gradient.scaler = GradScaler("cpu", init_scale=2.0**10)
     steps(trainer, 8)
     after = weights(trainer)
     assert all(torch.isfinite(p).all() for p in after) and not torch.equal(before[0], after[0])
@@ -113,7 +113,7 @@ def test_resume_restores_the_loss_scale(tmp_path, perceptron):
     settings = config("sam", amp="fp16", batch_size=256)
     whole, part = Trainer(settings), Trainer(settings)
     for trainer in (whole, part):
-        trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+        trainer.gradient.scaler = GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
     whole.run_epoch()
     whole.run_epoch()
     part.run_epoch()
@@ -121,7 +121,7 @@ def test_resume_restores_the_loss_scale(tmp_path, perceptron):
     resumed = Trainer(settings)
     resumed.load_state_dict(checkpoint.read(tmp_path))
     resumed.run_epoch()
-    assert resumed.passes.scaler.state_dict() == whole.passes.scaler.state_dict()
+    assert resumed.gradient.scaler.state_dict() == whole.gradient.scaler.state_dict()
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
@@ -242,7 +242,7 @@ def test_mixed_labels_are_smoothed_once():
     trainer = Trainer(config(label_smoothing=0.1, mixup=0.4))
     [batch] = next(trainer._batches())
     with torch.no_grad():
-        output = trainer.passes.forward(batch)
+        output = trainer.gradient.forward(batch)
     wanted = -(output.logits.float().log_softmax(1) * batch[1]).sum(1).mean()
     assert output.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
