@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatops import distributed, ops
-from flatops.optim.flat import Pass, Undo, on, perturbed_pass, take_back
+from flatops.optim.flat import Pass, Undo, on, perturbed_pass, take_back, while_perturbed
 from flatops.optim.noise import add_noise, check_regenerate
 
 RESTORE = ("exact", "offload", "regenerate")
@@ -108,15 +108,7 @@ class _Noisy:
 
     @perturbed_pass
     def perturbed(self) -> Iterator[None]:
-        try:
-            self._enter()
-            yield
-        finally:
-            try:
-                self.restore()
-            except BaseException:  # an interrupt between two lines of it
-                self.restore()
-                raise
+        yield from while_perturbed(self)
 
     def _enter(self) -> None:
         torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from cases import DEVICES
 from models import all_bits, assert_same_bits, loss_of, make_batch, make_net
 from test_distributed import METHODS, assert_close, assert_same_everywhere, groupnorm, make_optimizer, part_of
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ def one_shard(device: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["arwp", "mrwp", "asam", "ssam", "ssam dynamic"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("device", DEVICES)
 def test_one_shard_on_each_device(device, method):
     run(one_shard, 1, device, method)
 

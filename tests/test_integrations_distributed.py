@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -29,21 +28,13 @@ def run(framework: str, folder: Path) -> list[dict]:
     return [torch.load(f"{file}.{rank}") for rank in range(2)]
 
 
-def need(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-
-
 @pytest.fixture(scope="module")
 def lightning(tmp_path_factory):
-    need("lightning")
     return run("lightning", tmp_path_factory.mktemp("lightning"))
 
 
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
-    need("transformers", "accelerate")
     return run("transformers", tmp_path_factory.mktemp("transformers"))
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 from documentation import run_snippets
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from models import assert_same_bits, loss_of, make_batch, make_net, state_tensors
+from plain import plain_loop
 from torch.amp import GradScaler
 
 import flatops
-
-lightning = pytest.importorskip("lightning.pytorch")
-from lightning.pytorch.callbacks import StochasticWeightAveraging  # noqa: E402
-from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
-
-from flatops.integrations.lightning import FlatMinima  # noqa: E402
+from flatops.integrations.lightning import FlatMinima
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -99,8 +98,6 @@ def plain(method, batches, precision="fp32", accumulate=1, clip=None, factors=No
     optimizer = make(method, model)
     scaler = GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
     dtype = PRECISIONS[precision]
-    losses = []
-    total: dict = {}
 
     def backward(i):
         with torch.autocast(
@@ -111,38 +108,7 @@ def plain(method, batches, precision="fp32", accumulate=1, clip=None, factors=No
         scaler.scale(scaled).backward()
         return loss.item()
 
-    def take(weight=1.0):
-        for p in model.parameters():
-            total[p] = weight * p.grad if p not in total else total[p] + weight * p.grad
-            p.grad = None
-
-    sam = isinstance(optimizer, flatops.SAM)
-    for i in range(len(batches)):
-        if sam:
-            losses.append(backward(i))
-            with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
-                backward(i)
-            take()
-        elif method == "rwp":
-            with optimizer.perturbed():
-                losses.append(backward(i))
-            take()
-        else:
-            losses.append(backward(i))
-            take(optimizer.clean_weight)
-            scale = scaler.get_scale() / accumulate
-            with optimizer.perturbed(loss_scale=scale), flatops.freeze_batchnorm_stats(model):
-                backward(i)
-            take(optimizer.perturbed_weight)
-        if (i + 1) % accumulate == 0:
-            for p in model.parameters():
-                p.grad = total.pop(p)
-            scaler.unscale_(optimizer)
-            if clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+    losses = plain_loop(model, optimizer, backward, len(batches), scaler, accumulate, clip)
     return model, optimizer, losses, scaler
 
 

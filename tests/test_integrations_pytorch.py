@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from documentation import run_snippets
 from models import all_bits, assert_same_bits, loss_of, make_batch, make_net, state_tensors
+from plain import plain_loop
 from test_distributed import groupnorm
 from test_optim_restore import knows_the_opcodes, mixed_arwp, moments_that_go_wrong, rwp, sam
 from torch import nn
@@ -62,42 +63,22 @@ def with_everything(method, steps, factors):
 def by_hand(method, steps, factors):
     """The same in eager mode, gradients added and averages taken by hand."""
     model, optimizer, schedule, scaler = make(method)
-    average, total = [], {}
+    average = []
 
     def backward(i):
         with torch.autocast("cpu", dtype=torch.float16):
             loss = factors.get(i, 1.0) * loss_of(model, make_batch(i)) / 2
         scaler.scale(loss).backward()
+        return loss.item()
 
-    def take(weight):
-        for p in model.parameters():
-            total[p] = weight * p.grad if p not in total else total[p] + weight * p.grad
-            p.grad = None
+    def after_step():
+        schedule.step()
+        if not average:
+            average.extend(p.detach().clone() for p in model.parameters())
+        for a, p in zip(average, model.parameters()):
+            a.lerp_(p.detach(), 0.1)
 
-    for i in range(2 * steps):
-        sam = isinstance(optimizer, flatops.SAM)
-        weight = 1.0 if sam else optimizer.perturbed_weight
-        if method != "rwp":
-            backward(i)
-            if not sam:
-                take(optimizer.clean_weight)
-        options = {"loss_scale": scaler.get_scale() / 2} if method == "marwp" else {}
-        with optimizer.perturbed(**options), flatops.freeze_batchnorm_stats(model, method != "rwp"):
-            backward(i)
-        take(weight)
-        if i % 2 == 1:
-            for p in model.parameters():
-                p.grad = total.pop(p)
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            schedule.step()
-            if not average:
-                average = [p.detach().clone() for p in model.parameters()]
-            else:
-                average = [a.lerp(p.detach(), 0.1) for a, p in zip(average, model.parameters())]
+    plain_loop(model, optimizer, backward, 2 * steps, scaler, accumulate=2, clip=0.5, after_step=after_step)
     return model, optimizer, scaler, average
 
 

@@ -6,18 +6,16 @@ import contextlib
 from functools import partial
 
 import pytest
+import timm
 import torch
 from documentation import run_snippets
 from models import assert_same_bits, state_tensors
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch.amp import GradScaler
 
 import flatops
-
-timm = pytest.importorskip("timm")
-from timm.optim import create_optimizer_v2, list_optimizers  # noqa: E402
-from timm.utils import ModelEmaV3, dispatch_clip_grad  # noqa: E402
-
-from flatops.integrations.timm import METHODS, FlatScaler, register  # noqa: E402
+from flatops.integrations.timm import METHODS, FlatScaler, register
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = register()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
 from documentation import run_snippets
 from models import assert_same_bits, loss_of, make_batch, make_net, state_tensors
+from plain import plain_loop
 from torch.amp import GradScaler
 
 import flatops
-
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-
-from flatops.integrations.transformers import FlatMinimaMixin  # noqa: E402
+from flatops.integrations.transformers import FlatMinimaMixin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ADAMW = torch.optim.AdamW
@@ -51,43 +50,13 @@ def by_hand(method, model, loss_of_batch, batches, precision, accumulate, clip):
     """The loop that one would write: every micro-batch's passes, their gradients added up."""
     optimizer = make_optimizer(method, model)
     scaler = GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
-    losses, total = [], {}
 
     def backward(i):
         loss = loss_of_batch(i)
         scaler.scale(loss).backward()
         return loss.item()
 
-    def take(weight=1.0):
-        for p in model.parameters():
-            total[p] = weight * p.grad if p not in total else total[p] + weight * p.grad
-            p.grad = None
-
-    for i in range(batches):
-        if method == "sam":
-            losses.append(backward(i))
-            with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
-                backward(i)
-            take()
-        elif method == "rwp":
-            with optimizer.perturbed():
-                losses.append(backward(i))
-            take()
-        else:
-            losses.append(backward(i))
-            take(optimizer.clean_weight)
-            scale = scaler.get_scale() / accumulate
-            with optimizer.perturbed(loss_scale=scale), flatops.freeze_batchnorm_stats(model):
-                backward(i)
-            take(optimizer.perturbed_weight)
-        if (i + 1) % accumulate == 0:
-            for p in model.parameters():
-                p.grad = total.pop(p)
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+    losses = plain_loop(model, optimizer, backward, batches, scaler, accumulate, clip)
     return model, optimizer, losses, scaler
 
 

@@ -31,14 +31,8 @@ from flatops.train import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = sorted(methods.METHODS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def quiet() -> Console:
@@ -118,7 +112,7 @@ def test_the_mixed_step_is_the_weighted_sum_of_two_gradients():
     losses = [nn.functional.cross_entropy(twin(images), labels) for images, labels in batches]
     wanted = torch.autograd.grad(0.75 * losses[0] + 0.25 * losses[1], list(twin.parameters()))
     trainer.model.train()
-    methods.mrwp(trainer.model, trainer.optimizer, trainer.passes, *batches)
+    methods.mrwp(trainer.model, trainer.optimizer, trainer.gradient, *batches)
     torch.testing.assert_close([p.grad for p in trainer.model.parameters()], list(wanted))
 
 

@@ -26,17 +26,13 @@ WHERE = {"seed": 1, "epoch": 2}
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """And no worker process that outlives its test."""
+def no_worker_outlives_its_test(one_thread, monkeypatch):
     streams = []
     to = stream.Stream.to
     monkeypatch.setattr(stream.Stream, "to", lambda self, *where: streams.append(self) or to(self, *where))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     for each in streams:
         each.close()
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

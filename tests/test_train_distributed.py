@@ -21,16 +21,9 @@ from flatops import cli
 from flatops.train import TrainConfig, Trainer, checkpoint, data, engine, models
 from flatops.train.world import World
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORKER = Path(train_worker.__file__)
 FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def torchrun(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -162,7 +155,7 @@ def test_one_process_mixes_the_gradients_of_two_halves():
     losses = [F.cross_entropy(twin(images), labels) for images, labels in halves]
     wanted = torch.autograd.grad(0.75 * losses[0] + 0.25 * losses[1], list(twin.parameters()))
     trainer.model.train()
-    output = trainer.method.step(trainer.model, trainer.optimizer, trainer.passes, batch)
+    output = trainer.method.step(trainer.model, trainer.optimizer, trainer.gradient, batch)
     torch.testing.assert_close([p.grad for p in trainer.model.parameters()], list(wanted))
     torch.testing.assert_close(output.loss, sum(losses) / 2)
     assert len(output.logits) == 64

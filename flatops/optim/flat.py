@@ -110,6 +110,19 @@ class Pass:
             raise
 
 
+def while_perturbed(owner: Any) -> Iterator[None]:
+    """What every perturbed pass is: the owner perturbs, something runs, and whatever happens the owner restores."""
+    try:
+        owner._enter()
+        yield
+    finally:
+        try:
+            owner.restore()
+        except BaseException:  # an interrupt between two lines of it
+            owner.restore()
+            raise
+
+
 def perturbed_pass(generator: Callable[Concatenate[T, P], Iterator[None]]) -> Callable[Concatenate[T, P], Pass]:
     """Makes a method that perturbs, yields once and restores into one that returns a Pass."""
     manager = contextlib.contextmanager(generator)
@@ -217,15 +230,7 @@ class Flat(torch.optim.Optimizer):
             yield
             return
         self._check_clean()
-        try:
-            self._enter()
-            yield
-        finally:
-            try:
-                self.restore()
-            except BaseException:  # an interrupt between two lines of it
-                self.restore()
-                raise
+        yield from while_perturbed(self)
         self._passed()
 
     def _check_clean(self) -> None:

@@ -64,7 +64,7 @@ class Augment:
         if self.padding or self.flip:
             shifts = rng.integers(2 * self.padding + 1, size=(2, size))
             mirrored = rng.random(size) < 0.5 if self.flip else np.zeros(size, dtype=bool)
-            images = moved(self.padded(images), *shifts[:, mine], mirrored[mine], height, width)
+            images = moved(F.pad(images, (self.padding,) * 4), *shifts[:, mine], mirrored[mine], height, width)
         images = self.prepare(images)
         if self.cutout:
             centres = rng.integers((height, width), size=(size, 2))
@@ -82,9 +82,6 @@ class Augment:
             return images
         mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (images.float() - mean) / std
-
-    def padded(self, images: Tensor) -> Tensor:
-        return F.pad(images, (self.padding,) * 4) if self.padding else images
 
 
 def moved(images: Tensor, down: np.ndarray, right: np.ndarray, mirrored: np.ndarray, height: int, width: int) -> Tensor:

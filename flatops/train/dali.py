@@ -6,6 +6,7 @@ interruption makes a difference to the batches.
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 from collections import deque
@@ -28,7 +29,7 @@ Encoded = tuple[Tensor, Tensor, Tensor]  # a batch's files end to end, their len
 def check_installed() -> None:
     """Raise ValueError unless there is DALI."""
     try:
-        import nvidia.dali  # noqa: F401
+        importlib.import_module("nvidia.dali")
     except ImportError as error:
         raise ValueError(f"decoder dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 ({error})") from error
 

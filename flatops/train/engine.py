@@ -21,8 +21,8 @@ from . import checkpoint, data, methods, models, parallel
 from .augment import MIX, drawing_from
 from .clock import Clock
 from .config import TrainConfig
+from .gradient import Gradient, Output
 from .metrics import Metrics
-from .passes import Output, Passes
 from .world import World
 
 # One epoch, a line of the log. The training figures are means over its steps and all processes, at the weights of
@@ -66,7 +66,7 @@ class Trainer:
         if self.parallel:
             self.network = parallel.distribute(self.model, self.parallel, self.device)
         self.clock = Clock(self.device)
-        self.passes = Passes(self.network, self.model, self.device, config, self.clock)
+        self.gradient = Gradient(self.network, self.model, self.device, config, self.clock)
         self.mix = mixing(config, self.data.classes) if config.mixup or config.cutmix else None
         self.steps_per_epoch = self.data.train_size // config.batch_size
         self.optimizer = methods.create_optimizer(
@@ -100,7 +100,7 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         if self.step == 0 and "fisher_samples" in self.options:
             self.update_mask()
-        for batches in self.clocked(self._batches()):
+        for batches in self._clocked(self._batches()):
             self._train_step(*batches)
             self.seconds = time.perf_counter() - started
             on_step(self)
@@ -144,7 +144,7 @@ class Trainer:
         turns = range(self.world.rank, count + self.world.rank, self.world.size)
         batches = self.data.test_batches(EVALUATION_BATCH, [min(turn, count - 1) for turn in turns])
         for turn, batch in zip(turns, batches):
-            output = self.passes.forward(batch, model)
+            output = self.gradient.forward(batch, model)
             if turn < count:
                 metrics.add(*output, batch[1])
         return metrics.result(self.world)
@@ -165,7 +165,7 @@ class Trainer:
             "bad": self.bad,
             "model": parallel.whole(self.model.state_dict()),
             "ema": self.average.module.state_dict() if self.average else None,
-            "scaler": self.passes.scaler.state_dict(),
+            "scaler": self.gradient.scaler.state_dict(),
             "optimizer": parallel.whole(self.optimizer.state_dict()),
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "processes": self.world.gather({"sums": self.sums.cpu(), "random": checkpoint.random_state()}),
@@ -187,8 +187,8 @@ class Trainer:
         parallel.load_model(self.model, state["model"])
         if self.average:
             self.average.module.load_state_dict(state["ema"])
-        if self.passes.scaler.is_enabled():
-            self.passes.scaler.load_state_dict(state["scaler"])
+        if self.gradient.scaler.is_enabled():
+            self.gradient.scaler.load_state_dict(state["scaler"])
         parallel.load_optimizer(self.optimizer, state["optimizer"])
         for schedule, its_state in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(its_state)
@@ -233,7 +233,7 @@ class Trainer:
         process = (self.world.rank, *step) if step or not self.world.first else ()
         seed_everything(self.config.seed, self.epoch, *process)
 
-    def clocked(self, batches: Iterator[tuple[data.Batch, ...]]) -> Iterator[tuple[data.Batch, ...]]:
+    def _clocked(self, batches: Iterator[tuple[data.Batch, ...]]) -> Iterator[tuple[data.Batch, ...]]:
         """The same, with the time that a step waits for them counted."""
         while True:
             with self.clock("data"):
@@ -291,9 +291,9 @@ class Trainer:
 
     def _train_step(self, *batches: data.Batch) -> None:
         with self.clock("flatops"):  # all that is not the passes themselves
-            output = self.method.step(self.network, self.optimizer, self.passes, *batches)
+            output = self.method.step(self.network, self.optimizer, self.gradient, *batches)
         with self.clock("optimizer"):
-            scaler = self.passes.scaler
+            scaler = self.gradient.scaler
             if self.config.clip_norm is not None:
                 scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)

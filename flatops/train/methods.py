@@ -1,6 +1,6 @@
 """The methods: what each one adds to SGD, written out with the optimizers' explicit calls.
 
-Every step leaves its gradient in `p.grad`; the engine then calls `optimizer.step()`, the same for all. `gradient` is a `Passes`:
+Every step leaves its gradient in `p.grad`; the engine then calls `optimizer.step()`, the same for all. A `Gradient` adds a batch's:
 it knows about mixed precision, accumulation and processes, so that what stands here is the methods' formulas.
 """
 
@@ -17,7 +17,7 @@ import flatops
 
 from .config import METHOD_OPTIONS, TrainConfig
 from .data import Batch
-from .passes import Gradient, Output
+from .gradient import Gradient, Output
 
 Options = dict[str, float | str]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -23,11 +22,7 @@ class Output(NamedTuple):
     logits: Tensor
 
 
-# Called as gradient(batch, weight): adds the gradient of weight · loss to p.grad.
-Gradient = Callable[..., Output]
-
-
-class Passes:
+class Gradient:
     """Calling it adds a batch's gradient to `p.grad`, under the loss scale if there is one.
 
     With `accumulate` it takes the batch in so many pieces; replicas exchange gradients with the last one alone.
