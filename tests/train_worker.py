@@ -121,7 +121,7 @@ def combined(world: World, file: Path) -> None:
             for accumulate in (1, 4):
                 trainer = Trainer(config(method, accumulate=accumulate, clip_norm=0.5, **form, **some), world)
                 if accumulate > 1:
-                    trainer.passes.scaler = GradScaler("cpu", init_scale=2.0**12)
+                    trainer.gradient.scaler = GradScaler("cpu", init_scale=2.0**12)
                 finish(trainer, 5)
                 result[(method, *form, accumulate)] = [p.detach() for p in trainer.model.parameters()]
     torch.save(result, file.with_name(f"{file.name}.{world.rank}"))
