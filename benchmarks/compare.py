@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-RATIOS = ("floors", "times_ours", "peak", "kept", "allocated")
+RATIOS = ("floors", "times_ours", "peak", "kept", "allocated", "to_sgd", "share", "mean", "times", "value", "loss", "eigenvalue")
 AGREE = 0.15  # as far as two runs of one machine may be apart, relatively
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float]:
     """Every ratio of a result, named by what its row is about: all of it that is text."""
+    lists = [rows for rows in result.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     return {
         ", ".join([*(value for value in row.values() if isinstance(value, str)), ratio]): row[ratio]
-        for row in result["rows"]
+        for rows in lists
+        for row in rows
         for ratio in RATIOS
         if row.get(ratio) is not None
     }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from flatops.benchmarks.tables import FOREACH, SEEDS, named
+from flatops.train.methods import METHODS
+from flatops.train.plots import COLOURS
 
 
 def axes_of(width: float, height: float):
@@ -73,4 +76,32 @@ def draw_peers(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("floors: reads and writes of all weights, one thread; less is better")
     axes.set_title(f"a perturbed pass, ResNet-50, {result['machine']}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def draw_accuracy(result: dict[str, Any], path: Path) -> None:
+    """Test accuracy over the time that training took, in epochs of SGD: the two tables side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for axes, (schedule, title) in zip(both, (("fixed", "one schedule for all"), ("tuned", "each tuned on held-out images"))):
+        rows = [row for row in result["rows"] if row["schedule"] == schedule]
+        [sgd] = [row["curve"] for row in rows if row["method"] == "sgd"]
+        epoch = sum(seconds for _, seconds in sgd) / len(sgd)
+        for row in rows:
+            accuracies, seconds = zip(*row["curve"])
+            times = [each / epoch for each in accumulate(seconds)]
+            label = METHODS[row["method"]].label
+            axes.plot(times, accuracies, color=COLOURS[row["method"]], lw=1.6, label=label)
+            axes.plot(times[-1], accuracies[-1], "o", color=COLOURS[row["method"]])
+        axes.set(title=f"{title}, {result['seeds'][schedule]} seeds", xlabel="training time, epochs of SGD", ylim=(0.6, 1))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9")
+    both[0].set_ylabel("test accuracy, mean")
+    both[0].yaxis.set_major_formatter(PercentFormatter(1))
+    both[0].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)

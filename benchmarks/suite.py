@@ -9,22 +9,38 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from flatops.benchmarks import bench, picture, tables
+from flatops.landscape import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# The file of rows, and the module whose measure() makes them.
-QUESTIONS = {"cpu": "bench", "models": "models", "peers": "peers", "memory": "memory", "growth": "growth"}
+# The file of rows, and the module whose measure() makes them. What is timed has the machine to itself.
+TIMED = {"cpu": "bench"} | {name: name for name in ("models", "peers", "memory", "growth", "methods")}
+TOGETHER = {name: name for name in ("flatness", "accuracy")}
+QUESTIONS = TIMED | TOGETHER
 
 
-def ask(module: str) -> dict[str, Any]:
-    """What a module measures when it is told nothing."""
+def ask(modules: Iterable[str]) -> list[dict[str, Any]]:
+    """What modules measure when they are told nothing, side by side, each in a process of its own."""
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(ask_one, modules))
+
+
+def ask_one(module: str) -> dict[str, Any]:
+    """What a module measures in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(answer, module).result()
+
+
+def answer(module: str) -> dict[str, Any]:
+    """What a module measures."""
     return importlib.import_module(f"flatops.benchmarks.{module}").measure()
 
 
@@ -38,10 +54,9 @@ def main(config: bench.Config) -> int:
     folder = config.results or ROOT / "benchmarks/results"
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    for name, module in QUESTIONS.items():
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            result = process.submit(ask, module).result()
-        bench.write(result, folder / f"{name}.json")
+    for group in (*([name] for name in TIMED), TOGETHER):
+        for name, result in zip(group, ask(QUESTIONS[name] for name in group)):
+            bench.write(result, folder / f"{name}.json")
         print(f"{time.monotonic() - start:.0f} s", flush=True)
     if here:
         publish(ROOT, folder)
@@ -55,3 +70,5 @@ def publish(root: Path, folder: Path) -> None:
     picture.draw(results["cpu"], root / "docs/bench.png")
     picture.draw_growth(results["growth"], root / "docs/growth.png")
     picture.draw_peers(results["peers"], root / "docs/peers.png")
+    plots.portrait(results["flatness"], root / "docs/landscape.png")
+    picture.draw_accuracy(results["accuracy"], root / "docs/accuracy.png")

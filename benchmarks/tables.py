@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from flatops.train.methods import METHODS
+from flatops.train.report import describe_options
+
 Results = dict[str, dict[str, Any]]  # of suite.QUESTIONS, by name
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/evidence.md", "docs/landscape.md")
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HALF = 0.55  # of a time, at most, is half of it
 SEEDS, FOREACH = "the seeds' way", "torch's foreach"
 
 # What keeps an operator from moving its bytes and nothing else.
@@ -191,8 +195,93 @@ def growth(results: Results) -> str:
     return "\n\n".join([table(head, body), f"{sizes} {where(result)}"])
 
 
+def points(value: float) -> str:
+    """Of a hundred, with a sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def between(row: dict[str, float]) -> str:
+    """A difference of accuracies and where it lies at 95 %."""
+    return f"{points(row['mean'])} ({points(row['low'])} to {points(row['high'])})"
+
+
+def accuracy(results: Results, schedule: str) -> str:
+    """A table of accuracies: of all methods by one schedule, or of each with options of its own."""
+    result = results["accuracy"]
+    rows = [row for row in result["rows"] if row["schedule"] == schedule]
+    best = max(row["mean"] for row in rows)
+    body = []
+    for row in rows:
+        mean = f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f} %"
+        others = between(row["above_sgd"]) if row["method"] != "sgd" else ""
+        mean = f"**{mean}**" if row["mean"] == best else mean
+        label, options = METHODS[row["method"]].label, describe_options(row["options"]).replace("  ", ", ")
+        body.append([label, options, mean, others, f"{row['to_sgd']:.2f}"])
+    head = ["", "options", "test accuracy", "above SGD, paired, 95 %", "training's time, SGD = 1"]
+    return "\n\n".join([table(head, body), f"{result['seeds'][schedule]} seeds. {where(result)}"])
+
+
+def fixed(results: Results) -> str:
+    """One schedule for all."""
+    return accuracy(results, "fixed")
+
+
+def tuned(results: Results) -> str:
+    """Options found on held-out images."""
+    return accuracy(results, "tuned")
+
+
+def steps(results: Results) -> str:
+    """A step of each method, in steps of SGD."""
+    result = results["methods"]
+    networks = list(dict.fromkeys(row["network"] for row in result["rows"]))
+    body = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        found = [named(result["rows"], network=network, method=method) for network in networks]
+        body.append([METHODS[method].label, *(f"{row['to_sgd']:.2f}" for row in found)])
+        body[-1] += [f"{row['share']:.1%}" if row["share"] is not None else "" for row in found]
+    head = ["", *(f"{network}, SGD = 1" for network in networks), *(f"{network}: flatops' share" for network in networks)]
+    sizes = [named(result["rows"], network=network) for network in networks]
+    about = "; ".join(f"{row['network']}: {row['batch']} images of {row['side']}×{row['side']}" for row in sizes)
+    return "\n\n".join([table(head, body), f"{about}; float32, one thread. {where(result)}"])
+
+
+def verdicts(results: Results) -> str:
+    """What the papers claim, and whether it is seen here."""
+    found = results["accuracy"]["verdicts"]
+    step = {(row["network"], row["method"]): row["to_sgd"] for row in results["methods"]["rows"]}
+    halves = {network: step[network, "rwp"] / step[network, "sam"] for network, _ in step}
+    seen = "seen" if max(halves.values()) <= HALF else "not seen"
+    shown = ", ".join(f"{value:.2f} ({network})" for network, value in halves.items())
+    body = [[f"RWP takes half of SAM's time ({arxiv('2211.11489')})", f"{shown} of SAM's step", f"**{seen}**"]]
+    for claim in dict.fromkeys(row["claim"] for row in found):
+        for row in (row for row in found if row["claim"] == claim):
+            label = f"{claim} ({arxiv(row['paper'])})" if row["schedule"] == "fixed" else ""
+            body.append([label, f"{row['schedule']}: {between(row)}", f"**{row['verdict']}**"])
+    return "\n\n".join([table(["claim", "difference of the test accuracies, paired, 95 %", "verdict"], body), where(results["accuracy"])])
+
+
+def flatness(results: Results) -> str:
+    """The minima of SGD and of m-RWP."""
+    result = results["flatness"]
+    sigma, rho = (result["config"][name][-2] for name in ("sigmas", "rhos"))
+    body = [
+        [f"{row['network']}, {row['images']} images", f"{row['test_accuracy']:.1%}", f"{row['loss']:.2g}"]
+        + [" and ".join(map(number, row["ends"])), f"{number(row['average'][-2])} ± {row['error'][-2]:.1g}"]
+        + [number(row["worst"][-2]), number(row["eigenvalue"])]
+        for row in result["rows"]
+    ]
+    head = ["", "test accuracy", "loss", "a whole norm away, on either side", f"average rise, σ {sigma:g}"]
+    return "\n\n".join([table([*head, f"worst rise, ρ {rho:g}", "top eigenvalue"], body), where(result)])
+
+
+def arxiv(number: str) -> str:
+    """A link to a paper."""
+    return f"[{number}](https://arxiv.org/abs/{number})"
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    block.__name__: block for block in (speed, operators, models, peers, memory, growth)
+    block.__name__: block for block in (speed, operators, models, peers, memory, growth, fixed, tuned, steps, verdicts, flatness)
 }
 
 

@@ -5,10 +5,27 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from flatops.benchmarks import bench, compare, growth, measure, memory, models, peers, suite, tables
+from flatops.benchmarks import (
+    accuracy,
+    bench,
+    compare,
+    flatness,
+    growth,
+    measure,
+    memory,
+    methods,
+    models,
+    peers,
+    suite,
+    tables,
+    tuning,
+)
+from flatops.train import TrainConfig, Trainer
+from flatops.train.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -74,9 +91,10 @@ def test_files_and_folders_are_compared(tmp_path, capsys):
 
 def test_every_ratio_has_a_name_of_its_own():
     for name in suite.QUESTIONS:
-        rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        result = committed(name)
+        rows = [row for key in ("rows", "gain", "checks", "verdicts") for row in result.get(key, [])]
         values = sum(row.get(ratio) is not None for row in rows for ratio in compare.RATIOS)
-        assert len(compare.ratios({"rows": rows})) == values > 0, name
+        assert len(compare.ratios(result)) == values > 0, name
 
 
 @pytest.mark.parametrize(
@@ -112,6 +130,8 @@ def test_pages_and_pictures_are_made_of_the_committed_rows(tmp_path):
         "bench.png",
         "growth.png",
         "peers.png",
+        "accuracy.png",
+        "landscape.png",
     }
 
 
@@ -183,13 +203,121 @@ def test_growth(monkeypatch):
     assert {row["name"] for row in result["rows"]} == {row["name"] for row in committed("growth")["rows"]}
 
 
+def test_methods():
+    result = methods.measure({"tiny": ("resnet10t", 32, 2)}, rounds=1)
+    assert result.keys() == committed("methods").keys()
+    rows = {row["method"]: row for row in result["rows"]}
+    assert rows.keys() == {row["method"] for row in committed("methods")["rows"]} == METHODS.keys()
+    assert rows["sgd"]["to_sgd"] == 1 and all(0 < row["share"] < 1 for name, row in rows.items() if name != "sgd")
+
+
+def test_flatness():
+    result = flatness.measure(1, points=3, iterations=1, batches=1, draws=2)
+    kept = committed("flatness")
+    assert result.keys() == kept.keys() and {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in kept["rows"]}
+    assert [(row["network"], row["images"]) for row in result["rows"]] == [(row["network"], row["images"]) for row in kept["rows"]]
+
+
+def test_accuracies_are_those_of_the_last_epoch(monkeypatch):
+    """Of every method and seed; SGD's own is nothing above SGD's."""
+    monkeypatch.setattr(accuracy, "options_of", lambda schedule: {"sgd": {"epochs": 1}, "rwp": {"epochs": 2, "sigma": 0.1}})
+    monkeypatch.setattr(tuning, "LABEL_NOISE", 0.0)
+    runs = [run for seed in (0, 1) for run in accuracy.runs_of(("tuned", seed))]
+    sgd, rwp = rows = accuracy.accuracies("tuned", runs)
+    plain = Trainer(TrainConfig(epochs=1, seed=1)).run_epoch()["test_accuracy"]
+    assert sgd["accuracies"][1] == plain and sgd["above_sgd"] == {"mean": 0, "low": 0, "high": 0}
+    assert len(rwp["curve"]) == 2 and rwp["options"] == {"epochs": 2, "sigma": 0.1} and rwp["to_sgd"] > 1
+    assert {frozenset(row) for row in rows} == {frozenset(row) for row in committed("accuracy")["rows"]}
+
+
+def test_an_interval_holds_the_mean_nineteen_times_of_twenty():
+    random = np.random.default_rng()
+    found = [accuracy.interval(list(random.normal(3.0, 2.0, 5))) for _ in range(2000)]
+    assert 0.93 < np.mean([low < 3 < high for low, high in found]) < 0.97
+
+
+@pytest.mark.parametrize(
+    "low, high, kind, found",
+    [
+        (0.001, 0.02, "better", "seen"),
+        (-0.001, 0.02, "better", "not seen"),
+        (-0.02, -0.001, "better", "the opposite"),
+        (-0.004, 0.01, "no worse", "seen"),
+        (-0.006, 0.01, "no worse", "not seen"),
+        (-0.02, -0.006, "no worse", "the opposite"),
+    ],
+)
+def test_verdicts(low, high, kind, found):
+    assert accuracy.verdict({"low": low, "high": high}, kind) == found
+
+
+def test_verdicts_are_paired():
+    """Seeds differ by much and methods by little, always to the same side."""
+    easy, hard = 0.99, 0.6
+    rows = [
+        {"schedule": schedule, "method": method, "accuracies": [easy + more, hard + more, easy + more / 2]}
+        for schedule in accuracy.SEEDS
+        for method, more in (("rwp", 0.0), ("mrwp", 0.009), ("arwp", -0.009), ("sam", 0.0), ("ssam", 0.0))
+    ]
+    found = {row["claim"]: row["verdict"] for row in accuracy.verdicts(rows)}
+    assert found == {
+        "RWP is no worse than SAM": "seen",
+        "SSAM with half of the weights is no worse than SAM": "seen",
+        "m-RWP is better than RWP": "seen",
+        "ARWP is better than RWP": "the opposite",
+    }
+
+
+def test_trials_are_different_and_the_same_every_time():
+    for method, space in tuning.SPACE.items():
+        found = tuning.trials(method)
+        assert len({tuple(each.items()) for each in found}) == tuning.TRIALS and found == tuning.trials(method)
+        assert all(each[name] in space[name] for each in found for name in space)
+        TrainConfig(method=method, **found[0])
+
+
+def test_a_search_looks_at_the_best_again(monkeypatch):
+    """By a stand-in for trainings: the trial that is best by luck at first does not win."""
+    shown = []
+
+    def spread(call, jobs):
+        jobs = list(jobs)
+        shown.extend(jobs)
+        return [job[1]["lr"] + (job[2] < 1004) * (job[1]["lr"] == 0.02) for job in jobs]
+
+    monkeypatch.setattr(tuning, "spread", spread)
+    rows = tuning.search("sgd")
+    assert len(rows) == tuning.TRIALS and len(shown) == 4 * tuning.TRIALS + 8 * tuning.FINALISTS
+    assert [len(row["accuracies"]) for row in rows] == [12] * 4 + [4] * 16
+
+
+def test_tuning_never_sees_the_test_images(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tuning, "run_seed", lambda configs, seed: seen.append((configs, seed)) or [{"history": [{"test_accuracy": 1.0}]}])
+    assert tuning.accuracy(("sam", {"rho": 0.1, "epochs": 10}, 1003)) == 1.0
+    [(configs, seed)] = seen
+    assert configs["sam"].validation == 0.2 and configs["sam"].rho == 0.1 and seed == 1003
+    assert not set(tuning.SEEDS) & set(tuning.MORE_SEEDS) and min(tuning.SEEDS) >= max(accuracy.SEEDS.values())
+
+
+def test_the_tuned_table_has_what_the_search_found():
+    best = accuracy.tuned()
+    assert best.keys() == set(tuning.METHODS)
+    for row in committed("accuracy")["rows"]:
+        if row["schedule"] == "tuned":
+            assert best[row["method"]].items() <= row["options"].items()
+
+
 def test_a_full_suite(tmp_path, monkeypatch, capsys):
     """Each question in a process of its own, its rows in a folder; README stays as it is."""
-    monkeypatch.setattr(suite, "QUESTIONS", {"cpu": "suite_stub"})
-    monkeypatch.setattr(suite, "ask", stub)
+    monkeypatch.setattr(suite, "TIMED", {"cpu": "one"})
+    monkeypatch.setattr(suite, "TOGETHER", {"accuracy": "two", "flatness": "three"})
+    monkeypatch.setattr(suite, "QUESTIONS", suite.TIMED | suite.TOGETHER)
+    monkeypatch.setattr(suite, "answer", stub)
     before = (ROOT / "README.md").read_text()
     assert bench.main(bench.Config(suite="full", results=tmp_path / "new")) == 0
-    assert json.loads((tmp_path / "new/cpu.json").read_text()) == {"asked": "suite_stub"}
+    found = {path.stem: json.loads(path.read_text())["asked"] for path in (tmp_path / "new").iterdir()}
+    assert found == {"cpu": "one", "accuracy": "two", "flatness": "three"}
     assert (ROOT / "README.md").read_text() == before
 
 

@@ -424,3 +424,40 @@ def test_a_download_without_a_network_is_said(cifar, monkeypatch, tmp_path, caps
     run = ["train", "--data", "cifar10", "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
     assert cli.main(run) == 2
     assert "cannot download cifar10" in capsys.readouterr().err
+
+
+# Held-out images
+
+
+def test_held_out_images_take_the_test_images_place():
+    whole, one = data.digits(), data.load(TrainConfig(validation=0.25, label_noise=0.3, seed=1))
+    images, labels = one.test
+    assert (one.train_size, one.test_size) == (1010, 337) and one.wrong == 303
+    key = {image.numpy().tobytes(): int(label) for image, label in zip(*whole.train)}
+    assert all(key[image.numpy().tobytes()] == label for image, label in zip(images, labels))  # right labels
+    seen = {image.numpy().tobytes() for image in one.train[0]}
+    assert not seen & {image.numpy().tobytes() for image in images}
+    assert seen | {image.numpy().tobytes() for image in images} == key.keys()
+
+
+def test_held_out_images_follow_the_seed():
+    one, same, other = (data.load(TrainConfig(validation=0.2, seed=seed)).test[0] for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_cifar_holds_out_too(cifar):
+    kept = data.load(cifar_config(cifar.parent, validation=0.2))
+    assert kept.test_size == 8 and kept.train_size == 32 and kept.test[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_to_hold_out_out_of_range(share):
+    with pytest.raises(ValueError, match="validation must be at least 0 and less than 1"):
+        TrainConfig(validation=share)
+
+
+def test_what_cannot_be_held_out(tree):
+    with pytest.raises(ValueError, match="validation holds out images in memory.*put them in val/ yourself"):
+        data.load(config(tree, validation=0.2))
+    with pytest.raises(ValueError, match="of 1347 training images is none: raise it"):
+        data.load(TrainConfig(validation=1e-4))

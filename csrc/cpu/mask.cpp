@@ -1,7 +1,7 @@
 // topk_mask and regrow_mask_: the elements with the largest scores over a whole list, exactly so many, ties to the first.
 //
 // A sample of the scores brackets the threshold. One pass over all of them marks what lies above the bracket and collects what
-// lies within it, two per cent or so, among which the threshold is then found. Where a bracket holds one value only, nothing is
+// lies within it, two per cent or so of a large list, among which the threshold is then found. Where a bracket holds one value only, nothing is
 // collected: its elements are counted, and a second pass marks the first of them. The sample decides how long it takes, never
 // what comes out: a bracket that misses is widened, until it holds everything.
 #define FLATOPS_FILE "cpu/mask.cpp"
@@ -228,7 +228,7 @@ namespace flatops::cpu {
 namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr int64_t SAMPLE = 32768;  // scores: enough for a bracket of one per cent to either side
+constexpr int64_t LARGEST_SAMPLE = 32768, SMALLEST_SAMPLE = 256;  // scores
 constexpr double UNIFORM = 1 << 24;  // random scores are the integers below it
 
 struct Selection {
@@ -251,15 +251,17 @@ struct Selection {
     return f64() ? std::nextafter(x, towards) : double(std::nextafter(float(x), float(towards)));
   }
 
-  // Scores of elements at equal distances over the list.
+  // Scores of elements at equal distances over the list. Of n elements a sample of s leaves up to 2.5 n / sqrt(s) candidates; a
+  // candidate costs what a sampled score costs, and together they cost least where s^(3/2) = 1.25 n.
   std::vector<double> sample() const {
     int64_t total = 0, begin = 0;
     for (const Tensor& t : list.tensors) total += t.numel();
+    const int64_t size = std::min(LARGEST_SAMPLE, int64_t(std::pow(1.25 * double(total), 2.0 / 3)));
     std::vector<double> out;
-    out.reserve(SAMPLE);
+    out.reserve(size);
     size_t tensor = 0;
-    for (int64_t k = 0; k < SAMPLE; ++k) {
-      const int64_t at = int64_t((double(k) + 0.5) * double(total) / SAMPLE);
+    for (int64_t k = 0; k < size; ++k) {
+      const int64_t at = int64_t((double(k) + 0.5) * double(total) / double(size));
       while (at - begin >= list.tensors[tensor].numel()) begin += list.tensors[tensor++].numel();
       const Tensor& t = list.tensors[tensor];
       const int64_t i = at - begin;
@@ -274,7 +276,6 @@ struct Selection {
   int64_t run() {
     if (count == 0) return attempt({INF, INF}), bad;
     if (count == eligible) return attempt({-INF, -INF}), bad;
-    if (eligible < 2 * SAMPLE) return attempt({-INF, INF}), bad;
     const double q = double(count) / double(eligible);
     if (scores.kind == Scores::random) {
       const double middle = UNIFORM * (1 - q), margin = UNIFORM * 5 * std::sqrt(q * (1 - q) / double(eligible)) + 2;
@@ -288,7 +289,7 @@ struct Selection {
       std::nth_element(seen.begin(), seen.begin() + i, seen.end(), std::greater<>());
       return seen[i];
     };
-    for (double widen = 1; n >= 1024 && widen < 100; widen *= 8) {
+    for (double widen = 1; n >= SMALLEST_SAMPLE && widen < 100; widen *= 8) {
       const int64_t margin = int64_t(widen * (2.5 * std::sqrt(double(n) * q * (1 - q)) + 4));
       const Bracket ends{at(rank + margin, -INF), at(rank - margin, INF)};
       // A value that many share is left out of a bracket that it ends, and has one of its own should it be needed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from statistics import fmean, median, stdev
 from typing import Any
@@ -80,7 +81,7 @@ def check_options(config: CompareConfig) -> None:
 
 
 def run_all(config: CompareConfig, configs: dict[str, TrainConfig], console: Console) -> list[Run]:
-    """Train every method and seed; methods take turns epoch by epoch, so that their times pair."""
+    """Train every method and seed."""
     runs: list[Run] = []
     progress = Progress(
         TextColumn("{task.description:<7}"),
@@ -96,17 +97,32 @@ def run_all(config: CompareConfig, configs: dict[str, TrainConfig], console: Con
         total = config.seeds * config.epochs
         bars = {m: progress.add_task(METHODS[m].label, total=total, seed=1, accuracy=0.0) for m in configs}
         for seed in range(config.seeds):
-            trainers = {method: Trainer(replace(its, seed=seed)) for method, its in configs.items()}
-            for _ in range(config.epochs):
-                for method, trainer in trainers.items():
-                    row = trainer.run_epoch()
-                    progress.update(bars[method], advance=1, seed=seed + 1, accuracy=row["test_accuracy"])
-            for trainer in trainers.values():
-                trainer.data.close()
-            runs += [
-                {"method": m, "seed": seed, "history": trainer.history} for m, trainer in trainers.items()
-            ]
+
+            def shown(method: str, row: Row) -> None:
+                progress.update(bars[method], advance=1, seed=seed + 1, accuracy=row["test_accuracy"])
+
+            runs += run_seed(configs, seed, shown)
     return runs
+
+
+def run_seed(
+    configs: dict[str, TrainConfig], seed: int, on_epoch: Callable[[str, Row], None] = lambda method, row: None
+) -> list[Run]:
+    """Train every method with a seed; they take turns epoch by epoch, so that their times pair.
+
+    Args:
+        configs: method to its training; a method that trains for fewer epochs leaves the others to it.
+        seed: of all of them.
+        on_epoch: called with the method and the row after every epoch.
+    """
+    trainers = {method: Trainer(replace(config, seed=seed)) for method, config in configs.items()}
+    for epoch in range(max(config.epochs for config in configs.values())):
+        for method, trainer in trainers.items():
+            if epoch < configs[method].epochs:
+                on_epoch(method, trainer.run_epoch())
+    for trainer in trainers.values():
+        trainer.data.close()
+    return [{"method": m, "seed": seed, "history": trainer.history} for m, trainer in trainers.items()]
 
 
 def summarise(method: str, config: TrainConfig, runs: list[Run]) -> dict[str, Any]:
@@ -133,7 +149,8 @@ def describe(config: CompareConfig) -> str:
     """What was compared, in a line."""
     noise = f" with {config.label_noise:.0%} wrong labels" if config.label_noise else ""
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
-    return f"{config.data}{noise}: {config.model}, {config.epochs} epochs, lr {config.lr:g}, {seeds}"
+    held_out = f"{config.validation:.0%} of the training images held out and shown as test, " if config.validation else ""
+    return f"{config.data}{noise}: {held_out}{config.model}, {config.epochs} epochs, lr {config.lr:g}, {seeds}"
 
 
 def table(summary: list[dict[str, Any]]) -> Table:

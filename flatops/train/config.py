@@ -58,6 +58,10 @@ class Recipe:
     """Share of the target spread evenly over the classes, 0 to 1 (ImageNet: 0.1)."""
     label_noise: float = 0.0
     """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay right."""
+    validation: float = 0.0
+    """Share of the training images, 0 to less than 1, to hold out and evaluate in place of the test images, wherever these are
+    spoken of: options are chosen by it, so that the test images are looked at once. The seed draws them; their labels stay
+    right. Not for folder, whose val/ may hold what you like."""
 
     augment: Literal["standard", "none"] = "standard"
     """standard: random flips, and random crops out of 4 pixels of padding (CIFAR) or of 8 to 100 % of the area (folder);
@@ -132,6 +136,7 @@ class Recipe:
         for name in ("label_smoothing", "label_noise", "erasing", "cutout_probability"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"{name} must lie between 0 and 1, not {value}")
+        check(0 <= self.validation < 1, f"validation must be at least 0 and less than 1, not {self.validation}")
         check(
             self.warmup_epochs <= self.epochs,
             f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}",

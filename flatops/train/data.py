@@ -20,8 +20,8 @@ from .world import World
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64; or (B, classes) float32 after mixup
 
-# Streams: the batches of the clean and perturbed passes, the wrong labels, and what SSAM's masks are made from.
-CLEAN, PERTURBED, LABELS, FISHER = range(4)
+# Streams: the batches of the clean and perturbed passes, the wrong labels, what SSAM's masks are made from, and what is held out.
+CLEAN, PERTURBED, LABELS, FISHER, VALIDATION = range(5)
 IGNORED = -100  # the label of a test image that cannot be read; cross-entropy passes it by
 
 
@@ -206,6 +206,8 @@ def load(config: TrainConfig, world: World = World()) -> Data:
     data = SOURCES[config.data](config)
     if config.classes and data.classes != config.classes:
         raise ValueError(f"{config.data} has {data.classes} classes, and classes {config.classes} is asked for")
+    if config.validation:
+        data = hold_out(data, config)
     if data.train_size < config.batch_size:
         raise ValueError(
             f"batch_size {config.batch_size} exceeds the {data.train_size} training images of {config.data}"
@@ -213,6 +215,24 @@ def load(config: TrainConfig, world: World = World()) -> Data:
     images, labels = data.train
     noisy = wrong_labels(labels, data.classes, config.label_noise, config.seed)
     return replace(data, train=(images, noisy), wrong=int((noisy != labels).sum()))
+
+
+def hold_out(data: Data, config: TrainConfig) -> Data:
+    """Training images that the seed draws, instead of the test images.
+
+    Raises:
+        ValueError: the images are not in memory, or the share is none of them.
+    """
+    if type(data) is not Data:
+        raise ValueError(
+            "validation holds out images in memory: leave out randaugment, or for data folder put them in val/ yourself"
+        )
+    images, labels = data.train
+    order = torch.from_numpy(shuffled(len(labels), seed=config.seed, epoch=0, stream=VALIDATION))
+    held, kept = order.tensor_split([round(config.validation * len(order))])
+    if not len(held):
+        raise ValueError(f"validation {config.validation} of {len(order)} training images is none: raise it")
+    return replace(data, train=(images[kept], labels[kept]), test=(images[held], labels[held]))
 
 
 def wrong_labels(labels: Tensor, classes: int, fraction: float, seed: int) -> Tensor:

@@ -1,0 +1,35 @@
+"""What does a step of each method cost beside SGD's? A convolutional network and a transformer, one thread.
+
+It is what `flatops train --profile` shows of them. Images are small and batches too, so that the share of flatops is larger here
+than where networks are trained in earnest.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from flatops.benchmarks.measure import provenance
+from flatops.train.config import TrainConfig
+from flatops.train.profile import profile
+
+NETWORKS = {  # name to timm's, the side of an image, the batch
+    "ResNet-18": ("resnet18", 32, 32),
+    "ViT-Ti/16": ("vit_tiny_patch16_224", 96, 8),
+}
+
+
+def measure(networks: dict[str, tuple[str, int, int]] = NETWORKS, rounds: int = 12) -> dict[str, Any]:
+    """A row for every method on each network: its step in steps of SGD, and flatops' share of it."""
+    rows = []
+    for network, (model, side, batch) in networks.items():
+        config = TrainConfig(data="synthetic", model=model, image_size=side, batch_size=batch, threads=1)
+        about = {"network": network, "side": side, "batch": batch}
+        found = profile(config, Console(file=io.StringIO()), rounds)
+        rows += [
+            about | {"method": row["method"], "to_sgd": row["ratio"], "share": row["flatops"] if row["method"] != "sgd" else None}
+            for row in found
+        ]
+    return {**provenance(), "rounds": rounds, "rows": rows}
