@@ -146,7 +146,7 @@ def _check_masked_backup(backup: Sequence[Tensor], mask: Tensor, params: Sequenc
             "backup must come from new_backup(params, mask): one row for all that the mask lets through"
         )
     # Where looking costs nothing. On a GPU what has no slot is neither changed nor restored.
-    if mask.device.type == "cpu" and (count := count_mask(mask, params)) > len(backup[0]):
+    if mask.device.type == "cpu" and (count := _count_mask(mask, params)) > len(backup[0]):
         raise ValueError(f"backup has room for {len(backup[0])} weights and the mask lets {count} through")
 
 
@@ -509,10 +509,10 @@ def ascend_(
     _check_writable("params", params)
     _check("grads", grads, params)
     _non_negative("rho", rho)
-    if mask is not None:
-        _check_mask(mask, params)
     if backup is not None:
         _check_backup(backup, mask, params)
+    elif mask is not None:
+        _check_mask(mask, params)
     device = params[0].device
     operators(device, backend).ascend_(
         params,
@@ -674,12 +674,15 @@ def count_mask(mask: Tensor, like: Sequence[Tensor]) -> int:
         ValueError: for a mask of another list.
     """
     _check_mask(mask, like)
+    return _count_mask(mask, like)
+
+
+def _count_mask(mask: Tensor, like: Sequence[Tensor]) -> int:
     last = next((t for t in reversed(like) if t.numel()), None)
     if last is None:
         return 0
     # The last rank, and the ones of the words behind it.
     words = sum(map(mask_words, like))
     tail = (mask_words(last) - 1) % 32 + 1
-    ones = mask[words - tail : words].cpu()
-    shifts = torch.arange(32, dtype=torch.int32)
-    return (int(mask[-1]) & 0xFFFFFFFF) + int((ones[:, None] >> shifts & 1).sum())
+    ones = sum((word & 0xFFFFFFFF).bit_count() for word in mask[words - tail : words].tolist())
+    return (int(mask[-1]) & 0xFFFFFFFF) + ones

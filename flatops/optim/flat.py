@@ -48,9 +48,9 @@ class Undo:
             ops.restore_(self.params, **self.how)
 
 
-def announce(undo: list[Undo], params: list[Tensor], token: Tensor, **how: Any) -> None:
-    """Notes a change of this process's part of `params`, before it is made, and how to undo it."""
-    undo.append(Undo(distributed.all_local(params), how, token, token._version))
+def announce(undo: list[Undo], mine: list[Tensor], token: Tensor, **how: Any) -> None:
+    """Notes a change of `mine`, this process's part of parameters, before it is made, and how to undo it."""
+    undo.append(Undo(mine, how, token, token._version))
 
 
 def take_back(undo: list[Undo]) -> None:
@@ -290,7 +290,7 @@ class Flat(torch.optim.Optimizer):
 
     def _backup(self, params: list[Tensor]) -> list[Tensor]:
         """Room for the weights, made once a parameter: addresses never change, and a step allocates nothing."""
-        kept = self.run.backup
+        kept, backup = self.run.backup, []
         with torch.inference_mode(False):  # an inference tensor has no version
             for p, w in zip(params, distributed.all_local(params)):
                 b = kept.get(p)
@@ -301,8 +301,9 @@ class Flat(torch.optim.Optimizer):
                     or b.device != w.device
                     or b.stride() != w.stride()
                 ):
-                    kept[p] = ops.new_backup([w])[0]
-        return [kept[p] for p in params]
+                    b = kept[p] = ops.new_backup([w])[0]
+                backup.append(b)
+        return backup
 
     def _trainable(
         self, keys: tuple[str, ...], with_grad: bool = False

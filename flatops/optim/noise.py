@@ -62,15 +62,15 @@ def _add(
     if restore == "regenerate":
         with torch.inference_mode(False):  # an inference tensor has no version
             scales = ops.new_scales(mine)
-        announce(undo, params, scales, scales=scales, **noise)
+        announce(undo, mine, scales, scales=scales, **noise)
         ops.perturb_(mine, sigma, scales=scales, **noise)
         return
     backup = room(params)
     if restore == "exact":
-        announce(undo, params, backup[-1], backup=backup)
+        announce(undo, mine, backup[-1], backup=backup)
         ops.perturb_(mine, sigma, backup=backup, **noise)
     else:
-        announce(undo, params, backup[-1], offloaded=backup)
+        announce(undo, mine, backup[-1], offloaded=backup)
         torch._foreach_copy_(backup, mine, non_blocking=True)
         ops.perturb_(mine, sigma, **noise)
 
@@ -92,7 +92,7 @@ def _add_gathered(
     if eta > 0:
         noise = noise | {"eta": eta, "fisher": distributed.gather(params, all_local(map(fisher, params)))}
     ops.perturb_(whole, sigma, index=index, **noise)
-    announce(undo, params, backup[-1], **{"offloaded" if restore == "offload" else "backup": backup})
+    announce(undo, mine, backup[-1], **{"offloaded" if restore == "offload" else "backup": backup})
     torch._foreach_copy_(backup, mine)
     torch._foreach_copy_(mine, [distributed.shard_of(p, w) for p, w in zip(params, whole)])
 

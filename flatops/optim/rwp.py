@@ -301,6 +301,8 @@ class RWP(KeepsFisher):
         return 0 < lam < 1 and not self.parallel and any(group["eta"] > 0 for group in self.param_groups)
 
     def _before_step(self) -> None:
+        if not any(map(self._keeps_fisher, self.param_groups)):
+            return
         # With lam = 1 the gradient that steps is the perturbed one, by now unscaled. A fused base unscales it later itself.
         # In parallel m-RWP no other is left.
         if self.run.ready and (self.parallel or self.param_groups[0]["lam"] == 1):

@@ -104,9 +104,9 @@ class SAM(Flat):
         """With the gradients of the first pass in p.grad and their norm known, before any weight changes."""
 
     def _ascend(self, params: list[Tensor], grads: list[Tensor], rho: float | Tensor, **how: Any) -> None:
-        backup = self._backup(params)
-        announce(self.run.undo, params, backup[-1], backup=backup)
-        ops.ascend_(all_local(params), grads, rho, backup=backup, **how)
+        mine, backup = all_local(params), self._backup(params)
+        announce(self.run.undo, mine, backup[-1], backup=backup)
+        ops.ascend_(mine, grads, rho, backup=backup, **how)
 
     def _norm(self, parts: dict[Any, Any], grads: dict[Any, Any]) -> Tensor:
         """The norm over all parameters and all their shards, float64, on the first one's device."""
@@ -132,7 +132,7 @@ class SAM(Flat):
         The first gradient to be made is enough: a GradScaler skips the step for one NaN. Sharded gradients have no hooks, but
         all processes have the same norm.
         """
-        finite = norm.isfinite()
+        finite = norm < math.inf  # one operation, where isfinite() is four
         params = [p for params, _ in parts.values() for p in params]
         shards = list(filter(distributed.is_distributed, params)) if distributed.any_distributed(params) else []
         self.run.taint = (shards, finite) if shards else None

@@ -176,8 +176,8 @@ class SSAM(KeepsFisher, SAM):
 
     def _check_groups(self) -> None:
         super()._check_groups()
-        first = self.param_groups[0]
-        for group in self.param_groups:
+        first, *others = self.param_groups
+        for group in others:
             for name in self.options.keys() - PER_GROUP:
                 if group[name] != first[name]:
                     raise ValueError(
@@ -468,8 +468,10 @@ class SSAM(KeepsFisher, SAM):
 
     def _norm(self, parts: dict[Any, Any], grads: dict[Any, Any]) -> Tensor:
         dead = set(self._dead())
+        if not dead:
+            return super()._norm(parts, grads)
         kept = {key: [i for i, p in enumerate(params) if p not in dead] for key, (params, _) in parts.items()}
-        if dead and any(kept.values()):
+        if any(kept.values()):
             parts = {
                 key: ([parts[key][0][i] for i in places], places) for key, places in kept.items() if places
             }
@@ -528,9 +530,10 @@ class SSAM(KeepsFisher, SAM):
             part = mask.part(params)
             if part.params:
                 grads = [g for p, g in zip(params, grads) if p in mask.place]
+                mine = distributed.all_local(part.params)
                 undo: dict[str, Any] = {"backup": part.backup, "mask": part.mask}
-                announce(self.run.undo, part.params, part.backup[0], **undo)
-                ops.ascend_(distributed.all_local(part.params), grads, rho, **undo, **how)
+                announce(self.run.undo, mine, part.backup[0], **undo)
+                ops.ascend_(mine, grads, rho, **undo, **how)
 
     # --- checkpoints and copies --------------------------------------------------------------------------------------------
 
