@@ -21,6 +21,8 @@ class LandscapeConfig:
     """Folders of `flatops train`, for their last checkpoint, or checkpoints; all of the same data."""
     output: Path = Path("runs/landscape")
     """Folder of landscape.json, landscape.png and landscape.html; those of an earlier call are replaced."""
+    ema: bool = False
+    """Draw the averaged weights, which `flatops train --ema` keeps beside the trained ones."""
     points: int = 25
     """Points along each direction, odd: a surface takes points × points losses of each network."""
     radius: float = 1.0

@@ -58,6 +58,8 @@ def landscape(config: LandscapeConfig, console: Console | None = None) -> dict[s
     states = [checkpoint.read(run) for run in config.runs]
     configs = [checkpoint.unpack_config(state, run) for state, run in zip(states, config.runs)]
     check_same_data(config.runs, states)
+    if config.ema:
+        states = [averaged(state, run) for state, run in zip(states, config.runs)]
     device = choose_device(config.device)
     set_threads(configs[0])
     if config.output.exists() and not config.output.is_dir():
@@ -75,7 +77,7 @@ def landscape(config: LandscapeConfig, console: Console | None = None) -> dict[s
             bar.begin(network["name"])
             network |= measure(model.to(device), splits, config, bar.advance)
     result = {
-        "title": describe_data(configs[0], splits),
+        "title": describe_data(configs[0], splits, config.ema),
         "config": asdict(config),
         "machine": info.report(),
         "networks": networks,
@@ -126,6 +128,14 @@ def check_same_data(runs: tuple[Path, ...], states: list[dict[str, Any]]) -> Non
         if other != first:
             here, there = (", ".join(str(part) for part in which if part) for which in (first, other))
             raise ValueError(f"runs of different data: {runs[0]} has {here}; {run} has {there}")
+
+
+def averaged(state: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The checkpoint with the average and its accuracies in the network's place; ValueError where it keeps none."""
+    if state["ema"] is None:
+        raise ValueError(f"ema: {run} has no averaged weights; flatops train --ema keeps them")
+    history = [row | {"test_accuracy": row["ema_accuracy"]} for row in state["history"]]
+    return state | {"model": state["ema"], "history": history}
 
 
 def plain_images(config: TrainConfig, batch_size: int) -> TrainConfig:
@@ -180,11 +190,12 @@ def describe_method(config: TrainConfig) -> str:
     return " ".join([METHODS[config.method].label, *radius])
 
 
-def describe_data(config: TrainConfig, splits: Splits) -> str:
+def describe_data(config: TrainConfig, splits: Splits, ema: bool) -> str:
     """What every loss is the mean over."""
     training, test = (sum(len(labels) for _, labels in batches) for batches in splits.values())
     wrong = f", {100 * config.label_noise:g} % of the training labels wrong" if config.label_noise else ""
-    return f"Loss around {config.model} on {config.data}{wrong} ({training:,} training and {test:,} test images)"
+    weights = f"the averaged weights of {config.model}" if ema else config.model
+    return f"Loss around {weights} on {config.data}{wrong} ({training:,} training and {test:,} test images)"
 
 
 # --- the terminal --------------------------------------------------------------------------------------------------------
