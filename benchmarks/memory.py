@@ -23,9 +23,9 @@ def measure(model: str = "resnet50") -> dict[str, Any]:
             {
                 "method": method,
                 "name": name,
-                "peak": first["peak"] / b.weights,
-                "kept": first["kept"] / b.weights,
-                "allocated": later["allocated"] / b.weights,
+                "peak": round(first["peak"] / b.weights, 2),
+                "kept": round(first["kept"] / b.weights, 2),
+                "allocated": round(later["allocated"] / b.weights, 2),
             }
         )
     return {**provenance(), "model": model, "weights": b.weights, "tensors": len(b.params), "rows": rows}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -51,6 +52,7 @@ def main(config: bench.Config) -> int:
         raise ValueError(
             "there is no README here to write tables into: say --results FOLDER, or run it in a checkout"
         )
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of each of its starts
     folder = config.results or ROOT / "benchmarks/results"
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()

@@ -181,7 +181,7 @@ def caveat(config: CompareConfig) -> str:
     if config == replace(CompareConfig(), methods=config.methods, seeds=config.seeds, output=config.output):
         text += (
             " This one favours the flat-minima methods: trained this long, SGD has time to learn the wrong labels by "
-            "heart. With 10 epochs and a weight decay tuned for each, SGD reaches as much as they do: README.md has "
-            "that table beside this one, and the commands that make both."
+            "heart. Tuned for itself on held-out images, SGD reaches as much as they do: README.md has that table beside "
+            "this one, and the commands that make both."
         )
     return text
