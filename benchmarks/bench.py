@@ -380,7 +380,7 @@ def _scaling(call: Callable[[], Any], rounds: int) -> float:
 
         return run
 
-    times = best_times({"1": on(1), "2": on(2)}, 2 * rounds, clock=time.perf_counter)
+    times = best_times({"1": on(1), "2": on(2)}, 8 * rounds, clock=time.perf_counter)
     torch.set_num_threads(1)
     return times["1"] / times["2"]
 

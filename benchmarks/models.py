@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flatops.benchmarks.bench import Row, compared_with, operator_rows, parameter_shapes
-from flatops.benchmarks.measure import available_memory, best_times, count, provenance
+from flatops.benchmarks.measure import available_memory, best_of_processes, best_times, count, provenance
 
 Shapes = list[tuple[int, ...]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,7 +22,7 @@ OPERATORS = (
     "ascend_, backup, restore_",
     "topk_mask, half",
 )
-THREADED = "ResNet-50"  # the model on which threads are measured
+THREADED = ("ResNet-50", "float32")  # the case on which threads are measured
 BIG = (
     2 * 10**8
 )  # weights from which a model is measured in bfloat16 alone, as such models are trained, and without peers
@@ -59,33 +59,36 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 }
 
 
-def measure(models: dict[str, Callable[[], Shapes]] = MODELS, rounds: int = 16) -> dict[str, Any]:
+def measure(models: dict[str, Callable[[], Shapes]] = MODELS, rounds: int = 8, processes: int = 2) -> dict[str, Any]:
     """A row for each operator, and each peer of it, of each model in each dtype; and what more threads gain on one of them."""
-    rows: list[dict[str, Any]] = []
-    skipped: list[str] = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for model, shapes_of in models.items():
-            shapes = shapes_of()
-            weights = sum(map(math.prod, shapes))
-            for dtype in DTYPES if weights < BIG else ("bfloat16",):
-                need = weights * (4 * DTYPES[dtype].itemsize + (24 if weights < BIG else 0))
-                if need > 0.75 * available_memory():
-                    skipped.append(f"{model}, {dtype}: needs {need / 2**30:.0f} GiB")
-                    continue
-                about = {"model": model, "weights": weights, "tensors": len(shapes), "dtype": dtype}
-                rows += [about | row for row in _rows(shapes, DTYPES[dtype], rounds, peers=weights < BIG)]
-        gain = _gain(models[THREADED](), threads, rounds) if threads > 1 and THREADED in models else []
-    finally:
-        torch.set_num_threads(threads)
+    cases: list[tuple[str, str, Shapes]] = []
+    skipped: list[str] = []
+    for model, shapes_of in models.items():
+        shapes = shapes_of()
+        weights = sum(map(math.prod, shapes))
+        for dtype in DTYPES if weights < BIG else ("bfloat16",):
+            need = weights * (4 * DTYPES[dtype].itemsize + (24 if weights < BIG else 0))
+            if need > 0.75 * available_memory():
+                skipped.append(f"{model}, {dtype}: needs {need / 2**30:.0f} GiB")
+            else:
+                cases.append((model, dtype, shapes))
+    found = best_of_processes(_rows, cases, threads, rounds, processes=processes)
+    rows = [row for row in found if "threads" not in row]
+    floors = {(row["model"], row["dtype"]): row["ms"] for row in rows if row["name"] == "floor"}
+    wall = {(row["name"], row["threads"]): row["ms"] for row in found if "threads" in row}
     return {
         **provenance(),
         "rounds": rounds,
+        "processes": processes,
         "threads": threads,
         "skipped": skipped,
-        "rows": rows,
-        "gain": gain,
+        "rows": [row | {"floors": row["ms"] / floors[row["model"], row["dtype"]]} for row in rows],
+        "gain": [
+            {"name": name, "threads": threads, "times": wall[name, 1] / ms}
+            for (name, number), ms in wall.items()
+            if number == threads > 1
+        ],
     }
 
 
@@ -98,24 +101,28 @@ def _chosen(shapes: Shapes, dtype: torch.dtype, peers: bool) -> list[tuple[Row, 
     ]
 
 
-def _rows(shapes: Shapes, dtype: torch.dtype, rounds: int, peers: bool) -> list[dict[str, Any]]:
-    chosen = _chosen(shapes, dtype, peers)
-    times = best_times({str(i): row.call for i, (row, _) in enumerate(chosen)}, rounds)
-    return [
-        {
-            "name": row.name,
-            "of": of,
-            "peer": row.peer,
-            "ms": times[str(i)] * 1e3,
-            "floors": times[str(i)] / times["0"],
-        }
-        | dict(zip(("operations", "host_reads"), count(row.call)))
-        for i, (row, of) in enumerate(chosen)
-    ]
+def _rows(cases: list[tuple[str, str, Shapes]], threads: int, rounds: int) -> list[dict[str, Any]]:
+    """What one process measures: every case by one thread, and one of them by the wall clock with all threads too."""
+    torch.set_num_threads(1)
+    rows = []
+    for model, dtype, shapes in cases:
+        weights = sum(map(math.prod, shapes))
+        chosen = _chosen(shapes, DTYPES[dtype], peers=weights < BIG)
+        times = best_times({str(i): row.call for i, (row, _) in enumerate(chosen)}, rounds)
+        about = {"model": model, "weights": weights, "tensors": len(shapes), "dtype": dtype}
+        rows += [
+            about
+            | {"name": row.name, "of": of, "peer": row.peer, "ms": times[str(i)] * 1e3}
+            | dict(zip(("operations", "host_reads"), count(row.call)))
+            for i, (row, of) in enumerate(chosen)
+        ]
+        if (model, dtype) == THREADED and threads > 1:
+            rows += _wall([row for row, _ in chosen if not row.peer], threads, 4 * rounds)
+    return rows
 
 
-def _gain(shapes: Shapes, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """How many times faster all threads are than one, by the wall clock: what other programs take is missing from it."""
+def _wall(rows: list[Row], threads: int, rounds: int) -> list[dict[str, Any]]:
+    """One thread and all of them by the wall clock: what other programs take is missing from it."""
 
     def on(number: int, call: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -124,14 +131,11 @@ def _gain(shapes: Shapes, threads: int, rounds: int) -> list[dict[str, Any]]:
 
         return run
 
-    rows = [row for row, _ in _chosen(shapes, torch.float32, peers=True) if not row.peer]
     calls = {f"{number} {row.name}": on(number, row.call) for row in rows for number in (1, threads)}
-    times = best_times(calls, 2 * rounds, clock=time.perf_counter)
+    times = best_times(calls, rounds, clock=time.perf_counter)
+    torch.set_num_threads(1)
     return [
-        {
-            "name": row.name,
-            "threads": threads,
-            "times": times[f"1 {row.name}"] / times[f"{threads} {row.name}"],
-        }
+        {"name": row.name, "threads": number, "ms": times[f"{number} {row.name}"] * 1e3}
         for row in rows
+        for number in (1, threads)
     ]

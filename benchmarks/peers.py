@@ -16,7 +16,7 @@ from torch import Tensor
 import flatops
 from flatops.benchmarks import foreach, seeds
 from flatops.benchmarks.bench import Buffers, parameter_shapes
-from flatops.benchmarks.measure import best_times, count, provenance
+from flatops.benchmarks.measure import best_of_processes, best_times, count, provenance
 
 RHO, SIGMA = 0.05, 0.01
 PLAIN = "a plain step"  # of a base optimizer, for scale
@@ -121,38 +121,33 @@ def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
     }
 
 
-def measure(names: tuple[str, ...] = ("resnet50", "cnn"), rounds: int = 40) -> dict[str, Any]:
+def measure(names: tuple[str, ...] = ("resnet50", "cnn"), rounds: int = 14, processes: int = 3) -> dict[str, Any]:
     """Floors of every contender, how many times ours that is, what it dispatches, and whether the weights come back.
 
     On a model of a usual size, and on one so small that a call's fixed cost is all there is.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = [row for name in names for row in _rows(name, rounds)]
-    finally:
-        torch.set_num_threads(threads)
+    rows = []
+    for model in names:
+        floor, *measured = best_of_processes(_rows, model, rounds, processes=processes)
+        ours = {row["method"]: row["ms"] for row in measured if row["name"] == "flatops"}
+        for row in measured:
+            times = row["ms"] / ours[row["method"]] if row["method"] != PLAIN else None
+            rows.append(row | {"floors": row["ms"] / floor["ms"], "times_ours": times})
     version = importlib.metadata.version("pytorch_optimizer")
-    return {**provenance(), "pytorch_optimizer": version, "rounds": rounds, "rows": rows}
+    return {**provenance(), "pytorch_optimizer": version, "rounds": rounds, "processes": processes, "rows": rows}
 
 
 def _rows(model: str, rounds: int) -> list[dict[str, Any]]:
+    """What one process measures: the floor first."""
+    torch.set_num_threads(1)
     b = Buffers(parameter_shapes(model), torch.device("cpu"), torch.float32)
-    calls = contenders(b)
-    timed = {"floor": lambda: b.flat.add_(1e-9)} | {" ".join(key): call for key, call in calls.items()}
-    times = best_times(timed, rounds if b.weights > 10**6 else 30 * rounds)
+    calls = {("", "floor"): lambda: b.flat.add_(1e-9)} | contenders(b)
+    names = {" ".join(key): call for key, call in calls.items()}
+    times = best_times(names, rounds if b.weights > 10**6 else 30 * rounds)
+    about = {"model": model, "weights": b.weights, "tensors": len(b.params)}
     return [
-        {
-            "model": model,
-            "weights": b.weights,
-            "tensors": len(b.params),
-            "method": method,
-            "name": name,
-            "ms": times[f"{method} {name}"] * 1e3,
-            "floors": times[f"{method} {name}"] / times["floor"],
-            "times_ours": times[f"{method} {name}"] / times[f"{method} flatops"] if method != PLAIN else None,
-            "exact": _exact(call, b.params),
-        }
+        about
+        | {"method": method, "name": name, "ms": times[f"{method} {name}"] * 1e3, "exact": _exact(call, b.params)}
         | dict(zip(("operations", "host_reads"), count(call)))
         for (method, name), call in calls.items()
     ]

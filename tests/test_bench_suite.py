@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,15 @@ def test_allocations_of_a_call():
     kept = []
     found = measure.allocations(lambda: kept.append(torch.ones(1000) + 1))
     assert found["peak"] >= 8000 and found["kept"] == 4000
+
+
+def process_row(start):
+    return [{"name": "one", "ms": float(abs(os.getpid() - start)), "exact": True}, {"name": "two", "ms": 7.0}]
+
+
+def test_the_best_of_processes_is_the_least_of_each_row():
+    one, two = measure.best_of_processes(process_row, os.getpid(), processes=2)
+    assert one["name"] == "one" and one["exact"] and 0 < one["ms"] and two == {"name": "two", "ms": 7.0}
 
 
 ROWS = [
@@ -149,7 +159,7 @@ def committed(name):
 
 def test_models(monkeypatch):
     shapes = [(16, 3, 3, 3), (1024,), (3, 700)]
-    result = models.measure({"tiny": lambda: shapes, models.THREADED: lambda: shapes}, rounds=1)
+    result = models.measure({"tiny": lambda: shapes, models.THREADED[0]: lambda: shapes}, rounds=1, processes=1)
     assert result.keys() == committed("models").keys() and not result["skipped"]
     assert {frozenset(row) for row in result["rows"]} == {
         frozenset(row) for row in committed("models")["rows"]
@@ -157,7 +167,13 @@ def test_models(monkeypatch):
     assert {row["dtype"] for row in result["rows"]} == set(models.DTYPES)
     assert all(row["floors"] > 0 for row in result["rows"])
     monkeypatch.setattr(models, "available_memory", lambda: 0)
-    assert len(models.measure({"tiny": lambda: shapes}, rounds=1)["skipped"]) == len(models.DTYPES)
+    assert len(models.measure({"tiny": lambda: shapes}, processes=1)["skipped"]) == len(models.DTYPES)
+
+
+def test_more_threads_are_measured_beside_one():
+    rows = models._rows([(*models.THREADED, [(64, 64)])], threads=2, rounds=1)
+    assert {row["threads"] for row in rows if "threads" in row} == {1, 2} and torch.get_num_threads() == 1
+    assert {row["name"] for row in rows if "threads" in row} == {row["name"] for row in rows if row.get("peer") is False}
 
 
 def test_shapes_that_timm_does_not_have():
@@ -166,7 +182,7 @@ def test_shapes_that_timm_does_not_have():
 
 
 def test_peers():
-    result = peers.measure(("cnn",), rounds=1)
+    result = peers.measure(("cnn",), rounds=1, processes=2)
     rows = {(row["method"], row["name"]): row for row in result["rows"]}
     kept = committed("peers")
     assert result.keys() == kept.keys() and {(row["method"], row["name"]) for row in kept["rows"]} == set(
