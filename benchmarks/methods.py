@@ -21,7 +21,7 @@ NETWORKS = {  # name to timm's, the side of an image, the batch
 }
 
 
-def measure(networks: dict[str, tuple[str, int, int]] = NETWORKS, rounds: int = 12) -> dict[str, Any]:
+def measure(networks: dict[str, tuple[str, int, int]] = NETWORKS, rounds: int = 10) -> dict[str, Any]:
     """A row for every method on each network: its step in steps of SGD, and flatops' share of it."""
     rows = []
     for network, (model, side, batch) in networks.items():

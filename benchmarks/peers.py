@@ -121,7 +121,7 @@ def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
     }
 
 
-def measure(names: tuple[str, ...] = ("resnet50", "cnn"), rounds: int = 14, processes: int = 3) -> dict[str, Any]:
+def measure(names: tuple[str, ...] = ("resnet50", "cnn"), rounds: int = 12, processes: int = 3) -> dict[str, Any]:
     """Floors of every contender, how many times ours that is, what it dispatches, and whether the weights come back.
 
     On a model of a usual size, and on one so small that a call's fixed cost is all there is.
