@@ -126,7 +126,7 @@ setup(
         *("flatops", "flatops.integrations", "flatops.landscape", "flatops.optim", "flatops.train", "flatops.train.presets"),
         *("flatops.benchmarks", "flatops.kernels"),
     ],
-    package_data={"flatops": ["py.typed"], "flatops.train.presets": ["*.toml"]},
+    package_data={"flatops": ["py.typed"], "flatops.train.presets": ["*.toml"], "flatops.benchmarks": ["results/tuning.json"]},
     package_dir={"flatops": "flatops", "flatops.benchmarks": "benchmarks", "flatops.kernels": "kernels"},
     setup_requires=[] if HAS_TORCH else ["torch>=2.10"],
     **(compiled_core() if HAS_TORCH and wants_core else {}),

@@ -92,9 +92,12 @@ def difference(a: list[float], b: list[float]) -> dict[str, float]:
 
 # What is claimed, of whom, in comparison with whom, and whether to be better or only no worse.
 CLAIMS = (
+    ("SAM is better than SGD", "sam", "sgd", "better", "2010.01412"),
+    ("RWP is better than SGD", "rwp", "sgd", "better", "2211.11489"),
     ("RWP is no worse than SAM", "rwp", "sam", "no worse", "2211.11489"),
     ("SSAM with half of the weights is no worse than SAM", "ssam", "sam", "no worse", "2210.05177"),
     ("m-RWP is better than RWP", "mrwp", "rwp", "better", "2404.00357"),
+    ("m-RWP is no worse than SAM", "mrwp", "sam", "no worse", "2404.00357"),
     ("ARWP is better than RWP", "arwp", "rwp", "better", "2404.00357"),
 )
 

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-RATIOS = ("floors", "times_ours", "peak", "kept", "allocated", "to_sgd", "share", "mean", "times", "value", "loss", "eigenvalue")
+RATIOS = (
+    *("floors", "times_ours", "to_sgd", "share", "times", "value", "between", "peak", "kept", "allocated"),
+    *("mean", "above_sgd", "loss", "ends", "average", "worst_rise", "eigenvalue"),
+)
 AGREE = 0.15  # as far as two runs of one machine may be apart, relatively
 
 
@@ -14,12 +17,22 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     """Every ratio of a result, named by what its row is about: all of it that is text."""
     lists = [rows for rows in result.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     return {
-        ", ".join([*(value for value in row.values() if isinstance(value, str)), ratio]): row[ratio]
+        ", ".join([*(value for value in row.values() if isinstance(value, str)), ratio, *place]): number
         for rows in lists
         for row in rows
         for ratio in RATIOS
-        if row.get(ratio) is not None
+        for place, number in numbers(row.get(ratio))
     }
+
+
+def numbers(value: Any) -> list[tuple[list[str], float]]:
+    """The numbers of a value, which may be a list or have names, and where in it they are."""
+    if value is None:
+        return []
+    if isinstance(value, (list, dict)):
+        parts = enumerate(value) if isinstance(value, list) else value.items()
+        return [([str(key)], each) for key, each in parts]
+    return [([], value)]
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[float | None, float | None, float]]:
@@ -28,7 +41,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[float |
     found = {}
     for name in old | new:
         x, y = old.get(name), new.get(name)
-        apart = 0.0 if x == y else abs(x - y) / min(x, y) if x and y else float("inf")
+        apart = 0.0 if x == y else abs(x - y) / min(abs(x), abs(y)) if x and y else float("inf")
         found[name] = (x, y, apart)
     return found
 
@@ -37,8 +50,10 @@ def main(a: Path, b: Path) -> int:
     """Prints what is more than AGREE apart, and the largest difference of each file; returns 1 if there is any such."""
     pairs = [(a, b)]
     if a.is_dir() and b.is_dir():
-        names = {path.name for folder in (a, b) for path in folder.glob("*.json")}
-        pairs = [(a / name, b / name) for name in sorted(names)]
+        names, others = ({path.name for path in folder.glob("*.json")} for folder in (a, b))
+        pairs = [(a / name, b / name) for name in sorted(names & others)]
+        for name in sorted(names ^ others):
+            print(f"{name}: only in {a if name in names else b}")
     status = 0
     for old, new in pairs:
         found = differences(json.loads(old.read_text()), json.loads(new.read_text()))

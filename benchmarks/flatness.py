@@ -50,6 +50,6 @@ def row_of(network: dict[str, Any], split: str) -> dict[str, Any]:
         "ends": [line[0], line[-1]],
         "average": rise["average"],
         "error": rise["error"],
-        "worst": rise["worst"],
+        "worst_rise": rise["worst"],
         "eigenvalue": top["value"],
     }

@@ -39,7 +39,7 @@ def measure(
     torch.set_num_threads(1)
     try:
         able = [n for n in sizes if BYTES * n < 0.75 * available_memory()]
-        by_weights = dict(_times(_split(n), min(calls, max(4, 10**9 // n))) for n in able)
+        by_weights = dict(_times(_split(n), min(calls, max(8, 10**9 // n))) for n in able)
         by_tensors = {t: _times(_many(t), calls)[1] for t in counts}
     finally:
         torch.set_num_threads(threads)

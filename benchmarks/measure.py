@@ -307,11 +307,10 @@ def available_memory() -> int:
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Machine, versions, commit and date: part of every result."""
+    here = Path(__file__).resolve().parent
+    git = lambda *what: subprocess.run(["git", *what], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     try:
-        here = Path(__file__).resolve().parent
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        commit = git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain"))  # +: and changes
     except (OSError, subprocess.CalledProcessError):
         commit = None
     found = {

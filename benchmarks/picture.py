@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from flatops.benchmarks.tables import FOREACH, SEEDS, named
 from flatops.train.methods import METHODS
 from flatops.train.plots import COLOURS
+
+
+def digest(result: dict[str, Any]) -> str:
+    """Of the rows that a picture is made from."""
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
+
+
+def stamp(path: Path, result: dict[str, Any]) -> None:
+    """Writes into a picture which rows it shows."""
+    about = PngInfo()
+    about.add_text("rows", digest(result))
+    with Image.open(path) as image:
+        image.load()
+    image.save(path, pnginfo=about)
 
 
 def axes_of(width: float, height: float):

@@ -13,8 +13,8 @@ from flatops.benchmarks.measure import best_times
 from flatops.train import models
 
 
-def shares(rounds: int) -> dict[str, dict[str, float]]:
-    """For RWP and SAM: ms of a whole step and of flatops' part in it, their ratio, and the step's ratio to SGD's.
+def rows(rounds: int) -> list[dict[str, Any]]:
+    """ms of a whole step of SGD, RWP and SAM, and of flatops' part in it.
 
     flatops' part is everything that the optimizer adds to the base: the perturbed pass entered and left with nothing within.
     """
@@ -32,16 +32,7 @@ def shares(rounds: int) -> dict[str, dict[str, float]]:
             optimizer = flatops.SAM(model.parameters(), torch.optim.SGD, rho=1e-6, **base)
         steps[name], steps[f"{name}, own"] = _step(name, model, optimizer, x, y)
     del steps["SGD, own"]
-    times = best_times(steps, rounds)
-    return {
-        name: {
-            "step_ms": times[name] * 1e3,
-            "own_ms": times[f"{name}, own"] * 1e3,
-            "share": times[f"{name}, own"] / times[name],
-            "ratio_to_sgd": times[name] / times["SGD"],
-        }
-        for name in ("RWP", "SAM")
-    }
+    return [{"step": name, "ms": seconds * 1e3} for name, seconds in best_times(steps, rounds).items()]
 
 
 def _step(name: str, model, optimizer, x, y) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -258,7 +258,7 @@ def verdicts(results: Results) -> str:
         for row in (row for row in found if row["claim"] == claim):
             label = f"{claim} ({arxiv(row['paper'])})" if row["schedule"] == "fixed" else ""
             body.append([label, f"{row['schedule']}: {between(row)}", f"**{row['verdict']}**"])
-    return "\n\n".join([table(["claim", "difference of the test accuracies, paired, 95 %", "verdict"], body), where(results["accuracy"])])
+    return "\n\n".join([table(["claim", "measured; accuracies: difference, paired, 95 %", "verdict"], body), where(results["accuracy"])])
 
 
 def flatness(results: Results) -> str:
@@ -268,7 +268,7 @@ def flatness(results: Results) -> str:
     body = [
         [f"{row['network']}, {row['images']} images", f"{row['test_accuracy']:.1%}", f"{row['loss']:.2g}"]
         + [" and ".join(map(number, row["ends"])), f"{number(row['average'][-2])} ± {row['error'][-2]:.1g}"]
-        + [number(row["worst"][-2]), number(row["eigenvalue"])]
+        + [number(row["worst_rise"][-2]), number(row["eigenvalue"])]
         for row in result["rows"]
     ]
     head = ["", "test accuracy", "loss", "a whole norm away, on either side", f"average rise, σ {sigma:g}"]

@@ -1,7 +1,7 @@
 """Which options does each method do best with? A random search of the same size for each, on images held out of the training ones.
 
-The test images have no part in it. Every method draws its trials from the same schedules, and from the radii of its own kind;
-SGD, which has none, so tries more schedules. The best few of the trials are looked at again with more seeds, for the best of
+The test images have no part in it. All methods try the same schedules, each with radii of its own kind drawn for it by chance, and
+then every radius on the schedule that did best. The best few of the trials are looked at again with more seeds, for the best of
 many is in part the luckiest.
 
     python -m flatops.benchmarks.tuning      # 20 minutes on two cores; writes benchmarks/results/tuning.json
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -26,31 +27,33 @@ from flatops.train.config import TrainConfig
 
 T, R = TypeVar("T"), TypeVar("R")
 RESULT = Path(__file__).resolve().parent / "results/tuning.json"
-METHODS = ("sgd", "rwp", "mrwp", "arwp", "sam", "ssam")
 LABEL_NOISE = 0.3
-TRIALS, FINALISTS = 20, 4
+TRIALS, FINALISTS = 24, 4
 SEEDS, MORE_SEEDS = range(1000, 1004), range(1004, 1012)  # none of those that the methods are compared with
 
-SCHEDULE = {"epochs": (10, 20), "lr": (0.02, 0.05, 0.1), "weight_decay": (5e-4, 5e-3, 0.02, 0.05, 0.08, 0.12)}
-SIGMA, RHO = (0.01, 0.02, 0.03, 0.05, 0.07), (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-SPACE: dict[str, dict[str, tuple[float, ...]]] = {
-    "sgd": SCHEDULE,
-    "rwp": SCHEDULE | {"sigma": SIGMA},
-    "mrwp": SCHEDULE | {"sigma": SIGMA},
-    "arwp": SCHEDULE | {"sigma": SIGMA, "eta": (0.1, 1.0)},
-    "sam": SCHEDULE | {"rho": RHO},
-    "ssam": SCHEDULE | {"rho": RHO},
+SCHEDULE = {"epochs": (5, 10, 20), "lr": (0.01, 0.02, 0.05), "weight_decay": (5e-3, 0.02, 0.05, 0.08, 0.12, 0.2)}
+SIGMA, RHO = {"sigma": (0.01, 0.02, 0.03, 0.05, 0.07)}, {"rho": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)}
+RADII: dict[str, dict[str, tuple[float, ...]]] = {
+    "sgd": {},
+    "rwp": SIGMA,
+    "mrwp": SIGMA,
+    "arwp": SIGMA | {"eta": (0.1, 1.0)},
+    "sam": RHO,
+    "ssam": RHO,
 }
+METHODS = tuple(RADII)
 Options = dict[str, float]
 
 
 def trials(method: str, count: int = TRIALS) -> list[Options]:
-    """Different points of a method's space, by chance, the same every time."""
-    names, values = zip(*SPACE[method].items())
-    sizes = [len(each) for each in values]
-    chosen = np.random.default_rng(0).permutation(int(np.prod(sizes)))[:count]
-    points = np.stack(np.unravel_index(chosen, sizes), axis=1)
-    return [{n: v[i] for n, v, i in zip(names, values, point)} for point in points]
+    """The schedules that all methods try, each with a radius of the method's own; the same every time."""
+    random = np.random.default_rng(0)
+    schedules = random.permutation(list(product(*SCHEDULE.values())))[:count]
+    options = [dict(zip(SCHEDULE, map(float, schedule))) for schedule in schedules]
+    for name, values in RADII[method].items():
+        drawn = random.permutation(np.resize(values, count))  # each as often as any other
+        options = [each | {name: float(value)} for each, value in zip(options, drawn)]
+    return [each | {"epochs": int(each["epochs"])} for each in options]
 
 
 def accuracy(job: tuple[str, Options, int]) -> float:
@@ -68,26 +71,32 @@ def spread(call: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
 
 def search(method: str, count: int = TRIALS, seeds: Iterable[int] = SEEDS, more: Iterable[int] = MORE_SEEDS) -> list[dict[str, Any]]:
     """A row for every trial: its options and its accuracies by seed; the finalists first, the best of all before them."""
-    rows = [{"method": method, "options": options, "accuracies": []} for options in trials(method, count)]
 
     def look(rows: list[dict[str, Any]], seeds: Iterable[int]) -> None:
-        seeds = list(seeds)
-        found = spread(accuracy, [(method, row["options"], seed) for row in rows for seed in seeds])
-        for i, row in enumerate(rows):
-            row["accuracies"] += found[i * len(seeds) : (i + 1) * len(seeds)]
+        jobs = [(method, row["options"], seed) for row in rows for seed in seeds]
+        for (_, options, _), found in zip(jobs, spread(accuracy, jobs)):
+            next(row for row in rows if row["options"] == options)["accuracies"].append(found)
+
+    def rows_of(options: list[Options]) -> list[dict[str, Any]]:
+        return [{"method": method, "options": each, "accuracies": []} for each in options]
 
     def best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return sorted(rows, key=lambda row: -fmean(row["accuracies"]))
 
+    rows = rows_of(trials(method, count))
     look(rows, seeds)
-    rows = best_first(rows)
+    best = best_first(rows)[0]["options"]
+    radii = [best | dict(zip(RADII[method], values)) for values in product(*RADII[method].values())]
+    others = rows_of([each for each in radii if each not in [row["options"] for row in rows]])
+    look(others, seeds)
+    rows = best_first(rows + others)
     look(rows[:FINALISTS], more)
     return best_first(rows[:FINALISTS]) + rows[FINALISTS:]
 
 
 def main() -> int:
     """Searches for all methods; prints each one's best."""
-    result = {**provenance(), "label_noise": LABEL_NOISE, "space": SPACE, "rows": []}
+    result = {**provenance(), "label_noise": LABEL_NOISE, "schedule": SCHEDULE, "radii": RADII, "rows": []}
     for method in METHODS:
         rows = search(method)
         print(f"{method}: {fmean(rows[0]['accuracies']):.1%} with {rows[0]['options']}", flush=True)

@@ -15,7 +15,7 @@ C = TypeVar("C")
 # Which of pip's extras has what may be missing.
 EXTRA = dict.fromkeys(
     ("matplotlib", "numpy", "PIL", "rich", "sklearn", "timm", "tomli", "torchvision", "tyro"), "train"
-) | {"plotly": "landscape", "tensorboard": "tensorboard"}
+) | {"plotly": "landscape", "tensorboard": "tensorboard", "pytorch_optimizer": "test"}
 
 
 @dataclass

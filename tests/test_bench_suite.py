@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flatops.benchmarks import (
     accuracy,
@@ -21,6 +22,7 @@ from flatops.benchmarks import (
     methods,
     models,
     peers,
+    picture,
     suite,
     tables,
     tuning,
@@ -87,6 +89,37 @@ def test_differences_are_relative_to_the_smaller():
     assert found["new, floors"] == (None, 0.0, math.inf)
 
 
+def test_differences_of_lists_and_of_what_is_negative():
+    old = {"rows": [{"name": "a", "mean": -0.2, "between": [1.0, 2.0], "above_sgd": {"low": -0.4, "high": 0.1}}]}
+    new = {"rows": [{"name": "a", "mean": -0.3, "between": [1.0, 2.5], "above_sgd": {"low": -0.2, "high": 0.1}}]}
+    found = {name: each[2] for name, each in compare.differences(old, new).items()}
+    assert found == pytest.approx(
+        {"a, mean": 0.5, "a, between, 0": 0, "a, between, 1": 0.25, "a, above_sgd, low": 1, "a, above_sgd, high": 0}
+    )
+
+
+def test_a_file_that_one_folder_has_alone_is_named(tmp_path, capsys):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "cpu.json").write_text(json.dumps({"rows": ROWS}))
+    (tmp_path / "a/tuning.json").write_text("{}")
+    assert compare.main(tmp_path / "a", tmp_path / "b") == 0
+    assert f"tuning.json: only in {tmp_path / 'a'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"suite": "full", "model": "resnet18"}, "model: means nothing with suite full"),
+        ({"results": Path("x")}, "results: means nothing without suite full"),
+        ({"compare": (Path("a"), Path("b")), "rounds": 3}, "rounds: means nothing with compare"),
+    ],
+)
+def test_options_that_would_be_ignored(options, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main(bench.Config(**options))
+
+
 def test_files_and_folders_are_compared(tmp_path, capsys):
     for folder, floors in (("a", 2.0), ("b", 2.2), ("c", 3.0)):
         (tmp_path / folder).mkdir()
@@ -103,7 +136,7 @@ def test_every_ratio_has_a_name_of_its_own():
     for name in suite.QUESTIONS:
         result = committed(name)
         rows = [row for key in ("rows", "gain", "checks", "verdicts") for row in result.get(key, [])]
-        values = sum(row.get(ratio) is not None for row in rows for ratio in compare.RATIOS)
+        values = sum(len(compare.numbers(row.get(ratio))) for row in rows for ratio in compare.RATIOS)
         assert len(compare.ratios(result)) == values > 0, name
 
 
@@ -136,13 +169,10 @@ def test_pages_and_pictures_are_made_of_the_committed_rows(tmp_path):
     suite.publish(tmp_path, RESULTS)
     for page in tables.PAGES:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), page
-    assert {path.name for path in (tmp_path / "docs").glob("*.png")} == {
-        "bench.png",
-        "growth.png",
-        "peers.png",
-        "accuracy.png",
-        "landscape.png",
-    }
+    assert {path.name for path in (tmp_path / "docs").glob("*.png")} == set(suite.PICTURES.values())
+    for name, picture_name in suite.PICTURES.items():
+        with Image.open(ROOT / "docs" / picture_name) as drawn:
+            assert drawn.text["rows"] == picture.digest(committed(name)), picture_name
 
 
 def test_every_block_has_its_place():
@@ -273,38 +303,64 @@ def test_verdicts_are_paired():
     rows = [
         {"schedule": schedule, "method": method, "accuracies": [easy + more, hard + more, easy + more / 2]}
         for schedule in accuracy.SEEDS
-        for method, more in (("rwp", 0.0), ("mrwp", 0.009), ("arwp", -0.009), ("sam", 0.0), ("ssam", 0.0))
+        for method, more in (("sgd", 0.0), ("rwp", 0.0), ("mrwp", 0.009), ("arwp", -0.009), ("sam", 0.001), ("ssam", 0.0))
     ]
     found = {row["claim"]: row["verdict"] for row in accuracy.verdicts(rows)}
     assert found == {
+        "SAM is better than SGD": "seen",
+        "RWP is better than SGD": "not seen",
         "RWP is no worse than SAM": "seen",
         "SSAM with half of the weights is no worse than SAM": "seen",
         "m-RWP is better than RWP": "seen",
+        "m-RWP is no worse than SAM": "seen",
         "ARWP is better than RWP": "the opposite",
     }
 
 
-def test_trials_are_different_and_the_same_every_time():
-    for method, space in tuning.SPACE.items():
+def test_trials_are_the_same_schedules_for_all():
+    """The same every time, each once, with every radius as often as any other."""
+    schedules = {}
+    for method, radii in tuning.RADII.items():
         found = tuning.trials(method)
         assert len({tuple(each.items()) for each in found}) == tuning.TRIALS and found == tuning.trials(method)
-        assert all(each[name] in space[name] for each in found for name in space)
+        schedules[method] = [{name: each[name] for name in tuning.SCHEDULE} for each in found]
+        assert all(value in tuning.SCHEDULE[name] for each in schedules[method] for name, value in each.items())
+        for name, values in radii.items():
+            counts = [sum(each[name] == value for each in found) for value in values]
+            assert sum(counts) == tuning.TRIALS and max(counts) - min(counts) <= 1
         TrainConfig(method=method, **found[0])
+    assert all(each == schedules["sgd"] for each in schedules.values())
 
 
-def test_a_search_looks_at_the_best_again(monkeypatch):
-    """By a stand-in for trainings: the trial that is best by luck at first does not win."""
-    shown = []
+def test_the_committed_search_is_that_of_the_program():
+    kept = committed("tuning")
+    assert kept["schedule"] == {name: list(values) for name, values in tuning.SCHEDULE.items()}
+    for method in tuning.METHODS:
+        rows = [row for row in kept["rows"] if row["method"] == method]
+        tried = [row["options"] for row in rows]
+        assert all(each in tried for each in tuning.trials(method))
+        assert len({tuple(each.values()) for each in tried}) == len(tried)
+        seeds = [len(row["accuracies"]) for row in rows]
+        assert seeds == [12] * tuning.FINALISTS + [4] * (len(rows) - tuning.FINALISTS)
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "arwp"])
+def test_a_search_tries_every_radius_and_looks_at_the_best_again(method, monkeypatch):
+    """By a stand-in for trainings: large rates are best, small ones by luck at first; of the radii the largest."""
 
     def spread(call, jobs):
-        jobs = list(jobs)
-        shown.extend(jobs)
-        return [job[1]["lr"] + (job[2] < 1004) * (job[1]["lr"] == 0.02) for job in jobs]
+        luck = lambda options, seed: 10 * (seed in tuning.SEEDS and options["lr"] == 0.01)
+        return [luck(options, seed) + options["lr"] + options.get("sigma", 0) / 100 for _, options, seed in jobs]
 
     monkeypatch.setattr(tuning, "spread", spread)
-    rows = tuning.search("sgd")
-    assert len(rows) == tuning.TRIALS and len(shown) == 4 * tuning.TRIALS + 8 * tuning.FINALISTS
-    assert [len(row["accuracies"]) for row in rows] == [12] * 4 + [4] * 16
+    rows = tuning.search(method)
+    radii = tuning.RADII[method]
+    on_one = [row["options"] for row in rows if {k: row["options"][k] for k in tuning.SCHEDULE} == {k: rows[0]["options"][k] for k in tuning.SCHEDULE}]
+    assert len(on_one) == math.prod(map(len, radii.values()))
+    assert tuning.TRIALS <= len(rows) <= tuning.TRIALS + len(on_one) - 1
+    assert [len(row["accuracies"]) for row in rows] == [12] * tuning.FINALISTS + [4] * (len(rows) - tuning.FINALISTS)
+    if "sigma" in radii:
+        assert rows[0]["options"]["sigma"] == max(radii["sigma"])
 
 
 def test_tuning_never_sees_the_test_images(monkeypatch):
@@ -326,15 +382,31 @@ def test_the_tuned_table_has_what_the_search_found():
 
 def test_a_full_suite(tmp_path, monkeypatch, capsys):
     """Each question in a process of its own, its rows in a folder; README stays as it is."""
-    monkeypatch.setattr(suite, "TIMED", {"cpu": "one"})
-    monkeypatch.setattr(suite, "TOGETHER", {"accuracy": "two", "flatness": "three"})
+    monkeypatch.setattr(suite, "TIMED", {"cpu": "bench"})
+    monkeypatch.setattr(suite, "TOGETHER", {"accuracy": "accuracy", "flatness": "flatness"})
     monkeypatch.setattr(suite, "QUESTIONS", suite.TIMED | suite.TOGETHER)
     monkeypatch.setattr(suite, "answer", stub)
     before = (ROOT / "README.md").read_text()
     assert bench.main(bench.Config(suite="full", results=tmp_path / "new")) == 0
     found = {path.stem: json.loads(path.read_text())["asked"] for path in (tmp_path / "new").iterdir()}
-    assert found == {"cpu": "one", "accuracy": "two", "flatness": "three"}
+    assert found == suite.QUESTIONS
     assert (ROOT / "README.md").read_text() == before
+
+
+def test_a_suite_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("as it was")
+    monkeypatch.setattr(suite, "ask", breaks_off)
+    with pytest.raises(MemoryError):
+        bench.main(bench.Config(suite="full"))
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def breaks_off(modules):
+    for module in modules:
+        if module == "models":
+            raise MemoryError("too small a machine")
+        yield {"asked": module}
 
 
 def stub(module):

@@ -148,7 +148,7 @@ def test_copies_take_turns(monkeypatch):
 
 
 def test_the_rows_of_a_cpu_are_those_that_are_committed():
-    result = bench.measure(bench.Config(model="cnn", rounds=1))
+    result = bench.measure(bench.Config(model="cnn", rounds=1), processes=1)
     committed = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
     assert result.keys() == committed.keys()
     assert {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in committed["rows"]}

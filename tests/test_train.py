@@ -317,6 +317,14 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(other, t
     assert_same_weights(before, trainer.model.state_dict())
 
 
+def test_a_checkpoint_of_before_an_option_was_there_has_its_default():
+    state = Trainer(TrainConfig()).state_dict()
+    del state["config"]["validation"]
+    Trainer(TrainConfig()).load_state_dict(state)
+    with pytest.raises(ValueError, match="validation 0.0 .asked for: 0.5."):
+        Trainer(TrainConfig(validation=0.5)).load_state_dict(state)
+
+
 # Bad input
 
 

@@ -448,6 +448,9 @@ def test_held_out_images_follow_the_seed():
 def test_cifar_holds_out_too(cifar):
     kept = data.load(cifar_config(cifar.parent, validation=0.2))
     assert kept.test_size == 8 and kept.train_size == 32 and kept.test[0].dtype == torch.uint8
+    seen, held = ({image.numpy().tobytes() for image in images} for images, _ in (kept.train, kept.test))
+    whole = data.load(cifar_config(cifar.parent)).train[0]
+    assert not seen & held and seen | held == {image.numpy().tobytes() for image in whole}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])

@@ -177,6 +177,8 @@ def table(summary: list[dict[str, Any]]) -> Table:
 
 def caveat(config: CompareConfig) -> str:
     """What the table does not show, in words."""
+    if config.validation:
+        return "One schedule for all; test stands for held-out training images, by which options may be chosen."
     text = "One schedule for all; the methods' options were chosen with these test images in view."
     if config == replace(CompareConfig(), methods=config.methods, seeds=config.seeds, output=config.output):
         text += (

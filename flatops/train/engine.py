@@ -7,6 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -392,9 +393,10 @@ MAY_DIFFER = {
 
 def check_same_run(saved: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise ValueError naming every option in which a checkpoint's run and the one asked for differ."""
-    differ = [name for name in asked if name not in MAY_DIFFER and saved.get(name) != asked[name]]
+    saved = {**asdict(TrainConfig()), **saved}  # a run of before an option was there has its default
+    differ = [name for name in asked if name not in MAY_DIFFER and saved[name] != asked[name]]
     if differ:
-        parts = ", ".join(f"{name} {saved.get(name)} (asked for: {asked[name]})" for name in differ)
+        parts = ", ".join(f"{name} {saved[name]} (asked for: {asked[name]})" for name in differ)
         raise ValueError(f"cannot resume: the checkpoint's run has {parts}")
 
 

@@ -226,7 +226,7 @@ def describe_data(trainer: Trainer) -> str:
     wrong = f" ({data.wrong:,} labels wrong)" if data.wrong else ""
     return (
         f"{trainer.config.data}, {data.train_size:,} training images{wrong}, "
-        f"{data.test_size:,} test images, {data.classes} classes"
+        f"{data.test_size:,} {'held-out' if trainer.config.validation else 'test'} images, {data.classes} classes"
     )
 
 
