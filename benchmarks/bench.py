@@ -290,7 +290,7 @@ def compared_with(rows: list[Row]) -> list[str]:
 
 def measure(config: Config = Config(), processes: int = 2) -> dict[str, Any]:
     """Everything that the table shows; of several processes the least times."""
-    found = best_of_processes(_rows, config.model, config.rounds, processes=processes)
+    found = best_of_processes(_rows, config.model, -(-config.rounds // processes), processes=processes)
     table = [row for row in found if "of" in row]
     steps = {row["step"]: row["ms"] for row in found if "step" in row}
     wall = {row["threads"]: row["ms"] for row in found if "threads" in row}
