@@ -1,6 +1,6 @@
 """Every question that is asked of a CPU, one after the other; then the tables and pictures made from the answers.
 
-`flatops bench --suite full` on a quiet machine takes less than a quarter of an hour. Each question has its own process: what
+`flatops bench --suite full` on a quiet machine of two cores takes some 15 minutes. Each question has its own process: what
 one leaves in memory or in a cache is no part of another's answer.
 """
 

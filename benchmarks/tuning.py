@@ -1,6 +1,6 @@
 """Which options does each method do best with? A random search of the same size for each, on images held out of the training ones.
 
-The test images have no part in it. Every method draws its trials from the same schedules, and from the radii of its own kind;
+The test images have no part in it. Every method draws its trials from one grid of schedules, and from the radii of its own kind;
 SGD, which has none, so tries more schedules. The best few of the trials are looked at again with more seeds, for the best of
 many is in part the luckiest.
 
