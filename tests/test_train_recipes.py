@@ -416,10 +416,10 @@ def on_a_small_disk(size: str, folder: Path, *options: str) -> subprocess.Comple
     namespace = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
     program = [sys.executable, "-m", "flatops", "train", "--output", "run", *options]
     command = [*namespace, "sh", "-c", SMALL_DISK, "sh", size, *program]
-    # Only Linux has unshare, and containers may forbid it or the mount: without a small disk there is none to fill.
     done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True, timeout=100) if shutil.which("unshare") else None
     if done is None or done.returncode == NO_MOUNT or done.stderr.startswith("unshare:"):
-        pytest.skip("no small file system can be mounted here")
+        # Only Linux has unshare, and containers may forbid it or the mount: without a small disk there is none to fill.
+        pytest.skip("unshare is missing, or this user may not mount a file system of his own")
     return done
 
 

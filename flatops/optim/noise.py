@@ -12,15 +12,18 @@ from flatops import distributed, ops
 from flatops.distributed import all_local
 from flatops.optim.flat import Undo, announce
 
+Sigma = float | Tensor
+Room = Callable[[list[Tensor]], list[Tensor]]
+
 
 def add_noise(
     params: list[Tensor],
     index: list[int],
-    sigma: float | Tensor,
+    sigma: Sigma,
     undo: list[Undo],
     *,
     restore: str,
-    room: Callable[[list[Tensor]], list[Tensor]],
+    room: Room,
     eta: float = 0.0,
     fisher: Callable[[Tensor], Tensor] | None = None,
     **noise: Any,
@@ -38,27 +41,19 @@ def add_noise(
         **noise: seed, draw and stream.
     """
     for sharded, part, places in _by_kind(params, index):
-        add = _add_gathered if sharded else _add
-        add(part, places, sigma, undo, restore, room, eta, fisher, noise)
+        mine, drawn = all_local(part), {**noise, "index": places}
+        if eta > 0:
+            assert fisher is not None  # as said above
+            of = all_local(map(fisher, part))
+            drawn |= {"eta": eta, "fisher": distributed.gather(part, of) if sharded else of}
+        (_add_gathered if sharded else _add)(part, mine, sigma, undo, restore, room, drawn)
 
 
 def _add(
-    params: list[Tensor],
-    index: list[int],
-    sigma: float | Tensor,
-    undo: list[Undo],
-    restore: str,
-    room: Callable[[list[Tensor]], list[Tensor]],
-    eta: float,
-    fisher: Any,
-    noise: dict[str, Any],
+    params: list[Tensor], mine: list[Tensor], sigma: Sigma, undo: list[Undo], restore: str, room: Room, noise: dict[str, Any]
 ) -> None:
-    noise = {**noise, "index": index}
     if distributed.any_distributed(params):
         noise["first_row"] = [distributed.layout(p).first_row for p in params]
-    if eta > 0:
-        noise |= {"eta": eta, "fisher": all_local(map(fisher, params))}
-    mine = all_local(params)
     if restore == "regenerate":
         with torch.inference_mode(False):  # an inference tensor has no version
             scales = ops.new_scales(mine)
@@ -76,22 +71,11 @@ def _add(
 
 
 def _add_gathered(
-    params: list[Tensor],
-    index: list[int],
-    sigma: float | Tensor,
-    undo: list[Undo],
-    restore: str,
-    room: Callable[[list[Tensor]], list[Tensor]],
-    eta: float,
-    fisher: Any,
-    noise: dict[str, Any],
+    params: list[Tensor], mine: list[Tensor], sigma: Sigma, undo: list[Undo], restore: str, room: Room, noise: dict[str, Any]
 ) -> None:
     """One filter each, whose norm and noise need all of it: biases and scales, small enough to be gathered whole."""
-    mine, backup = all_local(params), room(params)
-    whole = distributed.gather(params, mine)
-    if eta > 0:
-        noise = noise | {"eta": eta, "fisher": distributed.gather(params, all_local(map(fisher, params)))}
-    ops.perturb_(whole, sigma, index=index, **noise)
+    backup, whole = room(params), distributed.gather(params, mine)
+    ops.perturb_(whole, sigma, **noise)
     announce(undo, mine, backup[-1], **{"offloaded" if restore == "offload" else "backup": backup})
     torch._foreach_copy_(backup, mine)
     torch._foreach_copy_(mine, [distributed.shard_of(p, w) for p, w in zip(params, whole)])
