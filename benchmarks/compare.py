@@ -14,12 +14,17 @@ AGREE = 0.15  # as far as two runs of one machine may be apart, relatively
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float]:
-    """Every ratio of a result, named by what its row is about: all of it that is text."""
+    """Every ratio of a result, named by what its row is about: all of it that is text.
+
+    What several threads gain is left out: it is taken by the wall clock, and whatever else runs on the second core changes it by
+    half.
+    """
     lists = [rows for rows in result.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     return {
         ", ".join([*(value for value in row.values() if isinstance(value, str)), ratio, *place]): number
         for rows in lists
         for row in rows
+        if row.get("threads", 1) == 1
         for ratio in RATIOS
         for place, number in numbers(row.get(ratio))
     }
