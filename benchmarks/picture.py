@@ -67,7 +67,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )
     axes.barh(0, 0, color="0.75", label="research scripts (noise: torch.normal_)")
     axes.barh(0, 0, color="tab:blue", label="flatops")
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
