@@ -8,7 +8,7 @@ from typing import Any
 
 RATIOS = (
     *("floors", "times_ours", "to_sgd", "share", "times", "value", "between", "peak", "kept", "allocated"),
-    *("mean", "above_sgd", "loss", "ends", "average", "worst_rise", "eigenvalue"),
+    *("mean", "above_sgd", "loss", "ends", "average", "worst_rise", "eigenvalue", "instructions"),
 )
 AGREE = 0.15  # as far as two runs of one machine may be apart, relatively
 

@@ -4,7 +4,6 @@ Every method has its own model, all in the same processes; their steps take turn
 the ratio to the SGD of the same round. Processes meet before and after each turn, so a turn lasts as long as the slowest.
 
     python -m flatops.benchmarks.distributed
-    python -m flatops.benchmarks.distributed --parallel fsdp
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
@@ -41,8 +41,8 @@ class Config:
     """Their width and height."""
     processes: int = 2
     """How many, one thread each."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """DistributedDataParallel, or fully_shard."""
+    parallel: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp")
+    """DistributedDataParallel, and fully_shard."""
     rounds: int = 15
     """How often each method has its turn; the median counts."""
     json: Path | None = None
@@ -96,14 +96,14 @@ METHODS: dict[str, tuple[type | None, dict[str, Any], Callable[[nn.Module, Any],
 SHARDED = {name: METHODS[name] for name in ("SGD", "RWP", "m-RWP, serial", "SAM, synced ascent")}
 
 
-def make(config: Config, name: str) -> tuple[Callable[[], None], Any]:
+def make(config: Config, parallel: str, name: str) -> tuple[Callable[[], None], Any]:
     """A contender's whole step, and its optimizer."""
     torch.manual_seed(0)
     model = models.create(config.model, classes=10, channels=3)
-    if config.parallel == "fsdp":
+    if parallel == "fsdp":
         for child in [child for child in model.children() if next(child.parameters(), None) is not None]:
-            torch.distributed.fsdp.fully_shard(child)
-        torch.distributed.fsdp.fully_shard(model)
+            fully_shard(child)
+        fully_shard(model)
     else:
         model = nn.parallel.DistributedDataParallel(model)
     flat, options, of = METHODS[name]
@@ -135,13 +135,13 @@ def collectives(step: Callable[[], None]) -> int:
     return sum(name.startswith(kinds) for name in names)
 
 
-def work(rank: int, config: Config, store: str, report: str) -> None:
+def work(rank: int, config: Config, parallel: str, store: str, report: str) -> None:
     """One process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=config.processes)
     try:
-        chosen = METHODS if config.parallel == "ddp" else SHARDED
-        contenders = {name: make(config, name) for name in chosen}
+        chosen = METHODS if parallel == "ddp" else SHARDED
+        contenders = {name: make(config, parallel, name) for name in chosen}
 
         def turn(step: Callable[[], None]) -> Callable[[], float]:
             def call() -> float:
@@ -163,8 +163,9 @@ def work(rank: int, config: Config, store: str, report: str) -> None:
             dist.all_gather_object(shares, backup)
             rows.append(
                 {
+                    "parallel": parallel,
                     "method": name,
-                    "ratio": quantile(ratios, 0.5),
+                    "to_sgd": quantile(ratios, 0.5),
                     "low": quantile(ratios, 0.25),
                     "high": quantile(ratios, 0.75),
                     "ms": quantile(times[name], 0.5) * 1e3,
@@ -178,15 +179,18 @@ def work(rank: int, config: Config, store: str, report: str) -> None:
         dist.destroy_process_group()
 
 
-def measure(config: Config) -> dict[str, Any]:
-    """Starts the processes and returns their rows, with the machine and the versions."""
+def measure(config: Config = Config()) -> dict[str, Any]:
+    """Starts the processes of each kind and returns their rows, with the machine and the versions."""
     if config.batch % config.processes:
         raise ValueError(f"batch {config.batch} must be divisible by processes {config.processes}")
-    with tempfile.TemporaryDirectory() as folder:
-        report = str(Path(folder, "report"))
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or every profile says that it begins and ends
-        torch.multiprocessing.spawn(work, (config, str(Path(folder, "store")), report), nprocs=config.processes)
-        rows = json.loads(Path(report).read_text())
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or every profile says that it begins and ends
+    rows = []
+    for parallel in config.parallel:
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report")
+            args = (config, parallel, str(Path(folder, "store")), str(report))
+            torch.multiprocessing.spawn(work, args, nprocs=config.processes)
+            rows += json.loads(report.read_text())
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     return {**provenance(), "config": options, "rows": rows}
 
@@ -200,16 +204,19 @@ def show(result: dict[str, Any]) -> None:
     config = result["config"]
     table = Table(
         title=f"{config['model']}, batch {config['batch']} of {config['image']}x{config['image']}, "
-        f"{config['processes']} processes, {config['parallel']}",
+        f"{config['processes']} processes",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
+    table.add_column("parallel")
     table.add_column("method", no_wrap=True)
     for title in ("SGD = 1", "quartiles", "ms", "collectives", "backup"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for row in result["rows"]:
         table.add_row(
+            row["parallel"],
             row["method"],
-            f"{row['ratio']:.2f}",
+            f"{row['to_sgd']:.2f}",
             f"{row['low']:.2f}–{row['high']:.2f}",
             f"{row['ms']:.0f}",
             str(row["collectives"]),

@@ -16,10 +16,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from flatops.benchmarks.measure import provenance
 
 WARP = 32
 
@@ -323,32 +326,59 @@ SEARCH = 8
 MODELS = {"ResNet-50": 25_557_032, "ViT-B": 86_567_656}
 
 
-def table(found: dict[str, Kernel]) -> str:
-    """Markdown: a row for each of flatops' operators whose kernel is among `found`."""
-    pipes = ["fp32", "imad", "alu", "xu", "fp64", "memory", "control"]
-    head = ["operator", "registers", "warps", "spills", "loads", "stores", *pipes, "all", "slowest"]
-    head += [f"{model}: arithmetic, memory (µs)" for model in MODELS]
-    rows = [head, ["---"] * len(head)]
+COLUMNS = (*PIPES, "control")
+
+
+def rows(found: dict[str, Kernel]) -> list[dict[str, Any]]:
+    """A row for each of flatops' operators whose kernel is among `found`, with what it takes an H100 at least."""
+    rows = []
     for operator, pattern, elements, bytes_per_weight in OPERATORS:
         kernel = next((k for name, k in found.items() if re.search(pattern, name)), None)
         if kernel is None:
             continue
         path = kernel.path(SEARCH)
-        each = by_pipe(path, elements)
-        times = [predict(each, bytes_per_weight, weights) for weights in MODELS.values()]
+        pipes = by_pipe(path, elements)
+        times = {model: predict(pipes, bytes_per_weight, weights) for model, weights in MODELS.items()}
         rows.append(
-            [
-                operator,
-                str(kernel.registers),
-                str(kernel.warps),
-                str(kernel.spills),
-                *(_widths(path, name) for name in ("LDG", "STG")),
-                *(f"{each.get(pipe, 0):.1f}" for pipe in [*pipes, "issue"]),
-                times[0].pipe,
-                *(f"{t.arithmetic:.0f}, {t.memory:.0f}" for t in times),
-            ]
+            {
+                "name": operator,
+                "registers": kernel.registers,
+                "warps": kernel.warps,
+                "spills": kernel.spills,
+                "loads": _widths(path, "LDG"),
+                "stores": _widths(path, "STG"),
+                "pipes": {pipe: pipes.get(pipe, 0.0) for pipe in COLUMNS},
+                "instructions": pipes["issue"],  # a weight
+                "slowest": next(iter(times.values())).pipe,
+                "us": {model: [each.arithmetic, each.memory] for model, each in times.items()},
+            }
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return rows
+
+
+def measure() -> dict[str, Any]:
+    """The rows of flatops' extension; none where it has no code for an H100 or nothing here can read it."""
+    from flatops.backend import _C
+
+    readable = "sm_90" in getattr(_C, "cuda_archs", ()) and tool()
+    return {**provenance(), "rows": rows(kernels(_C.__file__, "sm_90")) if readable else []}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = ["operator", "registers", "warps", "spills", "loads", "stores", *COLUMNS, "all", "slowest"]
+    head += [f"{model}: arithmetic, memory (µs)" for model in MODELS]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        resources = [str(row[key]) for key in ("name", "registers", "warps", "spills", "loads", "stores")]
+        counts = [f"{each:.1f}" for each in (*row["pipes"].values(), row["instructions"])]
+        lines.append([*resources, *counts, row["slowest"], *map(microseconds, row["us"].values())])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def microseconds(pair: Sequence[float]) -> str:
+    """Of arithmetic and of memory."""
+    return ", ".join(f"{each:.0f}" for each in pair)
 
 
 def _widths(path: Iterable[Instruction], name: str) -> str:
@@ -365,7 +395,7 @@ def main(files: list[str]) -> None:
         if _C is None:
             sys.exit("flatops has no compiled core: see flatops info")
         files = [_C.__file__]
-    print(table({name: kernel for file in files for name, kernel in kernels(file, "sm_90").items()}))
+    print(table(rows({name: kernel for file in files for name, kernel in kernels(file, "sm_90").items()})))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # The file of rows, and the module whose measure() makes them. What is timed has the machine to itself.
-TIMED = {"cpu": "bench"} | {name: name for name in ("models", "peers", "memory", "growth", "methods")}
+TIMED = {"cpu": "bench"} | {name: name for name in ("models", "peers", "memory", "growth", "methods", "distributed", "machine_code")}
 TOGETHER = {name: name for name in ("flatness", "accuracy")}
 QUESTIONS = TIMED | TOGETHER
 PICTURES = {"cpu": "bench.png", "growth": "growth.png", "peers": "peers.png", "flatness": "landscape.png", "accuracy": "accuracy.png"}

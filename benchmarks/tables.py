@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from flatops.benchmarks.machine_code import MODELS, microseconds
 from flatops.train.methods import METHODS
 from flatops.train.report import describe_options
 
 Results = dict[str, dict[str, Any]]  # of suite.QUESTIONS, by name
-PAGES = ("README.md", "docs/performance.md", "docs/evidence.md", "docs/landscape.md")
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("performance", "evidence", "landscape", "distributed")))
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HALF = 0.55  # of a time, at most, is half of it
 SEEDS, FOREACH = "the seeds' way", "torch's foreach"
@@ -246,6 +247,42 @@ def steps(results: Results) -> str:
     return "\n\n".join([table(head, body), f"{about}; float32, one thread. {where(result)}"])
 
 
+def distributed(results: Results) -> str:
+    """A step of several processes, in steps of SGD."""
+    result = results["distributed"]
+    config, rows = result["config"], result["rows"]
+    kinds = {kind: label for kind, label in (("ddp", "DDP"), ("fsdp", "FSDP2")) if kind in config["parallel"]}
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [named(rows, method=method, parallel=kind) for kind in kinds]
+        body.append([method, *(cell for row in found for cell in (step_of(row), str(row["collectives"]) if row else ""))])
+    about = f"{config['model']}, {config['image']}×{config['image']}, batch {config['batch']}, {config['processes']} processes"
+    head = [about, *(cell for label in kinds.values() for cell in (f"{label}: step, SGD = 1 (quartiles)", "collectives"))]
+    return "\n\n".join([table(head, body), where(result)])
+
+
+def step_of(row: dict[str, Any] | None) -> str:
+    """A step in steps of SGD and where half of the rounds lie; of SGD's own its time."""
+    if row is None:
+        return ""
+    return f"{row['to_sgd']:.2f} " + (
+        f"({row['ms']:.0f} ms)" if row["method"] == "SGD" else f"({row['low']:.2f} to {row['high']:.2f})"
+    )
+
+
+def machine_code(results: Results) -> str:
+    """What the machine code for an H100 promises."""
+    result = results["machine_code"]
+    body = [
+        [row["name"], str(row["registers"]), row["loads"], row["stores"], f"{row['instructions']:.1f}"]
+        + [microseconds(pair) for pair in row["us"].values()]
+        for row in result["rows"]
+    ]
+    head = ["operator", "registers", "loads", "stores", "instructions a weight"]
+    head += [f"{model}: arithmetic, memory (µs)" for model in MODELS]
+    return "\n\n".join([table(head, body) if body else "This build has no code for sm_90.", where(result)])
+
+
 def verdicts(results: Results) -> str:
     """What the papers claim, and whether it is seen here."""
     found = results["accuracy"]["verdicts"]
@@ -281,7 +318,7 @@ def arxiv(number: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    block.__name__: block for block in (speed, operators, models, peers, memory, growth, fixed, tuned, steps, verdicts, flatness)
+    block.__name__: block for block in (speed, operators, models, peers, memory, growth, fixed, tuned, steps, distributed, machine_code, verdicts, flatness)
 }
 
 

@@ -15,8 +15,10 @@ from flatops.benchmarks import (
     accuracy,
     bench,
     compare,
+    distributed,
     flatness,
     growth,
+    machine_code,
     measure,
     memory,
     methods,
@@ -261,6 +263,32 @@ def test_methods():
     rows = {row["method"]: row for row in result["rows"]}
     assert rows.keys() == {row["method"] for row in committed("methods")["rows"]} == METHODS.keys()
     assert rows["sgd"]["to_sgd"] == 1 and all(0 < row["share"] < 1 for name, row in rows.items() if name != "sgd")
+
+
+def test_distributed():
+    """More passes make more collectives, local ascent and parallel m-RWP as many as SGD."""
+    result = distributed.measure(distributed.Config(model="cnn", batch=4, image=8, rounds=1))
+    kept = committed("distributed")
+    assert result.keys() == kept.keys() and {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in kept["rows"]}
+    calls = {(row["parallel"], row["method"]): row["collectives"] for row in result["rows"]}
+    assert calls.keys() == {(row["parallel"], row["method"]) for row in kept["rows"]}
+    once = {calls["ddp", name] for name in ("SGD", "RWP", "m-RWP, parallel", "SAM, local ascent")}
+    assert once == {calls["ddp", "SGD"]} and calls["ddp", "SAM, synced ascent"] == 2 * calls["ddp", "SGD"]
+
+
+def test_a_batch_that_processes_cannot_share():
+    with pytest.raises(ValueError, match="batch 5 must be divisible by processes 2"):
+        distributed.measure(distributed.Config(batch=5))
+
+
+def test_machine_code(monkeypatch):
+    kept = committed("machine_code")
+    assert [row["name"] for row in kept["rows"]] == [name for name, *_ in machine_code.OPERATORS]
+    found = machine_code.measure()
+    assert found.keys() == kept.keys() and {frozenset(row) for row in found["rows"]} <= {frozenset(row) for row in kept["rows"]}
+    monkeypatch.setattr(machine_code, "tool", lambda: None)
+    nothing = machine_code.measure()
+    assert nothing["rows"] == [] and "no code for sm_90" in tables.machine_code({"machine_code": nothing})
 
 
 def test_flatness():

@@ -330,6 +330,6 @@ def test_the_table_of_our_own_kernels():
 
     if not getattr(_C, "cuda_archs", None) or machine_code.tool() is None:
         pytest.skip("needs an extension with CUDA code, and cuobjdump")
-    table = machine_code.table(machine_code.kernels(_C.__file__))
+    table = machine_code.table(machine_code.rows(machine_code.kernels(_C.__file__)))
     assert table.count("\n") == 1 + len(machine_code.OPERATORS)
     assert all(row.split("|")[4].strip() == "0" for row in table.splitlines()[2:])  # no spills
