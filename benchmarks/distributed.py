@@ -208,7 +208,7 @@ def show(result: dict[str, Any]) -> None:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("parallel")
+    table.add_column("")
     table.add_column("method", no_wrap=True)
     for title in ("SGD = 1", "quartiles", "ms", "collectives", "backup"):
         table.add_column(title, justify="right", no_wrap=True)
