@@ -8,13 +8,13 @@ between should cost; caches make some of it cheaper.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from flatops import ops
-from flatops.benchmarks.measure import available_memory, best_times, provenance
+from flatops.benchmarks.measure import available_memory, best_of_processes, best_times, provenance
 
 TENSORS, FILTER = 16, 640  # whole registers, as most filters of networks are: at 625 a weight costs perturb_ a fifth more
 SIZES = tuple(m * 10**e for e in range(4, 9) for m in (1, 3)) + (10**9,)
@@ -32,17 +32,17 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float, float]:
 
 
 def measure(
-    sizes: tuple[int, ...] = SIZES, counts: tuple[int, ...] = COUNTS, calls: int = 1000
+    sizes: tuple[int, ...] = SIZES, counts: tuple[int, ...] = COUNTS, calls: int = 1000, processes: int = 3
 ) -> dict[str, Any]:
-    """Times for every operator at every size, `calls` of each where they are short, and the lines through them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        able = [n for n in sizes if BYTES * n < 0.75 * available_memory()]
-        by_weights = dict(_times(_split(n), min(calls, max(8, 10**9 // n))) for n in able)
-        by_tensors = {t: _times(_many(t), calls)[1] for t in counts}
-    finally:
-        torch.set_num_threads(threads)
+    """Times for every operator at every size, `calls` of each where they are short, and the lines through them.
+
+    What is short is asked of several processes, for how much of a cache is theirs is luck.
+    """
+    able = [n for n in sizes if BYTES * n < 0.75 * available_memory()]
+    short, long = ([n for n in able if (n >= MEMORY) is large] for large in (False, True))
+    found = best_of_processes(_rows, short, counts, -(-calls // processes), processes=processes)
+    found += best_of_processes(_rows, long, (), calls, processes=1)
+    by_weights, by_tensors = (_by_number(found, kind) for kind in ("weights", "tensors"))
     names = list(next(iter(by_weights.values())))
     lines = {name: fit([(n, t[name]) for n, t in by_weights.items() if n >= MEMORY]) for name in names}
     fixed = {name: fit([(t, times[name]) for t, times in by_tensors.items()]) for name in names}
@@ -76,10 +76,31 @@ def measure(
     }
 
 
+def _rows(sizes: Sequence[int], counts: Sequence[int], calls: int) -> list[dict[str, Any]]:
+    """What one process measures: every operator at these sizes, and with these numbers of tensors."""
+    torch.set_num_threads(1)
+    found = [("weights", *_times(_split(n), min(calls, max(8, 10**9 // n)))) for n in sizes]
+    found += [("tensors", n, _times(_many(n), calls)[1]) for n in counts]
+    return [
+        {"kind": kind, "n": n, "name": name, "ms": seconds * 1e3}
+        for kind, n, times in found
+        for name, seconds in times.items()
+    ]
+
+
+def _by_number(rows: list[dict[str, Any]], kind: str) -> dict[int, dict[str, float]]:
+    """Number to every operator's seconds."""
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            found.setdefault(row["n"], {})[row["name"]] = row["ms"] / 1e3
+    return found
+
+
 def _split(weights: int) -> list[list[torch.Tensor]]:
     """Parameters and gradients of that size or a little more: pieces of one tensor each, which the floor then moves whole."""
-    generator, rows = torch.Generator().manual_seed(0), math.ceil(weights / (TENSORS * FILTER))
-    return [list(torch.randn(TENSORS, rows, FILTER, generator=generator).abs_()) for _ in range(2)]
+    rows = math.ceil(weights / (TENSORS * FILTER))
+    return [list(ops.normal((TENSORS, rows, FILTER), seed=1, draw=draw).abs_()) for draw in range(2)]
 
 
 def _many(tensors: int) -> list[list[torch.Tensor]]:

@@ -81,7 +81,15 @@ def best_times(
 def best_of_processes(
     rows_of: Callable[..., list[dict[str, Any]]], *args: Any, processes: int
 ) -> list[dict[str, Any]]:
-    """Rows as several processes measure them one after the other, each with the least `ms` that any of them found.
+    """The rows of several processes, each with the least `ms` that any of them found."""
+    found = of_processes(rows_of, *args, processes=processes)
+    return [rows[0] | {"ms": min(row["ms"] for row in rows)} for rows in zip(*found, strict=True)]
+
+
+def of_processes(
+    rows_of: Callable[..., list[dict[str, Any]]], *args: Any, processes: int
+) -> list[list[dict[str, Any]]]:
+    """Rows as several processes measure them one after the other.
 
     Where its tensors lie in memory is luck that a process has but once, and worth a fifth of a pass.
     """
@@ -89,7 +97,7 @@ def best_of_processes(
     for _ in range(processes):
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             found.append(process.submit(rows_of, *args).result())
-    return [rows[0] | {"ms": min(row["ms"] for row in rows)} for rows in zip(*found, strict=True)]
+    return found
 
 
 @functools.cache

@@ -59,7 +59,7 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 }
 
 
-def measure(models: dict[str, Callable[[], Shapes]] = MODELS, rounds: int = 4, processes: int = 2) -> dict[str, Any]:
+def measure(models: dict[str, Callable[[], Shapes]] = MODELS, rounds: int = 3, processes: int = 3) -> dict[str, Any]:
     """A row for each operator, and each peer of it, of each model in each dtype; and what more threads gain on one of them."""
     threads = torch.get_num_threads()
     cases: list[tuple[str, str, Shapes]] = []

@@ -18,6 +18,7 @@ def rows(rounds: int) -> list[dict[str, Any]]:
 
     flatops' part is everything that the optimizer adds to the base: the perturbed pass entered and left with nothing within.
     """
+    torch.set_num_threads(1)
     x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))
     steps: dict[str, Callable[[], Any]] = {}
     for name in ("SGD", "RWP", "SAM"):

@@ -251,14 +251,14 @@ def test_memory():
 def test_growth(monkeypatch):
     monkeypatch.setattr(growth, "MEMORY", 10**5)
     monkeypatch.setattr(growth, "LINEAR", 10**4)
-    result = growth.measure((10**4, 10**5, 3 * 10**5), counts=(1, 10), calls=3)
+    result = growth.measure((10**4, 10**5, 3 * 10**5), counts=(1, 10), calls=3, processes=1)
     assert result.keys() == committed("growth").keys() and result["sizes"] == [10240, 102400, 307200]
     assert {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in committed("growth")["rows"]}
     assert {row["name"] for row in result["rows"]} == {row["name"] for row in committed("growth")["rows"]}
 
 
 def test_methods():
-    result = methods.measure({"tiny": ("resnet10t", 32, 2)}, rounds=1)
+    result = methods.measure({"tiny": ("resnet10t", 32, 2)}, rounds=1, processes=2)
     assert result.keys() == committed("methods").keys()
     rows = {row["method"]: row for row in result["rows"]}
     assert rows.keys() == {row["method"] for row in committed("methods")["rows"]} == METHODS.keys()
