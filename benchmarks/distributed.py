@@ -43,7 +43,7 @@ class Config:
     """How many, one thread each."""
     parallel: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp")
     """DistributedDataParallel, and fully_shard."""
-    rounds: int = 15
+    rounds: int = 10
     """How often each method has its turn; the median counts."""
     json: Path | None = None
     """Also write the rows to this file."""

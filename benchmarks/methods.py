@@ -23,7 +23,7 @@ NETWORKS = {  # name to timm's, the side of an image, the batch
 
 
 def measure(
-    networks: dict[str, tuple[str, int, int]] = NETWORKS, rounds: int = 3, processes: int = 3
+    networks: dict[str, tuple[str, int, int]] = NETWORKS, rounds: int = 2, processes: int = 3
 ) -> dict[str, Any]:
     """A row for every method on each network: its step in steps of SGD, and flatops' share of it, means of some processes."""
     found = of_processes(_rows, networks, rounds, processes=processes)
