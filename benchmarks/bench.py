@@ -370,22 +370,27 @@ def _rows(model: str, rounds: int) -> list[dict[str, Any]]:
         | dict(zip(("operations", "host_reads"), count(row.call)))
         for i, row, of in zip(calls, rows, compared_with(rows))
     ]
-    return table + (_wall(rows[1].call, rounds) if threads > 1 else [])
+    return table + (threaded_rows([rows[1]], 2, 8 * rounds) if threads > 1 else [])
 
 
-def _wall(call: Callable[[], Any], rounds: int) -> list[dict[str, Any]]:
-    """One thread and two by the wall clock."""
+def threaded_rows(rows: list[Row], threads: int, rounds: int) -> list[dict[str, Any]]:
+    """One thread and several by the wall clock: what other programs take is missing from it."""
 
-    def on(threads: int) -> Callable[[], None]:
+    def on(number: int, call: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(number)
             call()
 
         return run
 
-    times = best_times({"1": on(1), "2": on(2)}, 8 * rounds, clock=time.perf_counter)
+    calls = {f"{number} {row.name}": on(number, row.call) for row in rows for number in (1, threads)}
+    times = best_times(calls, rounds, clock=time.perf_counter)
     torch.set_num_threads(1)
-    return [{"threads": int(number), "ms": seconds * 1e3} for number, seconds in times.items()]
+    return [
+        {"name": row.name, "threads": number, "ms": times[f"{number} {row.name}"] * 1e3}
+        for row in rows
+        for number in (1, threads)
+    ]
 
 
 def show(result: dict[str, Any]) -> None:

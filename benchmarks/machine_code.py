@@ -331,7 +331,7 @@ COLUMNS = (*PIPES, "control")
 
 def rows(found: dict[str, Kernel]) -> list[dict[str, Any]]:
     """A row for each of flatops' operators whose kernel is among `found`, with what it takes an H100 at least."""
-    rows = []
+    result = []
     for operator, pattern, elements, bytes_per_weight in OPERATORS:
         kernel = next((k for name, k in found.items() if re.search(pattern, name)), None)
         if kernel is None:
@@ -339,7 +339,7 @@ def rows(found: dict[str, Kernel]) -> list[dict[str, Any]]:
         path = kernel.path(SEARCH)
         pipes = by_pipe(path, elements)
         times = {model: predict(pipes, bytes_per_weight, weights) for model, weights in MODELS.items()}
-        rows.append(
+        result.append(
             {
                 "name": operator,
                 "registers": kernel.registers,
@@ -353,7 +353,7 @@ def rows(found: dict[str, Kernel]) -> list[dict[str, Any]]:
                 "us": {model: [each.arithmetic, each.memory] for model, each in times.items()},
             }
         )
-    return rows
+    return result
 
 
 def measure() -> dict[str, Any]:

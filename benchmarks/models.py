@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from flatops.benchmarks.bench import Row, compared_with, operator_rows, parameter_shapes
+from flatops.benchmarks.bench import Row, compared_with, operator_rows, parameter_shapes, threaded_rows
 from flatops.benchmarks.measure import available_memory, best_of_processes, best_times, count, provenance
 
 Shapes = list[tuple[int, ...]]
@@ -120,25 +119,5 @@ def _rows(cases: list[tuple[str, str, Shapes]], threads: int, rounds: int) -> li
             for i, (row, of) in enumerate(chosen)
         ]
         if (model, dtype) == THREADED and threads > 1:
-            rows += _wall([row for row, _ in chosen if not row.peer], threads, 4 * rounds)
+            rows += threaded_rows([row for row, _ in chosen if not row.peer], threads, 4 * rounds)
     return rows
-
-
-def _wall(rows: list[Row], threads: int, rounds: int) -> list[dict[str, Any]]:
-    """One thread and all of them by the wall clock: what other programs take is missing from it."""
-
-    def on(number: int, call: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            torch.set_num_threads(number)
-            call()
-
-        return run
-
-    calls = {f"{number} {row.name}": on(number, row.call) for row in rows for number in (1, threads)}
-    times = best_times(calls, rounds, clock=time.perf_counter)
-    torch.set_num_threads(1)
-    return [
-        {"name": row.name, "threads": number, "ms": times[f"{number} {row.name}"] * 1e3}
-        for row in rows
-        for number in (1, threads)
-    ]

@@ -251,7 +251,7 @@ def distributed(results: Results) -> str:
     """A step of several processes, in steps of SGD."""
     result = results["distributed"]
     config, rows = result["config"], result["rows"]
-    kinds = {kind: label for kind, label in (("ddp", "DDP"), ("fsdp", "FSDP2")) if kind in config["parallel"]}
+    kinds = {"ddp": "DDP", "fsdp": "FSDP2"}
     body = []
     for method in dict.fromkeys(row["method"] for row in rows):
         found = [named(rows, method=method, parallel=kind) for kind in kinds]

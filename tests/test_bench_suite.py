@@ -220,7 +220,7 @@ def test_shapes_that_timm_does_not_have():
 
 
 def test_peers():
-    result = peers.measure(("cnn",), rounds=1, processes=2)
+    result = peers.measure({"cnn": (1, 2)})
     rows = {(row["method"], row["name"]): row for row in result["rows"]}
     kept = committed("peers")
     assert result.keys() == kept.keys() and {(row["method"], row["name"]) for row in kept["rows"]} == set(

@@ -418,8 +418,7 @@ def on_a_small_disk(size: str, folder: Path, *options: str) -> subprocess.Comple
     command = [*namespace, "sh", "-c", SMALL_DISK, "sh", size, *program]
     done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True, timeout=100) if shutil.which("unshare") else None
     if done is None or done.returncode == NO_MOUNT or done.stderr.startswith("unshare:"):
-        # Only Linux has unshare, and containers may forbid it or the mount: without a small disk there is none to fill.
-        pytest.skip("unshare is missing, or this user may not mount a file system of his own")
+        pytest.skip("no small disk to fill: only Linux has unshare, and a container may forbid it or the mount")
     return done
 
 
