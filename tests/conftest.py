@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import sys
+import zlib
 
+import numpy
 import pytest
 import torch
 
@@ -13,16 +17,59 @@ if not torch.cuda.is_available():
 
 from cases import BACKENDS  # noqa: E402
 
+from flatops.backend import _C  # noqa: E402
+
 # A shell that runs the tests in the background has SIGINT ignored; some of them interrupt themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that take minutes, first: none should be left alone with one process at the end.
+# Files that take minutes, first, in whatever order the others are: none should be left alone with one process at the end.
 LONG = ("test_train_distributed.py", "test_triton.py", "test_benchmarks.py")
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def seed(item):
+    """What a test draws follows the run's seed, which pytest prints, and its own name: not what ran before it."""
+    own = zlib.crc32(f"{item.config.getoption('randomly_seed', 0)} {item.nodeid}".encode())
+    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
+        generator(own)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    seed(item)
+
+
+def pytest_runtest_call(item):
+    seed(item)  # again: the first test of a file makes fixtures that the others find
+
+
+def state():
+    """What a test could leave behind for others."""
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "process group": torch.distributed.is_initialized(),
+        "backend": sys.modules["flatops.backend"]._forced,  # `flatops.backend` is the context manager of that name
+        "SIMD": _C.simd(),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
+        "folder": os.getcwd(),
+        # What libraries set when they are imported is not for a test to take back.
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("FLATOPS", "TRITON", "CUDA", "MASTER", "RANK", "WORLD"))},
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    before = state()
+    yield
+    assert state() == before
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
