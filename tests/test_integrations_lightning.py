@@ -8,14 +8,14 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from documentation import run_snippets
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from models import assert_same_bits, loss_of, make_batch, make_net, state_tensors
+from models import all_bits, assert_same_bits, loss_of, make_batch, make_net, state_tensors
 from plain import plain_loop
 from torch.amp import GradScaler
 
 import flatops
-from flatops.integrations.lightning import FlatMinima
+from flatops.integrations.lightning import FlatMinima, FlatMinimaMixin
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -24,10 +24,10 @@ pytestmark = [
 SGD = torch.optim.SGD
 METHODS = {
     "sam": (flatops.SAM, {"rho": 0.1}),
-    "ssam": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "pattern": "layer"}),
-    "rwp": (flatops.RWP, {"sigma": 0.05}),
-    "mrwp": (flatops.RWP, {"sigma": 0.05, "lam": 0.5}),
-    "marwp": (flatops.RWP, {"sigma": 0.05, "lam": 0.5, "eta": 1.0}),
+    "ssam": (flatops.SSAM, {"seed": 0, "rho": 0.1, "mask": "dynamic", "pattern": "layer"}),
+    "rwp": (flatops.RWP, {"seed": 0, "sigma": 0.05}),
+    "mrwp": (flatops.RWP, {"seed": 0, "sigma": 0.05, "lam": 0.5}),
+    "marwp": (flatops.RWP, {"seed": 0, "sigma": 0.05, "lam": 0.5, "eta": 1.0}),
 }
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 2.0**12
@@ -82,9 +82,9 @@ def fit(module, batches, precision="fp32", callbacks=None, epochs=1, checkpoint=
         scaler = GradScaler("cpu", init_scale=SCALE) if precision == "fp16" else None
         plugins = [MixedPrecision("16-mixed" if scaler else "bf16-mixed", "cpu", scaler)]
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_checkpointing=False, plugins=plugins,
-        enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[FlatMinima()] if callbacks is None else callbacks, **options,
+        accelerator="cpu", devices=1, max_epochs=epochs, logger=False, plugins=plugins, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[FlatMinima()] if callbacks is None else callbacks,
+        **{"enable_checkpointing": False, **options},
     )  # fmt: skip
     is_loader = hasattr(batches, "state_dict")
     loader = batches if is_loader else torch.utils.data.DataLoader(batches, batch_size=None)
@@ -332,6 +332,80 @@ def test_an_exception_in_either_pass(method, run, error):
         fit(module, batches_of(3))
     before = plain(method, batches_of(1))[0] if (method, run) == ("rwp", 2) else make_net()
     assert_same_bits(module.net.parameters(), before.parameters())
+
+
+class Looks(lightning.Callback):
+    """Says at which hooks the weights are perturbed, and fails in the `fail`-th call of one of them."""
+
+    def __init__(self, at=None, fail=None):
+        self.at, self.fail, self.perturbed = at, fail, {}
+
+    def look(self, hook, module):
+        flat = flatops.unwrap(module.optimizers())
+        clean = all(map(torch.equal, all_bits(module.net.parameters()), self.weights))
+        assert clean is not flat.is_perturbed
+        self.perturbed.setdefault(hook, []).append(not clean)
+        if hook == self.at and len(self.perturbed[hook]) == self.fail:
+            raise KeyboardInterrupt
+
+    def on_train_start(self, trainer, module):
+        self.weights = all_bits(module.net.parameters())
+
+    def on_train_batch_start(self, trainer, module, *args):
+        self.look("on_train_batch_start", module)
+
+    def on_before_backward(self, trainer, module, loss):
+        self.look("on_before_backward", module)
+
+    def on_after_backward(self, trainer, module):
+        self.look("on_after_backward", module)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.look("on_before_optimizer_step", module)
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.weights = all_bits(module.net.parameters())
+        self.look("on_train_batch_end", module)
+
+    def on_exception(self, trainer, module, exception):
+        self.look("on_exception", module)
+        trainer.save_checkpoint(trainer.default_root_dir + "/looks.ckpt", weights_only=False)
+
+
+class Bringing(FlatMinimaMixin, Net):
+    pass
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("at", ["on_train_batch_start", "on_before_backward", "on_after_backward", "training_step"])
+@pytest.mark.parametrize("method, kind", [("rwp", Net), ("rwp", Bringing), ("mrwp", Net), ("sam", Net)])
+def test_no_callback_sees_or_saves_perturbed_weights(method, kind, at, precision, tmp_path):
+    """Not even those before ours, of a pass that was broken off: all hooks but those within RWP's forward and backward."""
+
+    class Module(kind):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if at == "training_step" and flatops.unwrap(self.optimizers()).is_perturbed and self.runs > 2:
+                raise MemoryError
+            return loss
+
+    looks = Looks(at, 2)
+    savers = [OnExceptionCheckpoint(tmp_path, "last"), ModelCheckpoint(tmp_path, "model", save_on_exception=True)]
+    callbacks = [looks, *savers, *([FlatMinima()] if kind is Net else [])]
+    module = Module(method)
+    with pytest.raises((MemoryError, SystemExit)):
+        fit(module, batches_of(3), precision, callbacks, default_root_dir=tmp_path, enable_checkpointing=True)
+    within = looks.perturbed.pop("on_before_backward")
+    assert set(within) == {method == "rwp"}
+    assert not any(any(seen) for seen in looks.perturbed.values()) and looks.perturbed["on_exception"] == [False]
+    assert_same_bits(all_bits(module.net.parameters()), looks.weights)
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == 3
+    for file in files:
+        saved = torch.load(file, weights_only=False)["state_dict"]
+        assert_same_bits([all_bits([saved[f"net.{name}"]])[0] for name, _ in module.net.named_parameters()], looks.weights)
+    assert "training_step" not in vars(module.trainer.strategy)
+    assert flatops.unwrap(module.optimizers()).run.ready is (at == "on_after_backward")  # a pass that was broken off is none
 
 
 def test_what_it_cannot_do_is_refused():

@@ -31,7 +31,9 @@ class FlatMinima(Callback):
     without a GradScaler, `accumulate_grad_batches` and `gradient_clip_val` mean what they always mean: gradients are unscaled
     and clipped once, before the step; under accumulation SAM climbs for every micro-batch by itself (m-sharpness).
 
-    RWP's pass is open from on_train_batch_start to the end of the backward: hooks between see perturbed weights.
+    RWP's pass is open from `training_step` to the end of the backward: hooks between see perturbed weights, and no others do. The
+    callback moves to the front of `trainer.callbacks`: when an exception breaks a pass off, it restores the weights before any
+    other's `on_exception`, which may save them.
 
     In manual optimization the passes are yours, by `flatops.passes` or `perturbed()`; the callback sees to it that no step is
     made without.
@@ -50,9 +52,13 @@ class FlatMinima(Callback):
     """
 
     def __init__(self) -> None:
-        self.open = contextlib.ExitStack()  # the pass that is under way
+        self.open = contextlib.ExitStack()  # the pass that is under way, or about to begin
         self.rest: Iterator[Any] = iter(())  # the passes after it
         self.batch: tuple[Any, ...] = ()
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Goes to the front: what others do in on_exception and on_after_backward comes after the pass has ended."""
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if {kind.__name__ for kind in type(trainer.strategy).__mro__} & set(REFUSED):
@@ -90,9 +96,20 @@ class FlatMinima(Callback):
         self.rest = passes(
             flat, module, loss_scale=lambda: (1 if scaler is None else scaler.get_scale()) / parts
         )
-        if not two_passes(flat):  # its forward comes next, within step(closure) or not
+        if not two_passes(flat):
+            flat.run.lent = True  # its forward comes within step(closure) or before it
+            self._begin_with_forward(trainer.strategy)
+
+    def _begin_with_forward(self, strategy: Any) -> None:
+        """Begins RWP's pass when training_step is called, after the last hook of on_train_batch_start."""
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self.open.close()
             self.open.enter_context(next(self.rest))
-            flat.run.lent = True
+            return strategy.training_step(*args, **kwargs)
+
+        self.open.callback(vars(strategy).pop, "training_step", None)
+        strategy.training_step = training_step
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: torch.Tensor) -> None:
         # Not earlier: Lightning zeroes gradients between forward and backward.
@@ -146,9 +163,12 @@ class FlatMinima(Callback):
         self._close(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._close(trainer)
-        for flat in filter(None, map(_flat, trainer.optimizers)):
-            flat.restore()  # an interrupt may have come before the pass was noted
+        try:
+            self.open.__exit__(type(exception), exception, exception.__traceback__)
+        finally:
+            self._close(trainer)
+            for flat in filter(None, map(_flat, trainer.optimizers)):
+                flat.restore()  # an interrupt may have come before the pass was noted
 
 
 class FlatMinimaMixin:
