@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import os
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._C._dynamo import eval_frame
 
 from flatops import reference, schemas
 
@@ -32,6 +34,17 @@ def _triton_kernel(name: str) -> Callable[..., Any]:
 def _constant_in_graphs(function: F) -> F:
     """What torch.compiler.assume_constant_result does, which would import the compiler for it and take as long as torch itself."""
     setattr(function, "_dynamo_marked_constant", True)
+    return function
+
+
+def outside_graphs(function: F) -> F:
+    """What torch.compiler.disable does, for functions that change weights with a way back: whether they were changed is known
+    when the kernels have run, not while a graph of them is made. Compiled code breaks its graph there, and with fullgraph=True
+    says so. torch.compiler.disable itself would import the compiler, and put a frame of Python between."""
+    setattr(function, "_torchdynamo_disable", True)  # to code that is traced
+    setattr(function, "_torchdynamo_disable_msg", "flatops perturbs and restores weights between graphs, not in them")
+    skip = eval_frame._FrameAction.SKIP  # to the interpreter, between graphs: neither this nor what it calls is traced
+    eval_frame.set_code_exec_strategy(inspect.unwrap(function).__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
 
 

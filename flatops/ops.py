@@ -106,7 +106,7 @@ def _check_first_row(first_row: Sequence[int], params: Sequence[Tensor]) -> None
             f"first_row has {len(first_row)} entries and params has {len(params)}: they must match"
         )
     for i, (row, p) in enumerate(zip(first_row, params)):
-        if not isinstance(row, int) or not 0 <= row < 2**31:
+        if not _is_integer(row) or not 0 <= row < 2**31:
             raise ValueError(f"first_row[{i}] must be an integer in [0, 2**31), not {row!r}")
         if row and p.dim() <= 1:
             raise ValueError(
@@ -168,6 +168,11 @@ def _non_negative(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} must be a finite number >= 0, not {value}")
 
 
+def _is_integer(value: Any) -> bool:
+    """Whether it is an integer, Python's or numpy's."""
+    return isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, Tensor))
+
+
 def _scalar(
     name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float64
 ) -> Tensor:
@@ -182,8 +187,10 @@ def _scalar(
         if dtype == torch.int64 and value.is_floating_point():
             raise TypeError(f"{name} is {value.dtype}: expected an integer")
         return value.to(dtype)
-    if dtype == torch.int64 and not isinstance(value, int):
+    if dtype == torch.int64 and not _is_integer(value):
         raise TypeError(f"{name} must be an integer, not {value!r}")
+    if not isinstance(value, (int, float)):  # numpy's
+        value = int(value) if dtype == torch.int64 else float(value)
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()  # a mode such as FakeTensorMode, whose tensors are its own
@@ -207,8 +214,9 @@ def _key(seed: int | Tensor, stream: int, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         key = _scalar("seed", seed, device, torch.int64)
         return key ^ (stream << 32) if stream else key
-    if not isinstance(seed, int):
+    if not _is_integer(seed):
         raise TypeError(f"seed must be an integer, not {seed!r}")
+    seed = int(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, 2**64), not {seed}")
     return _scalar("seed", signed(seed ^ (stream << 32)), device, torch.int64)
@@ -492,7 +500,7 @@ def ascend_(
     Args:
         params: tensors on one device, changed in place.
         grads: their gradients, in the same order.
-        rho: the radius, >= 0; typically 0.05 to 0.2, ten times that for ASAM.
+        rho: the radius, typically 0.05 to 0.2, ten times that for ASAM; a negative one descends.
         norm: from `grad_norm`, over all the gradients that the radius is meant for.
         mask: from `topk_mask`, over tensors that lie in memory as the parameters do.
         backup: from `new_backup`, with the mask if there is one; filled with the weights as they were.
@@ -508,7 +516,8 @@ def ascend_(
     _check("params", params)
     _check_writable("params", params)
     _check("grads", grads, params)
-    _non_negative("rho", rho)
+    if not isinstance(rho, Tensor) and not math.isfinite(rho):
+        raise ValueError(f"rho must be a finite number, not {rho}")
     if backup is not None:
         _check_backup(backup, mask, params)
     elif mask is not None:
@@ -578,9 +587,9 @@ def topk_mask(scores: Sequence[Tensor], k: int, *, check: bool = True, backend: 
     _check("scores", scores)
     _check_one_order("scores", scores)
     elements = sum(t.numel() for t in scores)
-    if not isinstance(k, int) or not 0 <= k <= elements:
+    if not _is_integer(k) or not 0 <= k <= elements:
         raise ValueError(f"k must be an integer in [0, {elements}], the number of scores, not {k!r}")
-    mask, bad = operators(scores[0].device, backend).topk_mask(scores, k)
+    mask, bad = operators(scores[0].device, backend).topk_mask(scores, int(k))
     if check:
         _raise_bad(bad, "scores")
     return mask
@@ -624,7 +633,7 @@ def regrow_mask_(
         if scores is not None:
             _check(name, scores, params)
             _check_one_order(name, scores)
-    if not isinstance(count, int) or count < 0:
+    if not _is_integer(count) or count < 0:
         raise ValueError(f"count must be an integer >= 0, not {count!r}")
     device = params[0].device
     bad = operators(device, backend).regrow_mask_(
@@ -635,7 +644,7 @@ def regrow_mask_(
         _key(seed, stream, device),
         _scalar("draw", draw, device, torch.int64),
         index if index is not None else list(range(len(params))),
-        count,
+        int(count),
     )
     if check:
         _raise_bad(bad, "drop or grow")

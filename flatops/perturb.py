@@ -9,12 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from flatops import distributed, ops
-from flatops.optim.flat import Pass, Undo, on, perturbed_pass, take_back, while_perturbed
+from flatops.backend import outside_graphs
+from flatops.optim.flat import (
+    DTYPES,
+    Pass,
+    Undo,
+    claim,
+    forget_copies,
+    on,
+    perturbed_pass,
+    plain,
+    release,
+    take_back,
+    while_perturbed,
+)
 from flatops.optim.noise import add_noise, check_regenerate
 
 RESTORE = ("exact", "offload", "regenerate")
 
 
+@outside_graphs
 def perturb(
     weights: nn.Module | Tensor | Iterable[Tensor],
     sigma: float | Tensor = 0.01,
@@ -22,6 +36,7 @@ def perturb(
     seed: int | Tensor = 0,
     draw: int | Tensor = 0,
     stream: int = 0,
+    position: int = 0,
     restore: str = "exact",
 ) -> Pass:
     """Adds RWP's noise to weights in place for what runs within; they come back bit for bit, whatever happens.
@@ -31,11 +46,13 @@ def perturb(
     and training what is not perturbed, such as adapters on a frozen base.
 
     Args:
-        weights: a module, for all of its parameters, frozen ones too; or tensors, such as some of its parameters. The noise of
-            each depends on its position among them.
+        weights: a module, for all of its parameters, frozen ones too; or tensors, such as some of its parameters. Complex ones
+            are pairs of real ones.
         sigma: noise as a share of the filter's norm, >= 0; default 0.01. A number, or a tensor of one on the weights' device.
         seed, draw, stream: which noise: another draw, other noise. Default 0, on every process; across replicas that are to
             differ, let `stream` be the rank.
+        position: of the first of the weights, the others count on from there; default 0. Noise is drawn by position: two calls
+            at one position and draw give weights of equal shapes the same noise, so a loop over layers numbers them.
         restore: where the weights are meanwhile.
             'exact' (default): in a copy on their device.
             'offload': in a copy in the host's memory, pinned for a GPU's, where the device has no room: 2 bytes per bfloat16
@@ -59,13 +76,15 @@ def perturb(
         Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
         Li et al.: Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape. arXiv 2409.14396.
     """
-    return _Noisy(weights, sigma, restore, {"seed": seed, "draw": draw, "stream": stream}).perturbed()
+    if not (isinstance(position := plain(position), int) and 0 <= position < 2**31):
+        raise ValueError(f"position must be an integer in [0, 2**31), not {position!r}")
+    return _Noisy(weights, sigma, restore, {"seed": seed, "draw": draw, "stream": stream}, position).perturbed()
 
 
 class _Noisy:
     """Weights while a `perturb` lasts."""
 
-    def __init__(self, weights: Any, sigma: float | Tensor, restore: str, noise: dict[str, Any]) -> None:
+    def __init__(self, weights: Any, sigma: float | Tensor, restore: str, noise: dict[str, Any], position: int = 0) -> None:
         if isinstance(weights, nn.Module):
             if distributed.is_sharded_module(
                 weights
@@ -82,9 +101,10 @@ class _Noisy:
         for name, w in named.items():
             if not isinstance(w, Tensor):
                 raise TypeError(f"{name} must be a tensor, not {type(w).__name__}")
-            if w.dtype not in ops.DTYPES:
+            if w.dtype not in DTYPES:
                 raise TypeError(
-                    f"{name} is {w.dtype}: expected float32, bfloat16, float16 or float64; leave quantised weights out"
+                    f"{name} is {w.dtype}: expected float32, bfloat16, float16, float64 or complex numbers; leave quantised "
+                    "weights out"
                 )
             # bitsandbytes packs its codes in tensors of any dtype, torchao wraps them.
             if hasattr(w, "quant_state") or (hasattr(w, "__tensor_flatten__") and not distributed.is_distributed(w)):
@@ -99,6 +119,7 @@ class _Noisy:
         if restore == "regenerate":
             check_regenerate(named.values())
         self.weights, self.sigma, self.how, self.noise = list(named.values()), sigma, restore, noise
+        self.position = position
         self.undo: list[Undo] = []
         self.modules: list[Any] = []  # under fully_shard
 
@@ -110,13 +131,14 @@ class _Noisy:
     def perturbed(self) -> Iterator[None]:
         yield from while_perturbed(self)
 
+    @outside_graphs
     def _enter(self) -> None:
-        torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
+        claim(self, self.weights)
         if distributed.any_distributed(self.weights):
             self.modules = distributed.sharded_modules()
-            distributed.reshard(self.modules)
+        forget_copies(self.modules)
         devices: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
-        for i, w in enumerate(self.weights):
+        for i, w in enumerate(self.weights, self.position):
             part = devices.setdefault(w.device, ([], []))
             part[0].append(w)
             part[1].append(i)
@@ -135,7 +157,8 @@ class _Noisy:
                 ]
             return ops.new_backup(mine)
 
+    @outside_graphs
     def restore(self) -> None:
         take_back(self.undo)
-        distributed.reshard(self.modules)
-        torch.clear_autocast_cache()
+        forget_copies(self.modules)
+        release(self)

@@ -293,9 +293,9 @@ def test_zero_in_one_group_leaves_that_group_alone(algorithm, key):
     model, whole = make_net(), make_net()
     head, features = list(model.head.parameters()), list(model.features.parameters())
     optimizer = flat([{"params": features, key: 0.0}, {"params": head}], torch.optim.SGD, lr=0.1, **options)
-    together = flat(
-        [*whole.features.parameters(), *whole.head.parameters()], torch.optim.SGD, lr=0.1, **options
-    )
+    # SAM's radius is that of what climbs; RWP's noise is that of a position.
+    others = list(whole.head.parameters()) if key == "rho" else [*whole.features.parameters(), *whole.head.parameters()]
+    together = flat(others, torch.optim.SGD, lr=0.1, **options)
     loss_of(model, make_batch(0)).backward()
     loss_of(whole, make_batch(0)).backward()
     before = all_bits(features)

@@ -350,3 +350,123 @@ def test_the_clean_gradient_stays_out_of_fisher_and_comes_back():
     with pytest.raises(ValueError, match="body"), optimizer.perturbed():
         raise ValueError("body")
     assert_same_bits([p.grad for p in model.parameters()], kept)
+
+
+# --- unscaled too early, or not at all -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["sam", "mrwp", "rwp"])
+def test_unscaling_before_the_perturbed_pass_is_refused(algorithm):
+    """The second gradient would be added, or stepped on, still multiplied by the scale. Nothing has changed then."""
+    model, optimizer = make(algorithm, "sgd")
+    scaler = scaler_of(2.0**16)
+    before = all_bits(model.parameters())
+    for _ in range(2):
+        scaler.scale(loss_of(model, make_batch(0))).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with pytest.raises(RuntimeError, match="unscale_\\(\\) before the perturbed pass"):
+            with optimizer.perturbed():
+                pytest.fail("the pass began")
+        assert_same_bits(all_bits(model.parameters()), before)
+        with torch.no_grad(), flatops.perturb(model, 0.1):  # a look at the loss is nobody's business
+            loss_of(model, make_batch(0))
+        optimizer.zero_grad()
+        scaler.update()
+    passes(optimizer, model, scaler, 0)
+    scaler.step(optimizer)
+    assert not torch.equal(all_bits(model.parameters())[0], before[0])
+
+
+def test_two_steps_need_an_unscaled_gradient():
+    """second_step() is not told of the scaler that its caller uses; after unscale_() all is well."""
+    model, optimizer = make("sam", "sgd")
+    twin, plain = make("sam", "sgd")
+    scaler = scaler_of(2.0**16)
+
+    def backward(scale, model=model):
+        scale(loss_of(model, make_batch(0))).backward()
+
+    before = all_bits(model.parameters())
+    backward(scaler.scale)
+    optimizer.first_step(zero_grad=True)
+    backward(scaler.scale)
+    with pytest.raises(RuntimeError, match="second_step\\(\\) would step on the scaled gradient"):
+        optimizer.second_step()
+    assert_same_bits(all_bits(model.parameters()), before)
+    assert not optimizer.is_perturbed
+    optimizer.zero_grad()
+    backward(scaler.scale)
+    optimizer.first_step(zero_grad=True)
+    backward(scaler.scale)
+    scaler.unscale_(optimizer)
+    optimizer.second_step()
+    scaler.update()
+    backward(lambda loss: loss, twin)
+    plain.first_step(zero_grad=True)
+    backward(lambda loss: loss, twin)
+    del scaler  # of this caller
+    plain.second_step()
+    assert_same_bits(model.parameters(), twin.parameters())
+
+
+def test_two_steps_beside_somebody_elses_scaler():
+    """One that the caller does not know scales something else."""
+    model, optimizer = make("sam", "sgd")
+
+    def elsewhere():
+        scaler = scaler_of(2.0**16)
+        scaler.scale(torch.ones(1))
+        yield scaler
+
+    keeps = elsewhere()
+    next(keeps)
+    loss_of(model, make_batch(0)).backward()
+    optimizer.first_step(zero_grad=True)
+    loss_of(model, make_batch(0)).backward()
+    optimizer.second_step()
+    keeps.close()
+
+
+@pytest.mark.parametrize("algorithm", ["sam", "rwp"])
+def test_a_disabled_scaler_is_not_there(algorithm):
+    """It hands everything on, a closure by position too, as to any optimizer."""
+    model, optimizer = make(algorithm, "sgd")
+    twin, plain = make(algorithm, "sgd")
+    scaler = GradScaler("cpu", enabled=False)
+
+    def closure_of(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = scaler.scale(loss_of(model, make_batch(0)))
+            loss.backward()
+            return loss
+
+        return closure
+
+    scaler.step(optimizer, closure_of(model, optimizer))
+    scaler.update()
+    plain.step(closure_of(twin, plain))
+    assert_same_bits(model.parameters(), twin.parameters())
+
+
+def test_an_overflow_is_carried_where_no_backward_runs():
+    """Gradients of torch.func run no hooks of parameters; the scaler skips the step all the same."""
+    model, optimizer = make("sam", "sgd")
+    model.eval()  # torch.func refuses to write statistics
+    scaler = scaler_of(2.0**10)
+    before = all_bits(model.parameters())
+    scaler.scale(OVERFLOW * loss_of(model, make_batch(0))).backward()
+    with optimizer.perturbed():
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        grads = torch.func.grad(
+            lambda q: scaler.scale(
+                nn.functional.cross_entropy(torch.func.functional_call(model, q, (make_batch(0)[0],)), make_batch(0)[1])
+            )
+        )(params)
+        for name, p in model.named_parameters():
+            p.grad = grads[name]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < 2.0**10
+    assert_same_bits(all_bits(model.parameters()), before)

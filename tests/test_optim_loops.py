@@ -433,3 +433,67 @@ def test_a_compiled_step():
     # torch 2.11 compiles SGD itself to foreach operations, which round otherwise.
     for ours, theirs in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+# --- gradients without a backward, threads -------------------------------------------------------------
+
+
+def test_m_rwp_refuses_gradients_that_it_could_not_weigh():
+    """Those that torch.func makes and the loop writes to p.grad; by autograd.grad on the parameters themselves they are weighed."""
+    model, batch = make_net(), make_batch(0)
+    optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.0, lam=0.25, lr=0.1)
+    model.eval()  # for the same statistics in both passes
+    loss_of(model, batch).backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+
+    def by_func():
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        call = torch.func.functional_call
+        grads = torch.func.grad(lambda q: nn.functional.cross_entropy(call(model, q, (batch[0],)), batch[1]))(params)
+        return grads.values()
+
+    def by_autograd():
+        return torch.autograd.grad(loss_of(model, batch), list(model.parameters()))
+
+    def run(gradients):
+        for one_pass in flatops.passes(optimizer):
+            with one_pass:
+                for p, g in zip(model.parameters(), gradients()):
+                    p.grad = g if p.grad is None else p.grad + g
+
+    with pytest.raises(RuntimeError, match="written to p.grad without a backward"):
+        run(by_func)
+    optimizer.zero_grad()
+    run(by_autograd)
+    for p, g in zip(model.parameters(), plain):
+        torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("kind", ["perturb", "optimizer"])
+def test_a_second_thread_is_refused(kind):
+    """It would restore the first one's noise. Other weights, and the same thread again, are free."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, other = make_net(), make_net(1)
+    before = all_bits([*model.parameters(), *other.parameters()])
+
+    def enter(m):
+        if kind == "perturb":
+            return flatops.perturb(m, 0.1)
+        return flatops.RWP(m.parameters(), SGD, sigma=0.1, seed=0, lr=0.1).perturbed()
+
+    def look(m):
+        with torch.no_grad(), enter(m):
+            return loss_of(m, make_batch(0))
+
+    with ThreadPoolExecutor(1) as pool:
+        with enter(model):
+            noisy = all_bits(model.parameters())
+            with pytest.raises(RuntimeError, match="another thread is perturbing these weights"):
+                pool.submit(look, model).result()
+            pool.submit(look, other).result()
+            assert_same_bits(all_bits(model.parameters()), noisy)
+            look(model)
+        pool.submit(look, model).result()
+    assert_same_bits(all_bits([*model.parameters(), *other.parameters()]), before)

@@ -413,3 +413,198 @@ def test_a_base_with_a_hyper_parameter_of_our_name_is_refused(flat, base, name):
     """Adadelta's rho is a decay: one entry of param_groups cannot be both, and nobody would notice."""
     with pytest.raises(ValueError, match=name):
         flat(some_params(), base, lr=0.1)
+
+
+# --- complex weights -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("make_optimizer", [
+    lambda p: flatops.SAM(p, SGD, rho=0.5, lr=0.1),
+    lambda p: flatops.SAM(p, SGD, rho=0.5, adaptive=True, lr=0.1),
+    lambda p: flatops.SSAM(p, SGD, rho=0.5, mask="dynamic", seed=0, lr=0.1),
+    lambda p: flatops.RWP(p, SGD, sigma=0.1, seed=0, lr=0.1),
+    lambda p: flatops.RWP(p, SGD, sigma=0.1, eta=1.0, seed=0, lr=0.1),
+], ids=["sam", "asam", "ssam", "rwp", "arwp"])  # fmt: skip
+def test_complex_weights_are_pairs_of_real_ones(make_optimizer, dtype):
+    """Perturbed, restored and kept in checkpoints as view_as_real of them would be, to the bit."""
+    shapes = [(4, 3), (5,), (2, 3, 2), (), (0, 2)]
+    complexes = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    reals = [nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in complexes]
+    optimizer, twin = make_optimizer(complexes), make_optimizer(reals)
+
+    def same():
+        assert_same_bits(map(torch.view_as_real, complexes), reals)
+
+    def gradients(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p, r in zip(complexes, reals):
+            p.grad = torch.randn(p.shape, dtype=dtype, generator=generator)
+            r.grad = torch.view_as_real(p.grad).clone()
+
+    before = [p.detach().clone() for p in complexes]
+    for i in range(2):
+        gradients(2 * i)
+        with optimizer.perturbed(), twin.perturbed():
+            same()
+            assert any(not torch.equal(p, b) for p, b in zip(complexes, before))
+            gradients(2 * i + 1)
+        optimizer.step()
+        twin.step()
+        with torch.no_grad():  # the bases round complex numbers in their own way
+            for p, r in zip(complexes, reals):
+                torch.testing.assert_close(torch.view_as_real(p), r)
+                r.copy_(torch.view_as_real(p))
+    copied = make_optimizer([nn.Parameter(p.detach().clone()) for p in complexes])
+    copied.load_state_dict(optimizer.state_dict())
+    if isinstance(optimizer, flatops.SSAM):
+        masks, loaded = optimizer.masks.values(), copied.masks.values()
+        assert_same_bits([m.bits for m in masks], [m.bits for m in loaded])
+        assert_same_bits([m.bits for m in masks], [m.bits for m in twin.masks.values()])
+
+
+def test_noise_without_an_optimizer_in_complex_weights():
+    w = torch.randn(4, 3, dtype=torch.complex64)
+    r, before = torch.view_as_real(w).clone(), w.clone()
+    with flatops.perturb([w], 0.1, seed=3), flatops.perturb([r], 0.1, seed=3):
+        assert_same_bits([torch.view_as_real(w)], [r])
+        assert not torch.equal(w, before)
+    assert torch.equal(w, before)
+
+
+# --- the other direction -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("rho", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_maximize_is_minimising_the_negated_loss(adaptive, rho, masked):
+    """To the bit, and in one group of two alone."""
+    results = []
+    for sign in (1, -1):
+        model = make_net()
+        groups = [{"params": list(model.features.parameters()), "maximize": sign == -1}]
+        groups += [{"params": list(model.head.parameters()), "rho": 0.2, "maximize": sign == -1}]
+        options = {"mask": "dynamic", "seed": 5} if masked else {}
+        cls = flatops.SSAM if masked else flatops.SAM
+        optimizer = cls(groups, SGD, rho=rho, adaptive=adaptive, lr=0.1, momentum=0.9, **options)
+        for i in range(3):
+            (sign * loss_of(model, make_batch(i))).backward()
+            with optimizer.perturbed():
+                (sign * loss_of(model, make_batch(i))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(list(model.parameters()))
+    assert_same_bits(*results)
+
+
+# --- the radius is that of what climbs -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_group_that_does_not_climb_is_not_in_the_norm(adaptive):
+    """Its gradient, however large, leaves the others their radius; where nothing climbs the step is the base's."""
+    params = some_params()
+    groups = [{"params": params[:2]}, {"params": params[2:], "rho": 0.0}]
+    optimizer = flatops.SAM(groups, SGD, rho=0.5, adaptive=adaptive, lr=0.1)
+    fill_gradients(params)
+    for p in params[2:]:
+        p.grad *= 1e6
+    before, alone = [p.detach().clone() for p in params], [nn.Parameter(p.detach().clone()) for p in params[:2]]
+    twin = flatops.SAM(alone, SGD, rho=0.5, adaptive=adaptive, lr=0.1)
+    fill_gradients(alone)
+    with optimizer.perturbed(), twin.perturbed():
+        assert_same_bits(params[:2], alone)
+        assert_same_bits(params[2:], before[2:])
+        if not adaptive:
+            moved = sum((p.detach() - b).double().square().sum() for p, b in zip(params, before)).sqrt()
+            assert moved.item() == pytest.approx(0.5, rel=1e-5)
+
+
+# --- numbers of numpy's, seeds, and torch's defaults ----------------------------------------------------
+
+
+def test_numbers_of_numpys_are_numbers():
+    """Wherever torch takes them; what is kept, and saved, is Python's."""
+    np = pytest.importorskip("numpy")
+    p = some_params()
+    options = {"sigma": np.float32(0.25), "seed": np.int64(3), "lam": np.float64(1), "stream": np.int32(1)}
+    rwp = flatops.RWP(p, SGD, lr=0.1, **options)
+    sam = flatops.SAM(p, SGD, rho=np.float16(0.5), lr=0.1)
+    rwp.param_groups[0]["sigma"] = np.float32(0.125)  # as a schedule would write it
+    for optimizer in (rwp, sam):
+        fill_gradients(p)
+        with optimizer.perturbed():
+            pass
+        saved = optimizer.state_dict()["param_groups"][0]
+        assert all(type(saved[key]) in (int, float, bool, str) for key in optimizer.options)
+    twin = some_params()
+    with flatops.perturb(p, np.float32(0.25), seed=np.uint64(2**63), draw=np.int64(3)):
+        with flatops.perturb(twin, 0.25, seed=2**63, draw=3):
+            assert_same_bits(p, twin)
+    scores = [torch.rand(9)]
+    assert torch.equal(ops.topk_mask(scores, np.int64(3)), ops.topk_mask(scores, 3))
+    ops.regrow_mask_(ops.topk_mask(scores, 3), scores, np.int32(1), seed=np.int8(0), draw=np.int8(0))
+    for bad in (True, 0.5, np.float32(1)):
+        with pytest.raises((TypeError, ValueError), match="k must be an integer|seed must be an integer"):
+            ops.topk_mask(scores, bad) if bad is not True else flatops.RWP(p, SGD, seed=bad, lr=0.1)
+
+
+@pytest.fixture
+def real_default_seed(monkeypatch):
+    monkeypatch.undo()  # conftest's fixture, which gives every optimizer the same
+    monkeypatch.setattr("flatops.optim.flat._seeded", (-1, 0))
+
+
+@pytest.mark.parametrize("make_optimizer", [
+    lambda p, **o: flatops.RWP(p, SGD, lr=0.1, **o), lambda p, **o: flatops.SSAM(p, SGD, lr=0.1, **o)
+], ids=["rwp", "ssam"])  # fmt: skip
+def test_the_default_seed_follows_torchs(real_default_seed, make_optimizer):
+    """Two optimizers differ, two seeds of torch differ, the same seed repeats; a given one is taken as it is."""
+
+    def seeds(torchs):
+        torch.manual_seed(torchs)
+        return [make_optimizer(some).param_groups[0]["seed"] for some in ([p], [p])]
+
+    p = some_params()[0]
+    first, other, again = seeds(1), seeds(2), seeds(1)
+    assert first == again and len({*first, *other}) == 4
+    assert make_optimizer([p], seed=0).param_groups[0]["seed"] == 0
+    saved = make_optimizer([p])
+    loaded = make_optimizer([p])
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.param_groups[0]["seed"] == saved.param_groups[0]["seed"]
+
+
+@pytest.mark.parametrize("default", [
+    lambda: torch.set_default_device("meta"), lambda: torch.set_default_dtype(torch.float64)
+], ids=["device", "dtype"])  # fmt: skip
+def test_torchs_defaults_do_not_matter(default):
+    """Tensors of ours are made where the parameters are, of the dtype that they need."""
+    results = []
+    for change in (lambda: None, default):
+        models = [make_net() for _ in range(4)]
+        batch = make_batch(0)
+        change()
+        try:
+            optimizers = [
+                flatops.SAM(models[0].parameters(), SGD, rho=0.1, lr=0.1),
+                flatops.RWP(models[1].parameters(), SGD, sigma=0.1, eta=1.0, lam=0.5, seed=0, lr=0.1),
+                flatops.SSAM(models[2].parameters(), SGD, rho=0.1, mask="dynamic", update_every=1, seed=0, lr=0.1),
+                flatops.SSAM(models[3].parameters(), SGD, rho=0.1, pattern="2:4", seed=0, lr=0.1),
+            ]
+            optimizers[3].update_mask(models[3], nn.functional.cross_entropy, [batch], samples=2)
+            for model, optimizer in zip(models, optimizers):
+                for _ in range(2):
+                    for one_pass in flatops.passes(optimizer, model):
+                        with one_pass:
+                            loss_of(model, batch).backward()
+                    optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+                with flatops.perturb(model, 0.1), torch.no_grad():
+                    loss_of(model, batch)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        results.append([p for model in models for p in model.parameters()])
+    assert_same_bits(*results)

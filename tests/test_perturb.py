@@ -337,3 +337,38 @@ def test_modules_are_named_in_errors():
 
 def test_the_snippets_of_the_documentation_run():
     run_snippets("perturb.md", 3)
+
+
+# --- positions, caches ---------------------------------------------------------------------------------
+
+
+def test_a_position_tells_layers_apart():
+    """A call a layer draws what one call over all draws, where layers are numbered."""
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    together, apart = [a.clone(), b.clone()], [a.clone(), b.clone()]
+    with (
+        flatops.perturb(together, 0.1, seed=1),
+        flatops.perturb(apart[:1], 0.1, seed=1),
+        flatops.perturb(apart[1:], 0.1, seed=1, position=1),
+    ):
+        assert_same_bits(together, apart)
+    for bad in (-1, 2**31, 0.5, "1", None):
+        with pytest.raises(ValueError, match="position must be an integer"):
+            flatops.perturb([a], position=bad)
+
+
+def test_noise_is_seen_through_cached_parametrizations():
+    """parametrize.cached() keeps computed weights: those of before are dropped on both ends."""
+    from torch.nn.utils import parametrize
+
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    layer = nn.Linear(3, 3)
+    parametrize.register_parametrization(layer, "weight", Double())
+    with torch.no_grad(), parametrize.cached():
+        clean = layer.weight.clone()
+        with flatops.perturb(layer, 0.1):
+            assert not torch.equal(layer.weight, clean)
+        assert torch.equal(layer.weight, clean)

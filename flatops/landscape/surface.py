@@ -113,7 +113,8 @@ def direction(weight: Tensor, *, seed: int, draw: int, index: int = 0) -> Tensor
     if not z.numel():
         return z
     tiny = torch.finfo(torch.float32).tiny  # a filter of one element may draw 0
-    scale = ops.filter_norms([weight]) / ops.filter_norms([z]).clamp_min(tiny)
+    # Contiguous: a norm is summed in storage order, and the direction is not to depend on the layout.
+    scale = ops.filter_norms([weight.contiguous()]) / ops.filter_norms([z]).clamp_min(tiny)
     return z.mul_(scale.reshape([-1, *[1] * (z.dim() - 1)] if z.dim() else []))
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from flatops import distributed, ops
 from flatops.distributed import local
-from flatops.optim.flat import Flat, on
+from flatops.optim.flat import Flat, on, without
 
 
 class KeepsFisher(Flat):
@@ -43,10 +43,11 @@ class KeepsFisher(Flat):
     def _keep_fisher(self) -> None:
         """Puts F into `state`, where checkpoints look: beside what the base keeps there, for an entry of ours alone would
         pass for its own, already made; or alone where the base keeps nothing at all."""
-        keeps_nothing = not any(entry.keys() - {"fisher"} for entry in self.state.values())
+        keeps_nothing = not any(map(_of_the_base, self.state.values()))
         for group in self.param_groups:
             for p in group["params"] if self._keeps_fisher(group) else []:
-                if p.requires_grad and (keeps_nothing or self.state.get(p)):
+                entry = self.state.get(p)
+                if p.requires_grad and (keeps_nothing or entry) and isinstance(entry, dict | None):
                     self.state[p]["fisher"] = self._fisher(p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,9 +61,9 @@ class KeepsFisher(Flat):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # F comes out before the base sees it, which would cast it to the parameter's dtype.
-        state = {i: dict(entry) for i, entry in state_dict["state"].items()}
-        fisher = {i: entry.pop("fisher") for i, entry in state.items() if "fisher" in entry}
-        super().load_state_dict({**state_dict, "state": {i: entry for i, entry in state.items() if entry}})
+        saved = state_dict["state"]
+        fisher = {i: entry["fisher"] for i, entry in saved.items() if isinstance(entry, dict) and "fisher" in entry}
+        super().load_state_dict({**state_dict, "state": {i: without(entry, "fisher") for i, entry in saved.items()}})
         # In place: a captured graph goes on reading it there. What is loaded may be what is here: only the others become 0.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for i, p in zip(saved["params"], group["params"]):
@@ -70,11 +71,16 @@ class KeepsFisher(Flat):
                     local(self._fisher(p)).copy_(distributed.shard_of(p, fisher[i]))
                 elif p in self.fisher:
                     local(self.fisher[p]).zero_()
-        if any(self.state.values()):
+        if any(not isinstance(entry, dict) or entry for entry in self.state.values()):
             self._keep_fisher()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "fisher": self.fisher}
+
+
+def _of_the_base(entry: Any) -> bool:
+    """Whether there is more than our F in an entry of `state`."""
+    return not isinstance(entry, dict) or bool(entry.keys() - {"fisher"})
 
 
 Gradients = Iterator[

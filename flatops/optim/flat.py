@@ -5,10 +5,15 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import hashlib
 import inspect
+import itertools
 import math
+import numbers
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -16,11 +21,13 @@ import torch
 from torch import Tensor
 
 from flatops import distributed, ops
-from flatops.backend import _C
+from flatops.backend import _C, outside_graphs
+from flatops.optim import scaler
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+DTYPES = (*ops.DTYPES, torch.complex64, torch.complex128)  # of parameters; complex ones are perturbed as pairs of real ones
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -60,6 +67,43 @@ def take_back(undo: list[Undo]) -> None:
     undo.clear()
 
 
+_claims: dict[tuple[int, int], Sequence[Tensor]] = {}  # (thread, id of an owner) -> the weights that it is perturbing
+
+
+def claim(owner: Any, weights: Sequence[Tensor]) -> None:
+    """Notes that an owner perturbs these weights in this thread, until `release`.
+
+    Raises:
+        RuntimeError: if another thread is perturbing some of them. Each would restore what it saw: the other's noise.
+    """
+    thread = threading.get_ident()
+    _claims[thread, id(owner)] = weights  # before looking: of two threads that come together one at least sees the other
+    others = [theirs for (other, _), theirs in list(_claims.items()) if other != thread]
+    if others and not _addresses(itertools.chain(*others)).isdisjoint(_addresses(weights)):
+        raise RuntimeError(
+            "another thread is perturbing these weights: give every thread a copy of the model, or hold a lock around the whole pass"
+        )
+
+
+def release(owner: Any) -> None:
+    """The owner's weights are as they were."""
+    for key in [key for key in list(_claims) if key[1] == id(owner)]:
+        _claims.pop(key, None)
+
+
+def _addresses(weights: Iterable[Tensor]) -> set[int]:
+    return {w.data_ptr() for w in distributed.all_local(weights) if w.numel()}
+
+
+def forget_copies(modules: list[Any]) -> None:
+    """Drops copies of weights that are about to change or have just changed: autocast's in low precision, those of
+    `parametrize.cached()`, and what `modules`, which are under fully_shard, have gathered."""
+    torch.clear_autocast_cache()
+    if parametrize := sys.modules.get("torch.nn.utils.parametrize"):
+        parametrize._cache.clear()
+    distributed.reshard(modules)
+
+
 @dataclass
 class Run:
     """Run-time state, in one mutable object: Lightning's proxies copy an optimizer's attributes, not what they refer to."""
@@ -74,9 +118,10 @@ class Run:
     agreed: bool = False  # all processes have the same optimizer
     modules: list[Any] | None = None  # under fully_shard; None until they have been looked for
     offloaded: bool = False  # shards in the host's memory
-    taint: tuple[list[Tensor], Tensor] | None = None  # sharded parameters, and whether SAM's first pass was finite
+    taint: Tensor | None = None  # whether SAM's first pass was finite, until a gradient of the second one carries it
     hooks: list[Any] = field(default_factory=list)
     skipped: list[Tensor] = field(default_factory=list)  # need no gradient in SSAM's first pass
+    default_seed: bool = False  # nobody has given one
 
 
 class _Exit:
@@ -127,6 +172,7 @@ def perturbed_pass(generator: Callable[Concatenate[T, P], Iterator[None]]) -> Ca
     """Makes a method that perturbs, yields once and restores into one that returns a Pass."""
     manager = contextlib.contextmanager(generator)
 
+    @outside_graphs
     @functools.wraps(generator)
     def begin(self: T, /, *args: P.args, **kwargs: P.kwargs) -> Pass:
         return Pass(self, manager(self, *args, **kwargs))
@@ -148,7 +194,9 @@ def _rebuild(flat: Any, base: Any) -> Any:
     return object.__new__(_combine(flat, base))
 
 
-def _check_base(base: Any) -> None:
+def _check_base(base: Any, others: dict[str, Any]) -> None:
+    if base is None and (misnamed := [name for name, value in others.items() if inspect.isclass(value)]):
+        raise TypeError(f"the optimizer class that steps is the argument base, not {misnamed[0]}: write base={others[misnamed[0]].__name__}")
     if not (inspect.isclass(base) and issubclass(base, torch.optim.Optimizer)):
         raise TypeError(f"base must be an optimizer class such as torch.optim.SGD, not {base!r}")
     if issubclass(base, (Flat, torch.optim.LBFGS)):
@@ -167,15 +215,18 @@ class Flat(torch.optim.Optimizer):
     def __new__(cls, params: Any = None, base: Any = None, *args: Any, **kwargs: Any) -> Self:
         made: Any = cls
         if cls.base is None:
-            _check_base(base)
+            _check_base(base, kwargs)
             made = _combine(made, base)
         return object.__new__(made)
 
     def _construct(self, params: Any, options: dict[str, Any], base_kwargs: dict[str, Any]) -> None:
         """Builds the base optimizer around our options, which live in param_groups beside lr."""
-        self.run = Run()
-        self.options = options
+        self.run = Run(default_seed="seed" in options and options["seed"] is None)
+        if self.run.default_seed:
+            options["seed"] = _default_seed()
+        self.options = options = {key: plain(value) for key, value in options.items()}
         self._check_group(options)
+        scaler.forget(self)
         self.base.__init__(self, params, **base_kwargs)
         if taken := options.keys() & self.defaults.keys():
             raise ValueError(
@@ -201,6 +252,9 @@ class Flat(torch.optim.Optimizer):
     @abc.abstractmethod
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         """The whole algorithm up to the step: leaves the gradient in p.grad and returns the loss to report."""
+
+    def _all_params(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     # --- the perturbed pass ------------------------------------------------------------------------------------------------
 
@@ -239,17 +293,22 @@ class Flat(torch.optim.Optimizer):
                 "perturbed() or first_step() while the weights are perturbed: leave the first, or call restore()"
             )
 
+    @outside_graphs
     def _enter(self) -> None:
         self.run.perturbed = True
-        torch.clear_autocast_cache()  # it holds low-precision copies of the clean weights
-        if not self.run.agreed and torch.is_grad_enabled():  # without, it may be a look at the loss by one process alone
-            if distributed.world()[1] > 1:
-                distributed.check_agreement(self._agreement())
-            self.run.agreed = True
+        params = self._all_params()
+        claim(self, params)
+        if torch.is_grad_enabled():  # without, it may be a look at the loss by one process alone
+            if scaler.has_unscaled(self):
+                raise RuntimeError(
+                    "unscale_() before the perturbed pass, whose gradient is scaled again: leave the first gradient scaled, "
+                    "and call unscale_() after perturbed()"
+                )
+            if not self.run.agreed:
+                self._agree()
         self._check_groups()
         self._check_world()
         if self.run.modules is None:
-            params = [p for group in self.param_groups for p in group["params"]]
             self.run.modules = distributed.sharded_modules() if distributed.any_distributed(params) else []
             self.run.offloaded = distributed.is_offloaded(params)
         self._drop_copies()
@@ -263,10 +322,21 @@ class Flat(torch.optim.Optimizer):
         """Makes sure that no forward will use, and no copy is reading, weights that are about to change or have just changed."""
         if self.run.offloaded:
             torch.accelerator.synchronize()
-        distributed.reshard(self.run.modules or [])
+        forget_copies(self.run.modules or [])
+
+    def _agree(self) -> None:
+        """Makes sure, once, that all processes have the same optimizer. Collective; the host waits for it."""
+        if distributed.world()[1] > 1:
+            if self.run.default_seed:  # processes may have seeded torch each in its own way: the first one's seed is all of theirs
+                seed = distributed.gather_objects(self.options["seed"])[0]
+                for group in self.param_groups:
+                    group["seed"] = seed if group["seed"] == self.options["seed"] else group["seed"]
+                self.options["seed"] = seed
+            distributed.check_agreement(self._agreement())
+        self.run.agreed = True
 
     def _agreement(self) -> dict[str, Any]:
-        """What all processes have to have alike; the host waits for it, once."""
+        """What all processes have to have alike."""
         params = [[(*p.shape, p.dtype, p.requires_grad) for p in group["params"]] for group in self.param_groups]
         return {"the optimizer": type(self).__name__, "params": params} | {
             key: [_number(v) if isinstance(v := group[key], Tensor) else v for group in self.param_groups]
@@ -277,6 +347,7 @@ class Flat(torch.optim.Optimizer):
         """After a perturbed pass that ended well, with the weights back in place."""
         self.run.ready |= torch.is_grad_enabled()  # or it was a look at the loss, and no gradient came of it
 
+    @outside_graphs
     def restore(self) -> None:
         """Takes the perturbation away, if there is one. perturbed() and second_step() do it for you."""
         run = self.run
@@ -285,7 +356,7 @@ class Flat(torch.optim.Optimizer):
             hook.remove()
         run.hooks.clear()
         self._drop_copies()
-        torch.clear_autocast_cache()
+        release(self)
         run.perturbed = False
 
     def _backup(self, params: list[Tensor]) -> list[Tensor]:
@@ -315,7 +386,7 @@ class Flat(torch.optim.Optimizer):
         parts: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
         position = 0
         for group in self.param_groups:
-            values = tuple(group[key] for key in keys)
+            values = tuple(group.get(key) for key in keys)
             for p in group["params"]:
                 if p.requires_grad and not (with_grad and p.grad is None):
                     params, index = parts.setdefault((p.device, *values), ([], []))
@@ -356,11 +427,8 @@ class Flat(torch.optim.Optimizer):
         else:
             if not callable(closure):
                 raise TypeError(f"closure must be callable, not {closure!r}")
-            if _called_by("torch.amp.grad_scaler"):
-                for name in (
-                    "grad_scale",
-                    "found_inf",
-                ):  # a fused base would apply what the scaler left there to its next step
+            if hasattr(self, "grad_scale") or scaler.has_unscaled(self):  # inside scaler.step()
+                for name in ("grad_scale", "found_inf"):  # a fused base would apply them to its next step
                     self.__dict__.pop(name, None)
                 raise RuntimeError(
                     "scaler.step(optimizer, closure) would step on scaled gradients: use perturbed() and scaler.step(optimizer)"
@@ -385,6 +453,7 @@ class Flat(torch.optim.Optimizer):
         step = self.base.step
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
 
+    @outside_graphs
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturbs the weights, for loops written for davda54/sam; `second_step` restores them and steps."""
         self._check_clean()
@@ -396,16 +465,23 @@ class Flat(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @outside_graphs
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and steps from p.grad.
 
         Raises:
-            RuntimeError: without a first_step.
+            RuntimeError: without a first_step, or with a GradScaler whose unscale_() has not been called: the gradient is
+                still multiplied by its scale.
         """
         if not self.run.perturbed:
             raise RuntimeError("second_step() without first_step()")
         self.restore()
         self._passed()
+        if scaler.has_left_scaled(self):
+            raise RuntimeError(
+                "second_step() would step on the scaled gradient: call scaler.unscale_(optimizer) before it, or write "
+                "perturbed() and scaler.step(optimizer)"
+            )
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -426,14 +502,14 @@ class Flat(torch.optim.Optimizer):
         self._not_while_perturbed("add_param_group()")
         if isinstance(param_group, dict):  # torch refuses what is none
             for key, value in self.options.items():
-                param_group.setdefault(key, value)
+                param_group[key] = plain(param_group.get(key, value))
             self._check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             for i, p in enumerate(group["params"]):
-                if p.dtype not in ops.DTYPES:
-                    raise TypeError(f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16 or float64")
+                if p.dtype not in DTYPES:
+                    raise TypeError(f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16, float64 or complex numbers")
                 distributed.check_layout(p, f"params[{i}]")
         except (TypeError, ValueError):
             del self.param_groups[-1]
@@ -458,8 +534,7 @@ class Flat(torch.optim.Optimizer):
         packed = super().state_dict()
         for group in packed["param_groups"]:
             for key in self.options:
-                if isinstance(group[key], Tensor):
-                    group[key] = _number(group[key])
+                group[key] = _number(group[key]) if isinstance(group[key], Tensor) else plain(group[key])
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -472,8 +547,8 @@ class Flat(torch.optim.Optimizer):
         self._not_while_perturbed("load_state_dict()")
         kept = [{key: group[key] for key in self.options} for group in self.param_groups]
         # davda54/sam leaves copies of the weights in its state; an entry of nothing else would pass for the base's own.
-        others = {k: {n: v for n, v in s.items() if n != "old_p"} for k, s in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": {k: s for k, s in others.items() if s}})
+        state = {k: without(s, "old_p") for k, s in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if not isinstance(s, dict) or s}})
         written: dict[Tensor, Any] = {}
         for group, old in zip(self.param_groups, kept):
             for key, value in old.items():
@@ -483,7 +558,7 @@ class Flat(torch.optim.Optimizer):
                         value = value.clone()
                     # In place: a captured graph goes on reading it there.
                     group[key] = value.fill_(ops.signed(loaded))
-        self.run.ready = self.run.agreed = False
+        self.run.ready = self.run.agreed = self.run.default_seed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.flat, self.base), self.__getstate__()
@@ -498,15 +573,29 @@ class Flat(torch.optim.Optimizer):
         super().__setstate__(state)
 
 
-def _called_by(module: str) -> bool:
-    frame = inspect.currentframe()
-    for _ in range(10):  # through torch's profiler hook and a learning-rate scheduler's counter
-        if frame is None:
-            return False
-        if frame.f_globals.get("__name__") == module:
-            return True
-        frame = frame.f_back
-    return False
+_seeded: tuple[int, int] = (-1, 0)  # torch's seed, and how many optimizers have taken theirs from it since it was set
+
+
+def _default_seed() -> int:
+    """A seed that follows torch's, for the next optimizer: two of them do not draw the same noise."""
+    global _seeded
+    theirs = torch.initial_seed()
+    _seeded = theirs, (_seeded[1] + 1 if _seeded[0] == theirs else 0)
+    return int.from_bytes(hashlib.blake2b(repr(_seeded).encode(), digest_size=8).digest(), "little")
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's as Python's own, which checkpoints hold without numpy; anything else as it is."""
+    if isinstance(value, (bool, Tensor)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def without(entry: Any, key: str) -> Any:
+    """An entry of `state` without one of its keys; bases also keep entries that are no dict, one for all parameters."""
+    return {k: v for k, v in entry.items() if k != key} if isinstance(entry, dict) else entry
 
 
 def _user_frame() -> int:
@@ -545,10 +634,16 @@ def check_tensor(name: str, value: Tensor, floating: bool = True) -> None:
 
 def check_range(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
     """Raises unless `value` is a finite number in [low, high]."""
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    valid = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not (valid and low <= value <= high):
         what = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f">= {low:g}"
         raise ValueError(f"{name} must be a finite number {what}, not {value!r}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raises unless `value` is an integer in [0, 2**64)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) < 2**64:
+        raise ValueError(f"{name} must be an integer in [0, 2**64), not {value!r}")
 
 
 def own(grad: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flatops import ops, reference
-from flatops.distributed import all_local, local, shard_of
+from flatops.distributed import all_local, local, real_shape, shard_of
 
 # --- patterns ------------------------------------------------------------------------------------------------------------
 
@@ -165,8 +165,8 @@ def decode(text: str, params: list[Tensor]) -> list[Tensor]:
         ValueError: for a mask of other parameters.
     """
     raw = bytearray(base64.b64decode(text[8:]))
-    like = [torch.empty(p.shape, dtype=torch.bool) for p in params]
-    if not params or int(text[:8], 16) != _shapes(params):
+    like = [torch.empty(real_shape(p), dtype=torch.bool, device="cpu") for p in params]
+    if not params or int(text[:8], 16) != _shapes(like):
         raise ValueError("the mask in the checkpoint is for parameters of other shapes: nothing was loaded")
     live = ops.unpack_mask(torch.frombuffer(raw, dtype=torch.int32), like)
     mine = [shard_of(p, l) for p, l in zip(params, live)]

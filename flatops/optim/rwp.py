@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor
 
 from flatops import distributed, ops
-from flatops.distributed import all_local
+from flatops.backend import outside_graphs
+from flatops.distributed import all_local, local
 from flatops.optim.fisher import KeepsFisher
-from flatops.optim.flat import check_range, check_tensor, on, own, perturbed_pass
+from flatops.optim.flat import check_integer, check_range, check_tensor, on, own, perturbed_pass, plain
 from flatops.optim.noise import add_noise, check_regenerate
 
 
 class RWP(KeepsFisher):
     """RWP: the gradient at randomly perturbed weights, the step at the weights themselves.
 
-    eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0).
+    eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0). Complex weights are pairs of real ones.
     m-RWP (lam < 1): the gradient is lam g(w + eps; B2) + (1 - lam) g(w; B1), on two different batches.
     ARWP (eta > 0): eps_f is divided by sqrt(1 + eta F_f), where F <- beta F + g^2 from the gradient at the perturbed weights;
     one number a filter is kept. With lam = 1 that is the gradient that steps, clipped if it is clipped.
@@ -35,7 +37,9 @@ class RWP(KeepsFisher):
         lam: weight of the perturbed gradient, in [0, 1]; default 1 (RWP), 0.5 for m-RWP.
         eta: strength of the adaptation, >= 0; default 0 (off), typically 0.1 to 1.
         beta: decay of F, in [0, 1]; default 0.99.
-        seed: of the noise, in [0, 2**64); default 0. A number, or an int64 tensor of one.
+        seed: of the noise, in [0, 2**64). A number, or an int64 tensor of one. Default: it follows `torch.manual_seed`, another
+            for each optimizer made since; of several processes all take the first one's. It stands in `param_groups` and in
+            checkpoints.
         stream: replicas of one seed draw different noise, each its own stream; default: the replica's number, 0 where there is
             one. Under DistributedDataParallel each process is a replica, under FSDP2 all shards together are.
         parallel: parallel m-RWP, for two replicas or more, of which the last half perturb (of 2 n + 1 the last n); default
@@ -79,7 +83,7 @@ class RWP(KeepsFisher):
         lam: float = 1.0,
         eta: float = 0.0,
         beta: float = 0.99,
-        seed: int | Tensor = 0,
+        seed: int | Tensor | None = None,
         stream: int | None = None,
         parallel: bool = False,
         restore: str = "exact",
@@ -90,8 +94,9 @@ class RWP(KeepsFisher):
         ] = []  # gradients that are not to be taken for the perturbed pass's
         self.weighing: list[Any] = []  # hooks
         self.loss_scale: float | Tensor | None = None
-        self.stream, self.parallel = stream, parallel
-        if not (stream is None or isinstance(stream, int) and 0 <= stream < 2**31):
+        self.parallel = parallel
+        self.stream = plain(stream)
+        if not (stream is None or isinstance(self.stream, int) and 0 <= self.stream < 2**31):
             raise ValueError(f"stream must be an integer in [0, 2**31) or None, not {stream!r}")
         options = {
             "sigma": sigma,
@@ -111,8 +116,8 @@ class RWP(KeepsFisher):
         check_range("beta", group["beta"], high=1.0)
         if isinstance(group["seed"], Tensor):
             check_tensor("seed", group["seed"], floating=False)
-        elif not (isinstance(group["seed"], int) and 0 <= group["seed"] < 2**64):
-            raise ValueError(f"seed must be an integer in [0, 2**64), not {group['seed']!r}")
+        else:
+            check_integer("seed", group["seed"])
         if group["restore"] not in ("exact", "regenerate"):
             raise ValueError(f"restore must be 'exact' or 'regenerate', not {group['restore']!r}")
 
@@ -129,7 +134,10 @@ class RWP(KeepsFisher):
         # The draw lives on the device and is advanced there, so that no step waits for the host; state_dict() reads it.
         draw = self.param_groups[0]["draw"]
         device = group["params"][0].device if group["params"] else "cpu"
-        group["draw"] = torch.as_tensor(draw, dtype=torch.int64).to(device, copy=True)
+        if isinstance(draw, Tensor):
+            group["draw"] = draw.to(device, torch.int64, copy=True)
+        else:
+            group["draw"] = torch.full((), draw, dtype=torch.int64, device=device)
 
     def _check_groups(self) -> None:
         super()._check_groups()
@@ -141,7 +149,7 @@ class RWP(KeepsFisher):
         """Which replica this is, of how many; told by the parameters, sharded ones first."""
         if distributed.world()[1] == 1:
             return 0, 1
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._all_params()
         at = distributed.layout(next(filter(distributed.is_distributed, params), params[0]))
         return at.replica, at.replicas
 
@@ -269,6 +277,7 @@ class RWP(KeepsFisher):
             p, g = self.aside.pop()
             p.grad = g if p.grad is None else p.grad.add_(g)
 
+    @outside_graphs
     def restore(self) -> None:
         drawn = self.run.perturbed
         super().restore()
@@ -289,7 +298,8 @@ class RWP(KeepsFisher):
 
     def _new_fisher(self, p: Tensor) -> Tensor:
         if not distributed.is_distributed(p):
-            return torch.zeros(p.shape[:1] if p.dim() else (1,), dtype=torch.float32, device=p.device)
+            w = local(p)
+            return torch.zeros(w.shape[:1] if w.dim() else (1,), dtype=torch.float32, device=p.device)
         row = p.detach()
         while row.dim() > 1:
             row = row.select(1, 0)
@@ -344,7 +354,7 @@ class RWP(KeepsFisher):
         loss = closure()
         if self.run.ready:  # the closure went through perturbed() itself
             return loss
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._all_params()
         clean = {p: own(p.grad) for p in params if p.grad is not None}
         for p in clean:
             p.grad = None
@@ -360,15 +370,34 @@ class RWP(KeepsFisher):
 
     @contextlib.contextmanager
     def weighted(self, weight: float) -> Iterator[None]:
-        """Multiplies what arrives in p.grad by a weight, before any all-reduce, where the loss is not multiplied by it."""
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad and weight != 1]
+        """Multiplies what arrives in p.grad by a weight, before any all-reduce, where the loss is not multiplied by it.
+
+        Raises:
+            RuntimeError: for sharded parameters, and at the end where a gradient came without a backward.
+        """
+        params = [p for p in self._all_params() if p.requires_grad and weight != 1]
         if distributed.any_distributed(params):
             raise RuntimeError(
                 "the gradients of shards cannot be weighed: write perturbed() out and multiply the loss by perturbed_weight"
             )
-        self.weighing += [p.register_hook(lambda grad: grad * weight) for p in params]
+        before = [None if p.grad is None else (p.grad, p.grad._version) for p in params]
+        weighed: set[int] = set()
+
+        def weigh(i: int, grad: Tensor) -> Tensor:
+            weighed.add(i)
+            return grad * weight
+
+        self.weighing += [p.register_hook(functools.partial(weigh, i)) for i, p in enumerate(params)]
         try:
             yield
+            for i, (p, old) in enumerate(zip(params, before)) if self.weighing else ():
+                new = p.grad
+                if i not in weighed and new is not None and not (old and old[0] is new and old[1] == new._version):
+                    raise RuntimeError(
+                        f"a gradient of shape {tuple(p.shape)} was written to p.grad without a backward, so that m-RWP's weight "
+                        "is not in it: call torch.autograd.backward or grad on the parameters themselves, or write perturbed() "
+                        "out and multiply the gradients by optimizer.clean_weight and optimizer.perturbed_weight"
+                    )
         finally:
             self._unweigh()
 

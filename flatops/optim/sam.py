@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flatops import distributed, ops
+from flatops.backend import outside_graphs
 from flatops.distributed import all_local, local
 from flatops.optim.flat import Flat, announce, check_range, check_tensor, on, perturbed_pass
 
@@ -19,14 +20,16 @@ from flatops.optim.flat import Flat, announce, check_range, check_tensor, on, pe
 class SAM(Flat):
     """SAM: the gradient at the worst weights nearby, the step at the weights themselves.
 
-    e = rho g / ||g||_2 over all parameters of the optimizer, the gradient taken at w + e, the base optimizer's step at w.
-    ASAM (`adaptive`): e = rho w^2 g / ||w g||_2.
+    e = rho g / ||g||_2 over all parameters that climb, the gradient taken at w + e, the base optimizer's step at w.
+    ASAM (`adaptive`): e = rho w^2 g / ||w g||_2. With the base's `maximize` e has the other sign. Complex weights climb as pairs of
+    real ones.
 
     Args:
         params: parameters or groups, which may set their own rho and adaptive.
         base: the optimizer class that steps, such as torch.optim.SGD.
         rho: the radius, >= 0; default 0.05, typically 0.05 to 0.2, ten times that with `adaptive`. A number, or a tensor of
-            one on the parameters' device, which a captured CUDA graph reads anew at every replay.
+            one on the parameters' device, which a captured CUDA graph reads anew at every replay. Where groups have radii of
+            their own, those of 0 are left out of the norm; a tensor never is, for nobody waits for its value.
         adaptive: ASAM; default False.
         **kwargs: for the base optimizer.
 
@@ -63,8 +66,6 @@ class SAM(Flat):
         (check_tensor if isinstance(group["rho"], Tensor) else check_range)("rho", group["rho"])
         if not isinstance(group["adaptive"], bool):
             raise ValueError(f"adaptive must be True or False, not {group['adaptive']!r}")
-        if group.get("maximize"):
-            raise ValueError("maximize=True would climb the wrong way: minimise the negated loss")
 
     @perturbed_pass
     def perturbed(self) -> Iterator[None]:
@@ -75,29 +76,27 @@ class SAM(Flat):
             TypeError: for a sparse gradient.
         """
         with super().perturbed():
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.grad = None
+            for p in self._all_params():
+                p.grad = None
             yield
 
     def _perturb(self) -> None:
-        parts = self._trainable(("rho", "adaptive"), with_grad=True)
+        parts = self._trainable(("rho", "adaptive", "maximize"), with_grad=True)
         if not parts:
             raise RuntimeError(
                 "no parameter has a gradient: run a backward at the weights themselves before perturbed()"
             )
+        for p in itertools.chain(*(params for params, _ in parts.values())):
+            if (layout := p.grad.layout) != torch.strided:  # type: ignore[union-attr] # those without a gradient are left out
+                raise TypeError(f"a gradient of shape {tuple(p.shape)} is {layout}: SAM needs dense gradients")
         grads = {key: all_local(p.grad for p in params) for key, (params, _) in parts.items()}
-        for g in itertools.chain(*grads.values()):
-            if g.layout != torch.strided:
-                raise TypeError(
-                    f"a gradient of shape {tuple(g.shape)} is {g.layout}: SAM needs dense gradients"
-                )
-        norm = self._norm(parts, grads)
+        climbing = {key: part for key, part in parts.items() if isinstance(key[1], Tensor) or key[1] > 0}
+        norm = self._norm(climbing or parts, grads)
         self._before_ascent(norm)
-        for (device, rho, adaptive), (params, _) in parts.items():
-            if isinstance(rho, Tensor) or rho > 0:
-                part = grads[device, rho, adaptive]
-                self._ascend(params, part, on(device, rho), norm=on(device, norm), adaptive=adaptive)
+        for (device, rho, adaptive, maximize), (params, _) in climbing.items():
+            part = grads[device, rho, adaptive, maximize]
+            radius = on(device, -rho if maximize else rho)
+            self._ascend(params, part, radius, norm=on(device, norm), adaptive=adaptive)
         self._taint(parts, norm)
 
     def _before_ascent(self, norm: Tensor) -> None:
@@ -113,7 +112,7 @@ class SAM(Flat):
         norms: dict[Any, list[Tensor]] = {}  # by the process group that has the rest of it
         for key, (params, _) in parts.items():
             for group, places in distributed.by_group(params).items():
-                weights = distributed.all_local(params[i] for i in places) if key[-1] else None
+                weights = distributed.all_local(params[i] for i in places) if key[2] else None
                 norms.setdefault(group, []).append(ops.grad_norm([grads[key][i] for i in places], weights))
         if list(norms) == [None] and len(norms[None]) == 1:
             return norms[None][0]
@@ -129,34 +128,31 @@ class SAM(Flat):
     def _taint(self, parts: dict[Any, Any], norm: Tensor) -> None:
         """Carries an overflow of the first pass into the second one's gradient, before any all-reduce.
 
-        The first gradient to be made is enough: a GradScaler skips the step for one NaN. Sharded gradients have no hooks, but
-        all processes have the same norm.
+        The first gradient to be made is enough: a GradScaler skips the step for one NaN. Where no hook runs, for sharded
+        gradients or those that torch.func makes, `_passed` does it.
         """
         finite = norm < math.inf  # one operation, where isfinite() is four
         params = [p for params, _ in parts.values() for p in params]
-        shards = list(filter(distributed.is_distributed, params)) if distributed.any_distributed(params) else []
-        self.run.taint = (shards, finite) if shards else None
-        pending = [True]
+        self.run.taint = finite
 
         def hook(grad: Tensor) -> Tensor | None:
-            if not pending:
+            if self.run.taint is None:
                 return None
-            pending.clear()
+            self.run.taint = None
             return torch.where(on(grad.device, finite), grad, math.nan)
 
-        self.run.hooks += [p.register_hook(hook) for p in params if not (shards and distributed.is_distributed(p))]
+        self.run.hooks += [p.register_hook(hook) for p in params if not distributed.is_distributed(p)]
 
     def _passed(self) -> None:
         super()._passed()
-        if self.run.taint is None:
-            return
-        shards, finite = self.run.taint
-        self.run.taint = None
-        for p in shards:
-            if p.grad is not None and local(p.grad).numel():
-                local(p.grad).add_(torch.where(finite, 0.0, math.nan).to(p.grad.dtype))
+        finite, self.run.taint = self.run.taint, None
+        for p in self._all_params() if finite is not None else ():
+            if p.grad is not None and p.grad.layout == torch.strided and local(p.grad).numel():
+                with torch.no_grad():
+                    local(p.grad).add_(torch.where(on(p.grad.device, finite), 0.0, math.nan).to(local(p.grad).dtype))
                 break
 
+    @outside_graphs
     @contextlib.contextmanager
     def ascent_pass(self, model: nn.Module | None = None) -> Iterator[None]:
         """Around the first forward and backward: with a DistributedDataParallel model every process climbs by its own gradient.
@@ -196,7 +192,7 @@ class SAM(Flat):
         if not self.run.ready:  # unless the closure went through perturbed() itself
             with self.perturbed():
                 closure()
-            if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            if all(p.grad is None for p in self._all_params()):
                 raise RuntimeError(
                     "the closure made no gradient in the perturbed pass, so that no step would ever move a weight: it has to run "
                     "the backward itself (in Lightning's manual optimization run perturbed() before optimizer.step())"

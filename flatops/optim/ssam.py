@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from flatops import distributed, ops
-from flatops.distributed import all_reduce, broadcast, local
+from flatops.backend import outside_graphs
+from flatops.distributed import all_reduce, broadcast, local, real_shape
 from flatops.optim import masks
 from flatops.optim.fisher import KeepsFisher, sample_fisher
-from flatops.optim.flat import _user_frame, announce, check_range, on
+from flatops.optim.flat import _user_frame, announce, check_integer, check_range, on, plain
 from flatops.optim.masks import Mask
 from flatops.optim.sam import SAM
 
@@ -74,7 +75,7 @@ class SSAM(KeepsFisher, SAM):
             what needs no samples, dynamic masks and fisher='minibatch'. A pass that overflows puts the update off.
         skip_masked: spare the first pass the gradients of tensors of which nothing climbs; `ascent_pass` tells how. The norm is
             then over the other tensors' gradients alone: not the papers' algorithm. Default False.
-        seed: of what is random, in [0, 2**64); default 0.
+        seed: of what is random, in [0, 2**64). Default: it follows `torch.manual_seed`, as RWP's does.
         **kwargs: for the base optimizer.
 
     Raises:
@@ -116,7 +117,7 @@ class SSAM(KeepsFisher, SAM):
         total_updates: int = 0,
         update_every: int = 0,
         skip_masked: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         **kwargs: Any,
     ):
         self.masks: dict[torch.device, Mask] = {}
@@ -156,8 +157,7 @@ class SSAM(KeepsFisher, SAM):
             if group[name] not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {group[name]!r}")
         for name in ("total_updates", "update_every", "seed"):
-            if not (isinstance(group[name], int) and 0 <= group[name] < 2**64):
-                raise ValueError(f"{name} must be an integer in [0, 2**64), not {group[name]!r}")
+            check_integer(name, group[name])
         if not isinstance(group["skip_masked"], bool):
             raise ValueError(f"skip_masked must be True or False, not {group['skip_masked']!r}")
         if group["skip_masked"] and (group["fisher"] == "minibatch" or group["grow"] == "gradient"):
@@ -195,6 +195,7 @@ class SSAM(KeepsFisher, SAM):
 
     # --- making masks ------------------------------------------------------------------------------------------------------
 
+    @outside_graphs
     def update_mask(
         self,
         model: nn.Module | None = None,
@@ -239,7 +240,7 @@ class SSAM(KeepsFisher, SAM):
             fisher = None
         elif model is None or loss_fn is None or batches is None:
             raise ValueError("mask='fisher' needs update_mask(model, loss_fn, batches)")
-        elif not (isinstance(samples, int) and samples >= 1):
+        elif not (isinstance(samples := plain(samples), int) and samples >= 1):
             raise ValueError(f"samples must be an integer >= 1, not {samples!r}")
         else:
             parts = [params for params, _ in self._trainable(()).values()]
@@ -303,7 +304,7 @@ class SSAM(KeepsFisher, SAM):
     def _from_first(self, make: Callable[[], Tensor]) -> dict[torch.device, Mask]:
         """The masks for this process's shards, of one over whole parameters that the first process makes. Collective."""
         params = [p for part, _ in self._trainable(()).values() for p in part]
-        like = [torch.empty(p.shape, dtype=torch.bool) for p in params]
+        like = [torch.empty(real_shape(p), dtype=torch.bool, device="cpu") for p in params]
         size = ops.mask_size(like)
         bits = distributed.from_first(make, (size,), torch.int32, params[0].device).cpu()
         return self._spread({p: distributed.shard_of(p, l) for p, l in zip(params, ops.unpack_mask(bits, like))})
@@ -327,7 +328,7 @@ class SSAM(KeepsFisher, SAM):
         scores = {}
         for (device,), (params, index) in self._trainable(()).items():
             for p, i in zip(params, index):
-                z = ops.normal(p.shape, seed=first["seed"], draw=first["updates"], tensor=i, device=device)
+                z = ops.normal(real_shape(p), seed=first["seed"], draw=first["updates"], tensor=i, device=device)
                 z = distributed.shard_of(p, z.abs_())
                 scores[p] = torch.empty_like(local(p), dtype=torch.float32).copy_(z)
         self._install(self._largest(scores))
@@ -364,7 +365,7 @@ class SSAM(KeepsFisher, SAM):
             None if scores is None else self._whole(dict(zip(params, scores)))
             for scores in (self._scores(first[by], params) for by in ("drop", "grow"))
         )
-        like = drop or grow or [torch.empty(l.shape) for l in live]
+        like = drop or grow or [torch.empty(l.shape, device="cpu") for l in live]
         return self._from_first(lambda: self._moved(ops.pack_mask(live), like, index, drop, grow, rate))
 
     @staticmethod
@@ -418,6 +419,7 @@ class SSAM(KeepsFisher, SAM):
 
     # --- the first pass ----------------------------------------------------------------------------------------------------
 
+    @outside_graphs
     @contextlib.contextmanager
     def ascent_pass(self, model: nn.Module | None = None) -> Iterator[None]:
         """As SAM's; with `skip_masked` tensors of which nothing climbs get no gradient besides.
@@ -541,7 +543,8 @@ class SSAM(KeepsFisher, SAM):
         return group["fisher"] == "minibatch"
 
     def _new_fisher(self, p: Tensor) -> Tensor:
-        return torch.zeros_like(p, dtype=torch.float32, requires_grad=False)  # sharded as p is
+        like = p if distributed.is_distributed(p) else local(p)
+        return torch.zeros_like(like, dtype=torch.float32, requires_grad=False)  # sharded as p is
 
     def state_dict(self) -> dict[str, Any]:
         """As SAM's, with the mask as text in `param_groups`. Under FSDP2 all processes call it together: shards of the mask are gathered."""
@@ -550,7 +553,7 @@ class SSAM(KeepsFisher, SAM):
         live = {p: distributed.whole(p, l) for mask in self.masks.values() for p, l in mask.live().items()}
         for group, ours in zip(packed["param_groups"], self.param_groups if live else []):
             group["mask_bits"] = masks.encode(
-                [live.get(p, torch.zeros(p.shape, dtype=torch.bool)) for p in ours["params"]]
+                [live[p] if p in live else torch.zeros(real_shape(p), dtype=torch.bool, device="cpu") for p in ours["params"]]
             )
         return packed
 
