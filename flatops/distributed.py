@@ -121,16 +121,21 @@ def is_distributed(t: Tensor) -> bool:
 
 
 def local(t: Any) -> Tensor:
-    """This process's part of a tensor, without autograd; itself where it has all of it. Always the same object."""
-    return t._local_tensor if is_distributed(t) else t
+    """This process's part of a tensor, without autograd, complex numbers as pairs of real ones; itself where it has all of it."""
+    return all_local([t])[0]
 
 
 def all_local(tensors: Iterable[Any]) -> list[Tensor]:
-    """This process's part of each."""
+    """This process's part of each, as `local` has it."""
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
-        return list(tensors)
-    return [t._local_tensor if isinstance(t, module.DTensor) else t for t in tensors]
+    if module is not None:
+        tensors = [t._local_tensor if isinstance(t, module.DTensor) else t for t in tensors]
+    return [torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t for t in tensors]
+
+
+def real_shape(p: Tensor) -> tuple[int, ...]:
+    """The shape of a whole parameter, complex numbers as pairs of real ones."""
+    return (*p.shape, 2) if p.is_complex() else tuple(p.shape)
 
 
 def any_distributed(tensors: Iterable[Tensor]) -> bool:
@@ -186,16 +191,30 @@ def layout(p: Tensor) -> Layout:
     return Layout(replica=replica, replicas=replicas)
 
 
+_MARKS = {  # that engines leave on the parameters that they flatten
+    "_is_flat_param": "FullyShardedDataParallel",
+    "_fsdp_flattened": "FullyShardedDataParallel",  # use_orig_params=True
+    "ds_id": "DeepSpeed",  # ZeRO-3
+}
+
+
 def check_layout(p: Tensor, name: str) -> None:
-    """Raises for a DTensor of any other placements than FSDP2's.
+    """Raises for a flattened parameter, whose filters are gone, and for a DTensor of any other placements than FSDP2's.
 
     Raises:
-        ValueError: naming the parameter and its placements.
+        ValueError: naming the parameter and its engine or placements.
     """
-    if getattr(p, "_is_flat_param", False):
-        raise ValueError(f"{name} is FullyShardedDataParallel's: use fully_shard, whose parameters keep their rows")
+    engine = next((engine for mark, engine in _MARKS.items() if hasattr(p, mark)), None)
+    if engine is None and type(p).__name__ == "FlatParameter":  # fairscale's and XLA's
+        engine = type(p).__module__
+    if engine is not None:
+        raise ValueError(
+            f"{name} is flattened by {engine}, and its filters are lost: use fully_shard, whose parameters keep their rows"
+        )
     if not is_distributed(p):
         return
+    if p.is_complex():
+        raise ValueError(f"{name} is complex and sharded: split it into real and imaginary parts of their own")
     shards = [placement for placement in p.placements if not placement.is_replicate()]
     # _StridedShard, which FSDP makes of what tensor parallelism has cut before, inherits from Shard.
     right = all(type(s).__name__ == "Shard" and s.dim == 0 for s in shards) and len(shards) <= 1
@@ -203,6 +222,25 @@ def check_layout(p: Tensor, name: str) -> None:
         raise ValueError(
             f"{name} has placements {tuple(p.placements)}: only one Shard(0), as fully_shard makes it, and Replicate() are "
             "supported, no tensor parallelism"
+        )
+
+
+def check_params(params: list[Any], given: bool) -> None:
+    """Raises where an engine has taken parameters over after the optimizer was built.
+
+    Args:
+        params: what the optimizer holds now.
+        given: whether all that it was given were the model's own: `nn.Parameter`s.
+
+    Raises:
+        ValueError: as `check_layout`; or for tensors in the place of parameters, or none at all.
+    """
+    for i, p in enumerate(params):
+        check_layout(p, f"params[{i}]")
+    if given and not (params and all(isinstance(p, nn.Parameter) for p in params)):
+        raise ValueError(
+            "the parameters that the optimizer was given are no longer in it, but copies that no forward reads: DeepSpeed, Megatron "
+            "and apex put such there, most of them flattened. Use DistributedDataParallel or fully_shard"
         )
 
 
@@ -270,13 +308,43 @@ def reshard(modules: list[weakref.ref[Any]]) -> None:
 
     Module.reshard() does so too, but for a module whose forward has not ended, and an exception in it leaves that so for good.
     """
+    for group in _param_groups(modules):
+        if group._all_gather_result is not None:  # gathered ahead of time
+            group.wait_for_unshard()
+        group._to_sharded()
+
+
+def _param_groups(modules: list[weakref.ref[Any]]) -> Iterator[Any]:
     for module in filter(None, (reference() for reference in modules)):
         state = module._get_fsdp_state()
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            if group is not None:
-                if group._all_gather_result is not None:  # gathered ahead of time
-                    group.wait_for_unshard()
-                group._to_sharded()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        yield from (group for group in groups if group is not None)
+
+
+def check_reduced(modules: list[weakref.ref[Any]], params: Iterable[Tensor], what: str) -> None:
+    """Raises where fully_shard holds gradients back, so that p.grad lacks them.
+
+    Args:
+        modules: under fully_shard.
+        params: whose gradients are needed.
+        what: needs them.
+
+    Raises:
+        RuntimeError: saying what to do.
+    """
+    needed = set(map(id, params))
+
+    def held(one: Any) -> bool:
+        unsharded = getattr(one, "_unsharded_param", None)  # made by the first forward
+        return one.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+
+    for group in _param_groups(modules):
+        part = [one for one in group.fsdp_params if id(one.sharded_param) in needed]
+        if part and (group._partial_reduce_output is not None or any(map(held, part))):
+            raise RuntimeError(
+                f"{what} needs gradients that fully_shard holds back: leave set_requires_gradient_sync(True) in every pass (in "
+                "accelerate and the Trainer: gradient accumulation with sync_each_batch=True)"
+            )
 
 
 def is_offloaded(params: Iterable[Tensor]) -> bool:
