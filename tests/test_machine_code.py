@@ -1,5 +1,7 @@
-"""What the CUDA kernels' machine code shows without a GPU: no spills, 128-bit accesses, as few instructions as documented."""
+"""What the CUDA kernels' machine code has to show with any compiler: no spills, 128-bit accesses, nothing approximate, room for the blocks that
+are to be resident. How many registers and instructions it takes is said in docs/performance.md."""
 
+import functools
 import re
 
 import pytest
@@ -14,10 +16,13 @@ ARCHS = [arch for arch in _C.cuda_archs if arch.startswith("sm_")]
 FLOAT32 = r"perturbIf|ascendIf|4copyIf|filter_sumsIf|part_sumsIf"
 
 
-@pytest.fixture(scope="module", params=ARCHS)
+read = functools.cache(machine_code.kernels)  # for architectures in any order
+
+
+@pytest.fixture(params=ARCHS)
 def kernels(request):
     """The kernels compiled for one architecture, by name."""
-    return machine_code.kernels(_C.__file__, request.param)
+    return read(_C.__file__, request.param)
 
 
 def test_every_operator_has_its_kernel(kernels):
@@ -29,8 +34,15 @@ def test_nothing_is_spilled(kernels):
     assert {name: kernel.spills for name, kernel in kernels.items() if kernel.spills or kernel.stack} == {}
 
 
+def test_registers_leave_room_for_the_blocks_that_are_to_be_resident(kernels):
+    """As many as csrc/cuda asks for by __launch_bounds__, of 256 threads."""
+    for name, kernel in kernels.items():
+        blocks = 3 if re.search(r"perturbIf", name) else 4 if "mark_candidates" in name else 1
+        assert kernel.warps >= 8 * blocks, name
+
+
 def test_weights_and_gradients_move_128_bits_at_once(kernels):
-    """On the path of whole, aligned tiles; what else is read there are numbers, one a block."""
+    """On the path of whole, aligned tiles, where 16 or more weights a thread are read or written; what else is read are numbers, one a block."""
     for name, kernel in kernels.items():
         if re.search(FLOAT32, name):
             path = kernel.path(machine_code.SEARCH)
@@ -39,16 +51,13 @@ def test_weights_and_gradients_move_128_bits_at_once(kernels):
                 for access in ("LDG", "STG")
             )
             narrow = sum(n for i, n in path.items() if i.name in ("LDG", "STG") and i.bits < 128)
-            assert loads + stores >= 8 and narrow <= 4, name
+            assert loads + stores >= 8 and narrow < 16, name
 
 
-def test_float32_arithmetic_is_what_the_source_says(kernels):
-    """No multiplication and addition was contracted, and nothing is approximate: their bits would differ from a CPU's."""
-    normal = next(k for name, k in kernels.items() if re.search(r"perturbIfL.*ModeE2ELi168E", name))
-    counts = normal.instructions
-    # Eight fours of normals are sixteen pairs; a pair takes 13 fma, and a correctly rounded root 2 more.
-    assert sum(n for opcode, n in counts.items() if opcode.startswith("FFMA")) >= 16 * 13
-    assert not any(re.match(r"MUFU\.(LG2|EX2|SIN|COS|SQRT)", opcode) for opcode in counts)
+def test_nothing_is_approximate(kernels):
+    """Bits would differ from a CPU's. Reciprocals and inverse roots are where correctly rounded divisions and roots begin."""
+    for name, kernel in kernels.items():
+        assert not any(re.match(r"MUFU\.(LG2|EX2|SIN|COS|SQRT|TANH)", opcode) for opcode in kernel.instructions), name
 
 
 @pytest.mark.skipif(
@@ -62,6 +71,5 @@ def test_memory_and_not_arithmetic_bounds_an_h100():
         kernel = next(k for name, k in kernels.items() if re.search(pattern, name))
         pipes = machine_code.by_pipe(kernel.path(machine_code.SEARCH), elements)
         prediction = machine_code.predict(pipes, bytes_per_weight, weights)
-        assert pipes["issue"] < 60, operator
         if operator != "normals alone":
-            assert prediction.arithmetic < 0.75 * prediction.memory, operator
+            assert prediction.arithmetic < prediction.memory, operator
