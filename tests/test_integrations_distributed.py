@@ -23,7 +23,7 @@ def run(framework: str, folder: Path) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--shutdown-timeout", "3", worker.__file__, framework, str(file)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{file}.{rank}") for rank in range(2)]
 
