@@ -10,8 +10,9 @@ import timm
 import torch
 from documentation import run_snippets
 from models import assert_same_bits, state_tensors
+from plain import plain_loop
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 from torch.amp import GradScaler
 
 import flatops
@@ -71,17 +72,28 @@ def test_lookahead_around_it():
     assert not torch.equal(model.fc.weight, before)
 
 
-def timms_loop(name, precision, accumulate, clip, ours):
-    """train_one_epoch of timm's train.py; `ours`: with FlatScaler, else with two passes written out."""
+def start(name, precision):
     model = make_model()
     model.train()
-    ema = ModelEmaV3(model, decay=0.9)
-    optimizer = create_optimizer_v2(model, name, lr=0.05, weight_decay=1e-4)
+    random = {} if name.startswith(("sam", "asam")) else {"seed": 0}
+    optimizer = create_optimizer_v2(model, name, lr=0.05, weight_decay=1e-4, **random)
     fp16 = precision == "fp16"
-    amp_autocast = partial(torch.autocast, "cpu", dtype=torch.float16) if fp16 else contextlib.nullcontext
-    loss_scaler = FlatScaler(model, "cpu", enabled=fp16)
-    loss_scaler._scaler = scaler = GradScaler("cpu", init_scale=2.0**10, enabled=fp16)
-    losses, total = [], {}
+    autocast = partial(torch.autocast, "cpu", dtype=torch.float16) if fp16 else contextlib.nullcontext
+    return model, optimizer, ModelEmaV3(model, decay=0.9), autocast, GradScaler("cpu", init_scale=2.0**10, enabled=fp16)
+
+
+def scripts_loop(name, precision, accumulate, clip, form):
+    """timm's train.py with the edits of the page: in float32 and bfloat16 it has no loss scaler."""
+    model, optimizer, ema, amp_autocast, scaler = start(name, precision)
+    task = lambda x, y: {"loss": torch.nn.functional.cross_entropy(model(x), y)}
+    if form == "loss, result":
+        tasks = pytest.importorskip("timm.task", reason="timm before 1.0.23 has no tasks")
+        task = tasks.ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    loss_scaler = NativeScaler("cpu") if scaler.is_enabled() else None
+    loss_scaler = FlatScaler(model, "cpu", enabled=loss_scaler is not None, accum_steps=accumulate)
+    assert loss_scaler._scaler.is_enabled() is scaler.is_enabled()
+    loss_scaler._scaler = scaler  # whose first scale is small enough for steps to be made
+    losses = []
     optimizer.zero_grad()
     for i in range(4):
         x, y = make_data(i)
@@ -89,56 +101,90 @@ def timms_loop(name, precision, accumulate, clip, ours):
 
         def _forward():
             with amp_autocast():
-                loss = torch.nn.functional.cross_entropy(model(x), y)
-            return loss / accumulate if accumulate > 1 else loss
+                result = task(x, y)
+                loss = result["loss"]
+            if accumulate > 1:
+                loss /= accumulate
+            return (loss, result) if form == "loss, result" else loss
 
-        if ours:
-            loss = loss_scaler(
-                _forward, optimizer, clip_grad=clip, parameters=model.parameters(), need_update=need_update
-            )
-            losses.append(loss.item())
+        def _backward(closure):
+            return loss_scaler(closure, optimizer, clip_grad=clip, parameters=model.parameters(), need_update=need_update)
+
+        if form == "loss, result":
+            loss, result = _backward(_forward)
+            assert result["output"].shape == (4, 4) and result["loss"].item() == loss.item()
         else:
-            weights = (1, 1) if "sam" in name else (optimizer.clean_weight, optimizer.perturbed_weight)
-            one = name.startswith(("rwp", "arwp"))
-            if not one:
-                loss = _forward()
-                losses.append(loss.item())
-                scaler.scale(loss).backward()
-                for p in model.parameters():
-                    if "sam" not in name:
-                        total[p] = weights[0] * p.grad + total.get(p, 0)
-                        p.grad = None
-            with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model, not one):
-                loss = _forward()
-                scaler.scale(loss).backward()
-            if one:
-                losses.append(loss.item())
-            for p in model.parameters():
-                total[p] = weights[1] * p.grad + total.get(p, 0)
-                p.grad = None
-            if need_update:
-                for p in model.parameters():
-                    p.grad = total.pop(p)
-                if clip is not None:
-                    scaler.unscale_(optimizer)
-                    dispatch_clip_grad(model.parameters(), clip)
-                scaler.step(optimizer)
-                scaler.update()
+            loss = _backward(_forward)
+        losses.append(loss.item())
         if need_update:
             optimizer.zero_grad()
             ema.update(model, step=i)
     return losses, [*model.state_dict().values(), *ema.state_dict().values(), *state_tensors(optimizer)]
 
 
+def by_hand(name, precision, accumulate, clip):
+    model, optimizer, ema, autocast, scaler = start(name, precision)
+
+    def backward(i):
+        x, y = make_data(i)
+        with autocast():
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss = loss / accumulate
+        scaler.scale(loss).backward()
+        return loss.item()
+
+    steps = iter(range(accumulate - 1, 4, accumulate))
+    losses = plain_loop(
+        model, optimizer, backward, 4, scaler, accumulate, clip, after_step=lambda: ema.update(model, step=next(steps))
+    )
+    return losses, [*model.state_dict().values(), *ema.state_dict().values(), *state_tensors(optimizer)]
+
+
+@pytest.mark.parametrize("form", ["loss, result", "loss"])
 @pytest.mark.parametrize("accumulate, clip", [(1, None), (2, 0.5)], ids=["", "accumulated and clipped"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["samsgd", "asammomentum", "ssamsgd", "rwpsgd", "mrwpadamw", "arwpsgd"])
-def test_the_training_scripts_loop(name, precision, accumulate, clip):
-    (losses, state), (expected, other) = (
-        timms_loop(name, precision, accumulate, clip, ours) for ours in (True, False)
-    )
+def test_the_training_scripts_loop(name, precision, accumulate, clip, form):
+    """As it is since timm 1.0.23, whose forward returns a pair, and as it was: the bits of the loop that one would write."""
+    losses, state = scripts_loop(name, precision, accumulate, clip, form)
+    expected, other = by_hand(name, precision, accumulate, clip)
     assert losses == expected
     assert_same_bits(state, other)
+
+
+SCALERS = {
+    "none": lambda model: None,
+    "timm's": lambda model: NativeScaler("cpu"),
+    "enabled": lambda model: FlatScaler(model, "cpu"),
+    "disabled": lambda model: FlatScaler(model, "cpu", enabled=False),
+}
+
+
+@pytest.mark.parametrize("loaded", SCALERS)
+@pytest.mark.parametrize("saved", SCALERS)
+def test_resume_in_another_precision(saved, loaded, tmp_path):
+    """From timm's own checkpoints: a scale is taken over where there are two, and otherwise begins anew."""
+
+    def new(kind):
+        model = make_model()
+        return model, create_optimizer_v2(model, "samsgd", lr=0.05), SCALERS[kind](model)
+
+    model, optimizer, scaler = new(saved)
+    scaled = scaler is not None and scaler._scaler.is_enabled()
+    if scaled:
+        scaler._scaler = GradScaler("cpu", init_scale=8.0)
+    saver = CheckpointSaver(model, optimizer, amp_scaler=scaler, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(3)
+    model, optimizer, scaler = new(loaded)
+    assert timm.models.resume_checkpoint(model, str(tmp_path / "last.pth.tar"), optimizer, scaler, log_info=False) == 4
+    if scaler is not None and scaler._scaler.is_enabled():
+        assert scaler._scaler.get_scale() == (8.0 if scaled else 2.0**16)
+
+
+def test_the_empty_state_of_a_disabled_scaler_loads():
+    scaler = FlatScaler(make_model(), "cpu")
+    scaler.load_state_dict(GradScaler("cpu", enabled=False).state_dict())
+    assert scaler._scaler.get_scale() == 2.0**16
 
 
 def test_f_does_not_depend_on_what_the_loss_is_divided_by():
@@ -174,4 +220,6 @@ def test_clipping_needs_parameters():
 
 
 def test_the_snippets_of_the_documentation_run():
-    run_snippets("timm.md", 2)
+    names = run_snippets("timm.md", 2)
+    assert not names["loss_scaler"]._scaler.is_enabled()  # float32 on a CPU
+    assert names["result"]["output"].shape == (4, 4)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from timm.optim._optim_factory import default_registry
 from timm.utils import NativeScaler, dispatch_clip_grad
-from torch import Tensor, nn
+from torch import nn
 
 import flatops
 from flatops.optim.passes import passes
@@ -66,7 +66,8 @@ def register(*bases: str) -> list[str]:
 class FlatScaler(NativeScaler):
     """timm's NativeScaler, given the forward instead of its loss: runs all passes of a micro-batch, and the step if it is due.
 
-    For every method and precision: with `enabled=False` it scales nothing, as bfloat16 and float32 want it.
+    For every method and precision: with `enabled=False` it scales nothing, as bfloat16 and float32 want it. Its checkpoints are
+    NativeScaler's; a run that goes on in float16 begins with a fresh scale if there was none.
 
     Args:
         model: whose BatchNorm statistics are to come from the clean pass alone.
@@ -75,10 +76,10 @@ class FlatScaler(NativeScaler):
         accum_steps: what `forward` divides the loss by; only ARWP with lam < 1 has to know. Default 1.
 
     Example:
-        >>> loss_scaler = FlatScaler(model, device.type, enabled=amp_dtype == torch.float16)
-        >>> loss = loss_scaler(_forward, optimizer, clip_grad=args.clip_grad, parameters=params, need_update=need_update)
+        >>> loss_scaler = FlatScaler(model, device.type, enabled=loss_scaler is not None)  # where the script would scale
+        >>> loss, result = loss_scaler(_forward, optimizer, clip_grad=args.clip_grad, parameters=params, need_update=need_update)
 
-        in the place of `loss = _forward(); loss_scaler(loss, optimizer, ...)`.
+        in the place of `loss, result = _forward(); loss_scaler(loss, optimizer, ...)`.
     """
 
     def __init__(
@@ -87,20 +88,30 @@ class FlatScaler(NativeScaler):
         self.model, self.accum_steps = model, accum_steps
         self._scaler = torch.amp.GradScaler(device, enabled=enabled)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The scale; that of a scaler about to begin where this one is disabled: the empty one of torch is taken by none."""
+        return super().state_dict() or torch.amp.GradScaler("cpu").state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from `state_dict()`; from an empty one, a disabled GradScaler's, with the scale that there is."""
+        if state_dict:
+            super().load_state_dict(state_dict)
+
     def __call__(
         self,
-        forward: Callable[[], Tensor],
+        forward: Callable[[], Any],
         optimizer: Any,
         clip_grad: float | None = None,
         clip_mode: str = "norm",
         parameters: Any = None,
         create_graph: bool = False,
         need_update: bool = True,
-    ) -> Tensor:
-        """Runs `forward` and its backward once a pass; returns the first pass's loss.
+    ) -> Any:
+        """Runs `forward` and its backward once a pass; returns what the first pass's returned.
 
         Args:
-            forward: computes the loss, divided by the number of accumulated micro-batches if there are more than one.
+            forward: computes the loss, divided by the number of accumulated micro-batches if there are more than one; returns it,
+                or a tuple in which it is the first.
             optimizer: a flatops optimizer.
             clip_grad, clip_mode, parameters, create_graph, need_update: as NativeScaler's.
 
@@ -111,11 +122,13 @@ class FlatScaler(NativeScaler):
             raise TypeError(
                 "FlatScaler takes the function that computes the loss, not the loss: SAM has to call it twice"
             )
-        losses = []
+        first = None
         for one_pass in passes(optimizer, self.model, loss_scale=lambda: self._scaler.get_scale() / self.accum_steps):
             with one_pass:
-                losses.append(forward())
-                self._scaler.scale(losses[-1]).backward(create_graph=create_graph)
+                output = forward()
+                loss = output[0] if isinstance(output, tuple) else output
+                self._scaler.scale(loss).backward(create_graph=create_graph)
+            first = output if first is None else first
         if need_update:
             if clip_grad is not None:
                 if parameters is None:
@@ -124,4 +137,4 @@ class FlatScaler(NativeScaler):
                 dispatch_clip_grad(parameters, clip_grad, mode=clip_mode)
             self._scaler.step(optimizer)
             self._scaler.update()
-        return losses[0]
+        return first
