@@ -619,3 +619,34 @@ def test_a_sharded_model_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "any_distributed", lambda tensors: True)
     with pytest.raises(ValueError, match="model is sharded"):
         Probe(trained(), F.cross_entropy, batches())
+
+
+# --- complex weights -----------------------------------------------------------------------------------
+
+
+class Complex(nn.Module):
+    """A complex matrix between real ones, or the same as pairs of reals."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        w = torch.view_as_complex(torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0)))
+        self.weight = nn.Parameter(torch.view_as_real(w).clone() if pairs else w)
+
+    def forward(self, x):
+        w = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
+        return (x.to(w.dtype) @ w.T).abs()
+
+
+def test_complex_weights_move_as_pairs_of_real_ones():
+    """Surfaces and sharpness are those of the pairs, and the weights come back; the Hessian is of real weights."""
+    data = [(torch.randn(6, 3), torch.randint(4, (6,)))]
+    models = Complex(pairs=False), Complex(pairs=True)
+    before = models[0].weight.detach().clone()
+    surfaces = [landscape.surface(m, F.cross_entropy, data, points=3).losses for m in models]
+    assert surfaces[0] == surfaces[1]
+    rises = [landscape.sharpness(m, F.cross_entropy, data, sigmas=[0.1], rhos=[0.1], draws=2, steps=1) for m in models]
+    assert rises[0].average == rises[1].average
+    assert rises[0].worst == pytest.approx(rises[1].worst, rel=1e-4)
+    assert torch.equal(models[0].weight, before)
+    with pytest.raises(TypeError, match="complex parameters"):
+        landscape.top_eigenvalues(models[0], F.cross_entropy, data)

@@ -67,6 +67,8 @@ def top_eigenvalues(
     vectors: list[Tensor] = []
     with Probe(model, loss_fn, batches, on_pass) as probe:
         params = probe.trainable
+        if any(p.is_complex() for p in params):
+            raise TypeError("model has complex parameters: eigenvalues are those of real ones")
         size, device = sum(p.numel() for p in params), params[0].device
         dtype = functools.reduce(torch.promote_types, (p.dtype for p in params), torch.float32)
         for draw in range(min(count, size)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,9 +105,11 @@ class Probe:
 
 
 def with_backup(perturbed: Pass) -> list[tuple[Tensor, Tensor]]:
-    """The weights of a `flatops.perturb` that has been entered, each with its backup, in their order.
+    """The weights of a `flatops.perturb` that has been entered, each with its backup, in their order; complex ones as pairs of reals.
 
     At sigma 0 that is a way to write to weights at will: they come back as from any other noise.
     """
-    backups = {w: b for change in perturbed.owner.undo for w, b in zip(change.params, change.how["backup"])}
-    return [(w, backups[w]) for w in perturbed.owner.weights]
+    pairs: dict[torch.device, Iterator[tuple[Tensor, Tensor]]] = {
+        change.params[0].device: zip(change.params, change.how["backup"]) for change in perturbed.owner.undo
+    }
+    return [next(pairs[w.device]) for w in perturbed.owner.weights]

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor, nn
 
-from flatops import ops
+from flatops import distributed, ops
 from flatops.perturb import perturb
 
 from .probe import LossFn, Pairs, Probe, with_backup
@@ -104,15 +104,14 @@ def noisy_losses(probe: Probe, sigma: float, draws: int, seed: int) -> list[floa
 
 def climb(probe: Probe, rho: float, steps: int) -> list[float]:
     """The losses that an ascent within a ball of radius rho meets, SAM's step first."""
-    params = probe.trainable
-    perturbed = perturb(params, 0.0)
+    perturbed = perturb(probe.trainable, 0.0)
     losses = []
     with perturbed:
         pairs = with_backup(perturbed)
         for length in (rho, *[rho / 2] * steps):
-            slope = probe.gradient()
+            slope = distributed.all_local(probe.gradient())
             # Nothing moves where the gradient is 0 or not finite.
-            ops.ascend_(params, slope, length, norm=ops.grad_norm(slope))
+            ops.ascend_([w for w, _ in pairs], slope, length, norm=ops.grad_norm(slope))
             project(pairs, rho)
             losses.append(probe.loss())
     return losses
