@@ -21,23 +21,23 @@ import flatops
 
 SGD = torch.optim.SGD
 METHODS = {
-    "rwp": (flatops.RWP, {"sigma": 0.1}),
-    "arwp": (flatops.RWP, {"sigma": 0.1, "eta": 1.0}),
-    "mrwp": (flatops.RWP, {"sigma": 0.1, "lam": 0.5}),
-    "mrwp parallel": (flatops.RWP, {"sigma": 0.1, "lam": 0.4, "parallel": True}),
-    "marwp parallel": (flatops.RWP, {"sigma": 0.1, "lam": 0.5, "eta": 1.0, "parallel": True}),
+    "rwp": (flatops.RWP, {"seed": 0, "sigma": 0.1}),
+    "arwp": (flatops.RWP, {"seed": 0, "sigma": 0.1, "eta": 1.0}),
+    "mrwp": (flatops.RWP, {"seed": 0, "sigma": 0.1, "lam": 0.5}),
+    "mrwp parallel": (flatops.RWP, {"seed": 0, "sigma": 0.1, "lam": 0.4, "parallel": True}),
+    "marwp parallel": (flatops.RWP, {"seed": 0, "sigma": 0.1, "lam": 0.5, "eta": 1.0, "parallel": True}),
     "sam": (flatops.SAM, {"rho": 0.1}),
     "sam local": (flatops.SAM, {"rho": 0.1}),
     "asam": (flatops.SAM, {"rho": 1.0, "adaptive": True}),
-    "ssam": (flatops.SSAM, {"rho": 0.1, "fisher": "minibatch", "update_every": 3}),
-    "ssam dynamic local": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 3}),
-    "ssam dynamic": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "update_every": 2}),
+    "ssam": (flatops.SSAM, {"seed": 0, "rho": 0.1, "fisher": "minibatch", "update_every": 3}),
+    "ssam dynamic local": (flatops.SSAM, {"seed": 0, "rho": 0.1, "mask": "dynamic", "update_every": 3}),
+    "ssam dynamic": (flatops.SSAM, {"seed": 0, "rho": 0.1, "mask": "dynamic", "update_every": 2}),
     "ssam dynamic by weight": (
         flatops.SSAM,
-        {"rho": 0.1, "mask": "dynamic", "update_every": 2, "drop": "weight", "grow": "gradient", "pattern": "layer"},
+        {"seed": 0, "rho": 0.1, "mask": "dynamic", "update_every": 2, "drop": "weight", "grow": "gradient", "pattern": "layer"},
     ),
-    "rwp regenerating": (flatops.RWP, {"sigma": 0.1, "restore": "regenerate", "stream": 0}),
-    "ssam skipping": (flatops.SSAM, {"rho": 0.1, "pattern": "filter", "sparsity": 0.7, "skip_masked": True}),
+    "rwp regenerating": (flatops.RWP, {"seed": 0, "sigma": 0.1, "restore": "regenerate", "stream": 0}),
+    "ssam skipping": (flatops.SSAM, {"seed": 0, "rho": 0.1, "pattern": "filter", "sparsity": 0.7, "skip_masked": True}),
 }
 
 
@@ -568,6 +568,76 @@ def test_processes_meet_once():
     run(agreement_is_asked_for_once, 2)
 
 
+# --- engines that put something else in the place of the parameters ---------------------------------------------------------
+
+
+def flattened(params: list[Tensor]) -> list[Tensor]:
+    """As ZeRO-1 and 2 and Megatron's distributed optimizer have it: one float32 copy, which no forward reads."""
+    return [torch.cat([p.detach().flatten().float() for p in params]).requires_grad_()]
+
+
+def copied(params: list[Tensor]) -> list[Tensor]:
+    """As apex's and Megatron's mixed precision have it: a float32 copy each."""
+    return [p.detach().float().clone().requires_grad_() for p in params]
+
+
+def nothing(params: list[Tensor]) -> list[Tensor]:
+    """As ZeRO-3 has it between two steps."""
+    return []
+
+
+@pytest.mark.parametrize("put", [flattened, copied, nothing])
+@pytest.mark.parametrize("method", ["rwp", "sam"])
+def test_copies_in_the_place_of_parameters_are_refused(method, put):
+    model = make_net()
+    optimizer = make_optimizer(method, model)
+    (group,) = optimizer.param_groups
+    group["params"] = put(group["params"])
+    for p in group["params"]:
+        p.grad = torch.ones_like(p)
+    before = all_bits(group["params"])
+    with pytest.raises(ValueError, match="no longer in it.*fully_shard"), optimizer.perturbed():
+        pass
+    assert not optimizer.is_perturbed
+    assert_same_bits(all_bits(group["params"]), before)
+
+
+def test_parameters_that_were_never_modules_are_not_taken_for_copies():
+    """Tensors from the beginning; other parameters later, as where a scene grows new points."""
+    w = torch.ones(3, 2, requires_grad=True)
+    optimizer = flatops.RWP([w], SGD, sigma=0.1, lr=0.1)
+    with optimizer.perturbed():
+        w.sum().backward()
+    optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+    p = nn.Parameter(torch.ones(3, 2))
+    grown = flatops.RWP([p], SGD, sigma=0.1, lr=0.1)
+    grown.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+    grown.param_groups[0]["params"] = [nn.Parameter(torch.ones(4, 2))]
+    for one in (optimizer, grown, copy.deepcopy(optimizer)):
+        with one.perturbed():
+            pass
+
+
+class FlatParameter(nn.Parameter):
+    """What fairscale, XLA and copies of them call the parameter into which they flatten others."""
+
+
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened", "ds_id", "its class"])
+def test_flattened_parameters_are_known_by_their_marks(mark):
+    """Before the optimizer is built or after; for flatops.perturb too."""
+    p = FlatParameter(torch.ones(6)) if mark == "its class" else nn.Parameter(torch.ones(6))
+    later = flatops.RWP([p], SGD, lr=0.1) if mark != "its class" else None
+    if mark != "its class":
+        setattr(p, mark, True)
+        with pytest.raises(ValueError, match=r"params\[0\] is flattened"), later.perturbed():
+            pass
+    with pytest.raises(ValueError, match=r"params\[0\] is flattened by .*use fully_shard"):
+        flatops.SAM([p], SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"weights\[0\] is flattened"), flatops.perturb([p]):
+        pass
+    assert torch.equal(p, torch.ones(6))
+
+
 # --- the documentation ---------------------------------------------------------------------------------------------------
 
 
@@ -589,3 +659,21 @@ def test_the_snippets_of_the_documentation_run():
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 3
     run(snippets, 2, blocks)
+
+
+def _default_seeds() -> None:
+    torch.manual_seed(dist.get_rank())
+    params = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3))]
+    groups = [{"params": params[:1]}, {"params": params[1:], "seed": 5}]
+    optimizer = flatops.RWP(groups, SGD, lr=0.1)
+    own = optimizer.param_groups[0]["seed"]
+    with optimizer.perturbed():
+        pass
+    seeds = flatops.distributed.gather_objects((own, [group["seed"] for group in optimizer.param_groups]))
+    assert seeds[0][0] != seeds[1][0]
+    assert [after for _, after in seeds] == [[seeds[0][0], 5]] * 2
+
+
+def test_processes_share_the_first_ones_default_seed():
+    """They may have seeded torch each in its own way; a seed that was given stays."""
+    run(_default_seeds, 2)
