@@ -24,16 +24,16 @@ SGD = torch.optim.SGD
 # One stream for all, or replicas would draw noise that one process does not.
 METHODS = {
     "sam": (flatops.SAM, {"rho": 0.5}),
-    "rwp": (flatops.RWP, {"sigma": 0.3, "stream": 0}),
-    "mrwp": (flatops.RWP, {"sigma": 0.3, "lam": 0.3, "stream": 0}),
-    "parallel mrwp": (flatops.RWP, {"sigma": 0.3, "lam": 0.3, "parallel": True}),
+    "rwp": (flatops.RWP, {"seed": 0, "sigma": 0.3, "stream": 0}),
+    "mrwp": (flatops.RWP, {"seed": 0, "sigma": 0.3, "lam": 0.3, "stream": 0}),
+    "parallel mrwp": (flatops.RWP, {"seed": 0, "sigma": 0.3, "lam": 0.3, "parallel": True}),
 }
 STEPS = 4
 
 # (how, method, micro-batches in a step)
 CASES = {
     "lightning": [
-        ("ddp", "sam", 1), ("ddp", "rwp", 2), ("ddp", "mrwp", 2), ("fsdp2", "sam", 1), ("fsdp2", "rwp", 1),
+        ("ddp", "sam", 1), ("ddp", "rwp", 2), ("ddp", "mrwp", 2), ("fsdp2", "sam", 1), ("fsdp2", "sam", 2), ("fsdp2", "rwp", 1),
     ],
     "transformers": [
         ("trainer", "sam", 1), ("trainer", "rwp", 2), ("trainer", "mrwp", 2), ("trainer", "parallel mrwp", 1),

@@ -15,7 +15,7 @@ from test_distributed import METHODS, assert_close, assert_same_everywhere, grou
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Shard
 from torch.nn import functional as F
@@ -281,7 +281,7 @@ def hybrid(method: str) -> None:
         assert optimizer.perturbs == (replica == 1)
     with optimizer.perturbed():
         noisy = wholes(model)
-    one = flatops.RWP(alone.parameters(), SGD, sigma=0.1, stream=replica, lr=0.1)
+    one = flatops.RWP(alone.parameters(), SGD, sigma=0.1, seed=0, stream=replica, lr=0.1)
     if method == "rwp" or replica:
         with torch.no_grad(), one.perturbed():  # with gradients it would wait for the processes that take no part
             assert_same_bits(noisy, alone.parameters())
@@ -309,7 +309,7 @@ def hybrid_parallel() -> None:
     with optimizer.perturbed():
         (optimizer.perturbed_weight * loss_of(model, part_of(batch, dist.get_rank(), 4))).backward()
     for replica, weight in ((0, 0.7), (1, 0.3)):
-        one = flatops.RWP(alone.parameters(), SGD, sigma=0.1 * replica, stream=1, lr=0.1)
+        one = flatops.RWP(alone.parameters(), SGD, sigma=0.1 * replica, seed=0, stream=1, lr=0.1)
         one.run.agreed = True
         with one.perturbed():
             (weight * loss_of(alone, part_of(batch, replica, 2))).backward()
@@ -331,7 +331,7 @@ def groups_and_pieces() -> None:
     nets = []
     for net in (model, alone):
         groups = [{"params": net.features.parameters(), "eta": 0.5}, {"params": net.head.parameters(), "sigma": 0.3}]
-        nets.append((net, flatops.RWP(groups, SGD, sigma=0.1, stream=0, lr=0.05)))
+        nets.append((net, flatops.RWP(groups, SGD, sigma=0.1, seed=0, stream=0, lr=0.05)))
     for i in range(3):
         for net, optimizer in nets:
             optimizer.zero_grad()
@@ -348,6 +348,109 @@ def groups_and_pieces() -> None:
 
 def test_groups_of_their_own_and_accumulation():
     run(groups_and_pieces, 2)
+
+
+def micro_batches(method: str, how: str) -> None:
+    """Two micro-batches a step, whose gradients are reduced when `how` says; as on one process without shards."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    alone = make_net(4, norm=groupnorm)
+    model = shard(copy.deepcopy(alone))
+    stream = {"stream": 0} if issubclass(METHODS[method][0], flatops.RWP) else {}
+    pairs = [(net, make_optimizer(method, net, **stream)) for net in (model, alone)]
+
+    def backward(net, weight, i, k, sync):
+        batch = part_of(make_batch(i, size=16), k, 2)
+        if net is model:
+            model.set_requires_gradient_sync(sync)
+            batch = part_of(batch, rank, world)
+        (weight * loss_of(net, batch) / 2).backward()
+
+    for i in range(3):
+        for net, optimizer in pairs:
+            optimizer.zero_grad()
+            if how == "passes":  # an ascent for each micro-batch, which needs its gradient; RWP needs none before the step
+                for k in range(2):
+                    for one_pass in flatops.passes(optimizer, net):
+                        with one_pass:
+                            backward(net, 1.0, i, k, sync=k == 1 or "sam" in method)
+            else:  # each pass over the whole batch, reduced once
+                weights = [getattr(optimizer, f"{which}_weight", 1.0) for which in ("clean", "perturbed")]
+                for k in range(2):
+                    backward(net, weights[0], i, k, sync=k == 1 and "sam" in method)
+                with optimizer.perturbed():
+                    for k in range(2):
+                        backward(net, weights[1], i, k, sync=k == 1)
+            optimizer.step()
+    assert_close(wholes(model), list(alone.parameters()), 2e-5)
+
+
+@pytest.mark.parametrize(
+    "method, how",
+    [("rwp", "passes"), ("arwp", "passes"), ("sam", "passes"), ("ssam dynamic", "passes"), ("sam", "whole"), ("mrwp", "whole")],
+)
+def test_accumulation_reduces_gradients_where_they_are_needed(method, how):
+    run(micro_batches, 2, method, how)
+
+
+def held_back(pass_of: str, method: str, hold: str) -> None:
+    """What fully_shard has not reduced, all of it or a module's, in either pass: an error, and the weights as they were."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")) if hold == "all-reduce" else None
+    policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if hold == "low precision" else {}
+    model = shard(make_net(4, norm=groupnorm), mesh, **policy)
+    other = shard(make_net(4, norm=groupnorm))  # accumulates as it likes
+    other.set_requires_gradient_sync(False)
+    loss_of(other, make_batch(0)).backward()
+    optimizer = flatops.RWP(model.parameters(), SGD, lam=0.5, eta=1.0, lr=0.1) if method == "marwp" else make_optimizer(method, model)
+
+    def backward(sync):
+        if hold == "all-reduce":
+            model.set_requires_all_reduce(sync)
+        else:
+            (model.features if hold == "a module" else model).set_requires_gradient_sync(sync)
+        loss_of(model, make_batch(0)).backward()
+
+    def two(first, second):
+        backward(first)
+        with optimizer.perturbed():
+            backward(second)
+
+    two(True, True)
+    optimizer.step()
+    before = all_bits(p._local_tensor for p in model.parameters())
+    with pytest.raises(RuntimeError, match=r"ARWP.* needs gradients|SAM needs gradients"):
+        two(pass_of != "first", False)
+    assert not optimizer.is_perturbed
+    assert_same_bits(all_bits(p._local_tensor for p in model.parameters()), before)
+
+
+@pytest.mark.parametrize("pass_of", ["first", "second"])
+@pytest.mark.parametrize(
+    "method, hold",
+    [("sam", "all"), ("ssam", "a module"), ("sam", "low precision"), ("sam", "all-reduce"), ("marwp", "all")],
+    ids=lambda value: value.replace(" ", "_"),
+)
+def test_gradients_that_are_held_back_are_an_error(method, hold, pass_of):
+    run(held_back, 4 if hold == "all-reduce" else 2, pass_of, method, hold)
+
+
+def masks_while_accumulating() -> None:
+    model = shard(make_net(4, norm=groupnorm))
+    ssam = flatops.SSAM(model.parameters(), SGD, lr=0.1)
+    model.set_requires_gradient_sync(False)
+    loss_of(model, make_batch(0)).backward()
+    with pytest.raises(RuntimeError, match="update_mask.* needs gradients"):
+        ssam.update_mask(model, F.cross_entropy, [make_batch(1)], samples=2)
+    model.set_requires_gradient_sync(True)
+    loss_of(model, make_batch(0)).backward()
+    kept = [p.grad.full_tensor() for p in model.parameters()]
+    alone = make_net(4, norm=groupnorm)
+    loss_of(alone, make_batch(0)).backward()
+    assert_close(kept, [2 * p.grad for p in alone.parameters()], 1e-5)  # nothing of it was lost
+
+
+def test_no_mask_is_made_while_gradients_are_held_back():
+    run(masks_while_accumulating, 2)
 
 
 def hybrid_sam() -> None:
@@ -397,6 +500,41 @@ def refusals() -> None:
 
 def test_what_cannot_work_is_refused_by_name():
     run(refusals, 2)
+
+
+def first_kind(use_orig_params: bool, after: bool, frozen: bool) -> None:
+    """FSDP's first kind, around a model whose weights it flattens, before the optimizer is built or after."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(2)])
+    net[0].weight.requires_grad_(not frozen)
+    wrap = lambda module: FullyShardedDataParallel(module, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    refused = pytest.raises(ValueError, match=r"params\[0\] is flattened by FullyShardedDataParallel.*use fully_shard")
+    if not after:
+        model = wrap(net)
+        for flat in (flatops.RWP, flatops.SAM):
+            with refused:
+                flat(model.parameters(), SGD, lr=0.1)
+        with pytest.raises(ValueError, match="weight is flattened|flat_param is flattened"), flatops.perturb(model):
+            pass
+        return
+    optimizers = [flat(net.parameters(), SGD, lr=0.1) for flat in (flatops.RWP, flatops.SAM)]
+    model = wrap(net)
+    model(torch.randn(4, 8)).square().mean().backward()
+    before = all_bits(model.parameters())
+    for optimizer in optimizers:
+        with refused, optimizer.perturbed():
+            pass
+        assert not optimizer.is_perturbed
+    assert_same_bits(all_bits(model.parameters()), before)
+
+
+@pytest.mark.parametrize(
+    "use_orig_params, after, frozen",
+    [(False, False, False), (True, False, False), (True, True, False), (True, True, True)],
+    ids=["flat", "with its parameters", "wrapped later", "wrapped later, partly frozen"],
+)
+def test_fsdp_of_the_first_kind_is_refused(use_orig_params, after, frozen):
+    run(first_kind, 2, use_orig_params, after, frozen)
 
 
 # --- overflow and checkpoints -----------------------------------------------------------------------------------------------

@@ -45,12 +45,17 @@ def plain(method: str, accumulate: int) -> list[Tensor]:
     optimizer = worker.optimizer_of(method, model, **other)
     for i, batch in enumerate(worker.batches(accumulate), 1):
         clean, noisy = (worker.part(batch, rank) for rank in range(2)) if other else (batch, batch)
+        earlier = [p.grad for p in model.parameters()]
         if method == "sam":
+            model.zero_grad()
             loss_of(model, clean).backward()
         elif method != "rwp":
             (optimizer.clean_weight * loss_of(model, clean) / accumulate).backward()
         with optimizer.perturbed():
             (getattr(optimizer, "perturbed_weight", 1.0) * loss_of(model, noisy) / accumulate).backward()
+        if method == "sam" and earlier[0] is not None:
+            for p, grad in zip(model.parameters(), earlier):
+                p.grad += grad
         if i % accumulate == 0:
             optimizer.step()
             optimizer.zero_grad()
