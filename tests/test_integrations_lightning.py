@@ -24,10 +24,10 @@ pytestmark = [
 SGD = torch.optim.SGD
 METHODS = {
     "sam": (flatops.SAM, {"rho": 0.1}),
-    "ssam": (flatops.SSAM, {"seed": 0, "rho": 0.1, "mask": "dynamic", "pattern": "layer"}),
-    "rwp": (flatops.RWP, {"seed": 0, "sigma": 0.05}),
-    "mrwp": (flatops.RWP, {"seed": 0, "sigma": 0.05, "lam": 0.5}),
-    "marwp": (flatops.RWP, {"seed": 0, "sigma": 0.05, "lam": 0.5, "eta": 1.0}),
+    "ssam": (flatops.SSAM, {"rho": 0.1, "mask": "dynamic", "pattern": "layer"}),
+    "rwp": (flatops.RWP, {"sigma": 0.05}),
+    "mrwp": (flatops.RWP, {"sigma": 0.05, "lam": 0.5}),
+    "marwp": (flatops.RWP, {"sigma": 0.05, "lam": 0.5, "eta": 1.0}),
 }
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 2.0**12

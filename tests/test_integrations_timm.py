@@ -75,8 +75,7 @@ def test_lookahead_around_it():
 def start(name, precision):
     model = make_model()
     model.train()
-    random = {} if name.startswith(("sam", "asam")) else {"seed": 0}
-    optimizer = create_optimizer_v2(model, name, lr=0.05, weight_decay=1e-4, **random)
+    optimizer = create_optimizer_v2(model, name, lr=0.05, weight_decay=1e-4)
     fp16 = precision == "fp16"
     autocast = partial(torch.autocast, "cpu", dtype=torch.float16) if fp16 else contextlib.nullcontext
     return model, optimizer, ModelEmaV3(model, decay=0.9), autocast, GradScaler("cpu", init_scale=2.0**10, enabled=fp16)
