@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flatops import ops
+from flatops import ops, terminal
 from flatops.backend import _C, operators
 from flatops.benchmarks import foreach, seeds, step
 from flatops.benchmarks.measure import best_of_processes, best_times, count, provenance
@@ -396,10 +396,9 @@ def threaded_rows(rows: list[Row], threads: int, rounds: int) -> list[dict[str, 
 def show(result: dict[str, Any]) -> None:
     """Prints the table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
     table = Table(
         title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
         f"one thread of {result['machine']}, {result['simd']}, torch {result['torch']}",
@@ -416,20 +415,18 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(
             f"  {row['name']}" if row["peer"] else row["name"] + level,
             f"{row['ms']:.2f}",
-            f"{row['floors']:.2f}" if met else f"[red]{row['floors']:.2f}[/red]",
+            f"{row['floors']:.2f}" if met else Text(f"{row['floors']:.2f}", "red"),
             f"{row['must']:.1f}" if row["must"] else "",
             f"{row['floors_by_bytes']:.2f}" if row["floors_by_bytes"] else "",
             str(row["operations"]),
             str(row["host_reads"]),
             style="dim" if row["peer"] else None,
         )
-    console.print(table)
+    console = terminal.console()
+    terminal.say(console, table)
     for check in result["checks"]:
-        mark = "[green]met[/green]" if check["met"] else "[red]missed[/red]"
-        console.print(
-            f"{check['name']}: {check['value']:.2f}, must be {check['sign']} {check['must']:g}: {mark}",
-            highlight=False,
-        )
+        told = f"{check['name']}: {check['value']:.2f}, must be {check['sign']} {check['must']:g}: "
+        terminal.say(console, Text.assemble(told, ("met", "green") if check["met"] else ("missed", "red")))
 
 
 def main(config: Config) -> int:

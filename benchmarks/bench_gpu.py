@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flatops import terminal
 from flatops.backend import BACKENDS, why_not
 from flatops.benchmarks import bench
 from flatops.benchmarks.measure import (
@@ -157,10 +158,9 @@ def _graph(batch: Batch, peer: bool, device: torch.device, rounds: int) -> dict[
 def show(result: dict[str, Any]) -> None:
     """Prints the table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=150)
+    console = terminal.console(width=150)
     table = Table(
         title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
         f"{result.get('gpu', result['machine'])}, torch {result['torch']}",
@@ -209,16 +209,16 @@ def show(result: dict[str, Any]) -> None:
             str(row["host_syncs"]),
             style="dim" if row["peer"] else None,
         )
-    console.print(table)
+    terminal.say(console, table)
     for name, why in result["backends"].items():
         if why:
-            console.print(f"no {name}: {why}", highlight=False)
+            terminal.say(console, f"no {name}: {why}")
     for row in result["rows"]:
         what = f"{row['backend']}, {row['dtype']}, {row['name']}"
         if row["error"]:
-            console.print(f"{what}: {row['error']}", style="red", markup=False, highlight=False)
+            terminal.say(console, f"{what}: {row['error']}", style="red")
         if isinstance(row.get("graph_ms"), str):
-            console.print(f"{what}, no graph: {row['graph_ms']}", markup=False, highlight=False)
+            terminal.say(console, f"{what}, no graph: {row['graph_ms']}")
 
 
 def once(model: str, device: str, backend: str) -> None:

@@ -51,6 +51,21 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[float |
     return found
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A file of rows.
+
+    Raises:
+        ValueError: damaged, or not one.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or not a file of rows: {error}") from error
+    if not isinstance(result, dict) or "rows" not in result:
+        raise ValueError(f"{path} is not a file of rows of flatops bench")
+    return result
+
+
 def main(a: Path, b: Path) -> int:
     """Prints what is more than AGREE apart, and the largest difference of each file; returns 1 if there is any such."""
     pairs = [(a, b)]
@@ -61,7 +76,7 @@ def main(a: Path, b: Path) -> int:
             print(f"{name}: only in {a if name in names else b}")
     status = 0
     for old, new in pairs:
-        found = differences(json.loads(old.read_text()), json.loads(new.read_text()))
+        found = differences(read(old), read(new))
         apart = {name: each for name, each in found.items() if each[2] > AGREE}
         largest = max((each[2] for each in found.values()), default=0.0)
         print(

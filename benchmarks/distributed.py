@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 import flatops
+from flatops import terminal
 from flatops.benchmarks.measure import in_turn, provenance, quantile
 from flatops.train import models
 
@@ -198,7 +199,6 @@ def measure(config: Config = Config()) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """A table on the terminal."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     config = result["config"]
@@ -222,7 +222,7 @@ def show(result: dict[str, Any]) -> None:
             str(row["collectives"]),
             f"{row['backup_bytes_per_weight']:.1f} B/w",
         )
-    Console().print(table)
+    terminal.say(terminal.console(), table)
 
 
 def main(config: Config) -> int:

@@ -331,4 +331,4 @@ def write(root: Path, results: Results) -> None:
     """Makes the tables of every page anew."""
     for page in PAGES:
         path = root / page
-        path.write_text(rewritten(path.read_text(), results))
+        path.write_text(rewritten(path.read_text(encoding="utf-8"), results), encoding="utf-8")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import flatops
+from flatops import terminal
 from flatops.benchmarks import seeds
 from flatops.benchmarks.measure import (
     Batch,
@@ -236,7 +237,6 @@ def measure(config: Config) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Prints the table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -265,7 +265,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['must']:.2f}" if row["must"] else "",
             *own,
         )
-    Console(width=130).print(table)
+    terminal.say(terminal.console(width=130), table)
     for row in result["rows"]:
         if row.get("own_waits"):
             print(f"{row['name']}: the host waits: {row['own_waits']}")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from flatops import terminal
+
 C = TypeVar("C")
 # Which of pip's extras has what may be missing.
 EXTRA = dict.fromkeys(
@@ -123,6 +125,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a sub-command and return its exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    terminal.take_any_text()
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's backend may not be installed here
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())

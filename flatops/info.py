@@ -16,7 +16,7 @@ from flatops.backend import _C, BACKENDS, WHY_NOT_COMPILED, choose
 def cpu_name() -> str:
     """The processor's model."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -63,8 +63,10 @@ def report() -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Prints a report as a table."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from flatops import terminal
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
@@ -74,9 +76,8 @@ def show(report: dict[str, Any]) -> None:
     core = report["core"]
     if core["built"]:
         table.add_row("core", f"compiled by {core['compiler']} for torch {core['torch']}")
-        table.add_row(
-            "SIMD", f"{core['simd']}  [dim](this machine runs {', '.join(core['simd_levels'])})[/dim]"
-        )
+        levels = ", ".join(core["simd_levels"])
+        table.add_row("SIMD", Text.assemble(core["simd"], (f"  (this machine runs {levels})", "dim")))
         table.add_row(
             "CUDA",
             f"{core['cuda']} for {' '.join(core['cuda_archs'])}"
@@ -84,8 +85,8 @@ def show(report: dict[str, Any]) -> None:
             else "not compiled: there was no usable nvcc",
         )
     else:
-        table.add_row("core", f"[red]not compiled[/red]: {core['why']}")
+        table.add_row("core", Text.assemble(("not compiled", "red"), f": {core['why']}"))
     table.add_row("threads", str(report["threads"]))
     for name, device in report["devices"].items():
-        table.add_row(name, f"{device['name']}  →  backend [bold]{device['backend']}[/bold]")
-    Console().print(table)
+        table.add_row(name, Text.assemble(f"{device['name']}  →  backend ", (device["backend"], "bold")))
+    terminal.say(terminal.console(), table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,30 @@ def make_folder(root: Path, train: int = 24, val: int = 8, classes: tuple[str, .
                 kind = "png" if number % 2 else "jpg"
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number:03}.{kind}")
     return root
+
+
+# How an upright image is stored under each orientation of EXIF.
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def encoded(image: Image.Image, kind: str, orientation: int | None = None, **options: object) -> bytes:
+    """An image as a file, which EXIF has to turn upright."""
+    if orientation:
+        options["exif"] = Image.Exif()
+        options["exif"][274] = orientation
+        image = image.transpose(STORED[orientation]) if STORED[orientation] is not None else image
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def truncate(path: Path) -> Path:

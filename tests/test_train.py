@@ -305,6 +305,25 @@ def test_unusable_checkpoints_are_refused_by_name(write, message, tmp_path):
     assert str(path) in str(caught.value)
 
 
+def test_a_checkpoint_cut_at_any_length_is_damaged_and_named(tmp_path, capsys):
+    """Where torch looks for the end of the archive beyond the beginning of the file, too."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, Trainer(TrainConfig()).state_dict())
+    whole = path.read_bytes()
+    lengths = sorted({0, 1, 2, 3, 100, 500, *range(0, len(whole), 509), *range(len(whole) - 30, len(whole))})
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="is damaged or not a checkpoint") as caught:
+            checkpoint.read(tmp_path)
+        assert str(path) in str(caught.value)
+    for length in (0, 1, 500, 5000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        for command in (["train", "--resume"], ["landscape"]):
+            assert cli.main([*command, str(tmp_path)]) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert f"{path} is damaged or not a checkpoint" in line
+
+
 @pytest.mark.parametrize(
     "other", [{"method": "sam"}, {"model": "resnet18"}, {"epochs": 9}, {"label_noise": 0.1}], ids=str
 )

@@ -7,15 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from pictures import make_folder, truncate
+from pictures import STORED, encoded, make_folder, truncate
 from PIL import Image
 
 from flatops import cli
 from flatops.train import data, train
 from flatops.train.augment import drawing_from
 from flatops.train.config import TrainConfig
-from flatops.train.dali import central_window, random_window
+from flatops.train.dali import central_window, random_window, upright
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHERE = {"seed": 7, "epoch": 3, "stream": data.CLEAN}
 
@@ -50,9 +51,22 @@ def test_windows_lie_in_the_image_and_vary():
     assert central_window(Image.new("L", (1, 1))) == (0, 0, 1, 1, 0)
 
 
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_windows_are_drawn_in_images_that_are_upright(kind, orientation):
+    assert upright(encoded(Image.new("RGB", (31, 50)), kind, orientation)).size == (31, 50)
+
+
 def test_pixels_are_those_of_pil(tree):
     """Of the windows that the keys draw, training and test images. PIL rounds between rows and columns."""
     needs_dali()
+    image = Image.open(tree / "train/ant/001.png")
+    for number, (orientation, kind) in enumerate([(6, "PNG"), (8, "JPEG"), (3, "TIFF"), (5, "PNG"), (2, "TIFF"), (7, "JPEG")]):
+        name = f"{number:03}.{'png' if number % 2 else 'jpg'}"  # PIL and DALI go by the content
+        (tree / "train/ant" / name).write_bytes(encoded(image, kind, orientation))
+    deep = Image.fromarray(np.asarray(image)[..., 0] * np.uint16(257))
+    for number, kind in ((7, "PNG"), (9, "TIFF"), (11, "PPM")):
+        (tree / "train/ant" / f"{number:03}.png").write_bytes(encoded(deep, kind))
     images = loaded(tree, 0)
     keys = [[(data.CLEAN, 0, index) for index in range(16)], [(-1, 0, index) for index in range(10)]]
     for plan, source, transform in zip(keys, (images.images.train, images.images.test), images.images.transforms):
@@ -95,14 +109,16 @@ def test_a_run_resumes_exactly(tree, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["cut", "empty", "text"])
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "gif", "float"])
 def test_bad_images_stop_the_run_by_name(tree, workers, kind):
     needs_dali()
     name = tree / "train" / "bee" / "006.jpg"
     if kind == "cut":
         truncate(name)
     else:
-        name.write_bytes({"empty": b"", "text": b"no image"}[kind])
+        image = Image.open(name)
+        files = {"gif": encoded(image, "GIF"), "float": encoded(image.convert("F"), "TIFF")}
+        name.write_bytes(({"empty": b"", "text": b"no image"} | files)[kind])
     images = loaded(tree, workers, augment="none")
     with pytest.raises(ValueError, match=r"cannot read .*train/bee/006\.jpg: "):
         list(images.batches(16, **WHERE))

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import os
 import pickle
 import random
+import resource
 import shutil
+import signal
+import socket
+import struct
 import tarfile
 import threading
+import time
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pictures import CLASSES, make_folder, truncate
+from pictures import CLASSES, STORED, encoded, make_folder, truncate
+from PIL import Image
 from rich.console import Console
 from torchvision import datasets
 
 from flatops import cli
-from flatops.train import TrainConfig, Trainer, augment, checkpoint, data, stream, train
+from flatops.train import TrainConfig, Trainer, augment, checkpoint, data, images, stream, train
+from flatops.train.decode import decoded
 
 WHERE = {"seed": 1, "epoch": 2}
 
@@ -145,6 +154,145 @@ def test_resume_is_exact_with_workers_and_everything_random(tree, tmp_path, meth
         }
 
 
+# Image files
+
+
+def ramp() -> np.ndarray:
+    """Grey values, all of which a picture of 16 x 16 has, in one corner other than the mirrored one."""
+    return np.arange(256, dtype=np.uint8).reshape(16, 16)[:12]
+
+
+def tiff(pixels: np.ndarray, bits: int, kind: int = 1) -> bytes:
+    """A grey TIFF of a sort that PIL reads and does not write: 12 bits, or signed ones (kind 2)."""
+    height, width = pixels.shape
+    text = "".join(format(int(value), f"0{bits}b") for value in pixels.flatten())
+    content = int(text, 2).to_bytes(len(text) // 8, "big")
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 134, 277: 1, 278: height, 279: len(content), 339: kind}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
+
+
+SIXTEEN = Image.fromarray(ramp() * np.uint16(257))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(encoded(SIXTEEN, kind) for kind in ("PNG", "TIFF", "PPM")),
+        encoded(Image.frombytes("I;16B", SIXTEEN.size, np.asarray(SIXTEEN).astype(">u2").tobytes()), "TIFF"),
+        encoded(Image.fromarray(ramp()), "PNG"),
+        encoded(Image.fromarray(ramp()), "GIF"),
+    ],
+    ids=["png 16", "tiff 16", "pgm 16", "tiff 16 big-endian", "png 8", "gif"],
+)
+def test_deep_images_keep_their_greys(file):
+    assert np.array_equal(np.asarray(decoded(file)), np.repeat(ramp()[..., None], 3, axis=2))
+
+
+def test_twelve_bits_are_scaled_by_their_range():
+    assert np.array_equal(np.asarray(decoded(tiff(ramp() * np.uint16(16), 12)))[..., 0], ramp())
+
+
+@pytest.mark.parametrize(
+    "file, kind",
+    [
+        (encoded(Image.fromarray(ramp().astype(np.float32)), "TIFF"), "floats"),
+        (encoded(Image.fromarray(ramp().astype(np.int32)), "TIFF"), "32 bits"),
+        (tiff(ramp(), 16, kind=2), "signed"),
+    ],
+    ids=["float", "int32", "signed"],
+)
+def test_numbers_without_a_range_are_bad_images(own_tree, file, kind):
+    (own_tree / "train" / "ant" / "002.jpg").write_bytes(file)
+    [(name, reason)] = loaded(own_tree).images[data.CLEAN, 0, 2][2]
+    assert name.endswith("ant/002.jpg") and kind in reason and "8 or 16 bits a channel" in reason
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind, mode", [("JPEG", "L"), ("PNG", "L"), ("PNG", "I;16"), ("TIFF", "L"), ("WEBP", "RGB")])
+def test_images_are_turned_upright(kind, mode, orientation):
+    image = SIXTEEN if mode == "I;16" else Image.fromarray(ramp()).convert(mode)
+    exact = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
+    pixels = np.asarray(decoded(encoded(image, kind, orientation, **exact)))
+    assert pixels.shape == (12, 16, 3)
+    assert np.abs(pixels[..., 0].astype(int) - ramp()).max() <= (3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_is_no_damaged_image():
+    image = Image.fromarray(ramp())
+    for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01"):
+        assert decoded(encoded(image, "JPEG", exif=exif)).size == (16, 12)
+
+
+# What lies in a folder
+
+
+def found(root: Path, split: str = "train") -> list[str]:
+    """The names of a split's images, and what is left out."""
+    return [os.fsdecode(name) for name in images.find_images(root / split, images.find_classes(root / split))[0]]
+
+
+def test_hidden_files_and_folders_are_no_images(own_tree):
+    before, ant = found(own_tree), own_tree / "train" / "ant"
+    for hidden in (ant / ".ipynb_checkpoints", own_tree / "train" / ".cache"):
+        shutil.copytree(own_tree / "train" / "bee", hidden)
+    (ant / "._000.jpg").write_bytes(b"\0\5\x16\7")
+    assert found(own_tree) == before and len(before) == 72
+
+
+def test_links_are_followed_but_not_in_circles(own_tree, tmp_path):
+    ant, bee, elsewhere = own_tree / "train" / "ant", own_tree / "train" / "bee", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (ant / "000.jpg").rename(elsewhere / "moved.jpg")
+    for link, target in {
+        ant / "more": elsewhere,  # followed
+        ant / "linked.jpg": elsewhere / "moved.jpg",  # an image
+        ant / "lost.jpg": tmp_path / "nowhere",  # a bad one, to be named when it is met
+        ant / "self": ".",
+        ant / "again": "../ant",
+        ant / "up": "../..",
+        elsewhere / "back": ant,
+        bee / "other": "../cat",
+        own_tree / "train" / "cat" / "other": "../bee",
+        own_tree / "train" / "everything": ".",
+        elsewhere / "knot.jpg": "knot.jpg",
+    }.items():
+        link.symlink_to(target)
+    os.mkfifo(ant / "pipe.jpg")  # which a reader would wait at for ever
+    names = found(own_tree)
+    ours = [name.removeprefix("ant/") for name in names if name.startswith("ant/") and not name[4:7].isdigit()]
+    assert ours == ["linked.jpg", "lost.jpg", "more/knot.jpg", "more/moved.jpg"]
+    assert len(names) == 23 + 4 + 4 * 24  # bees in cat and cats in bee, once
+    assert loaded(own_tree).left_out == {"links to a folder around them": 6}
+
+
+def test_what_is_no_image_by_its_name_is_said_once(own_tree, tmp_path):
+    ant = own_tree / "train" / "ant"
+    (ant / "001.png").rename(ant / "001.JFIF")
+    for name in ("a.heic", "b.heic", "notes.txt", "README"):
+        (ant / name).touch()
+    (own_tree / "val" / "bee" / "b.HEIC").touch()
+    console = Console(file=StringIO(), width=200)
+    train(config(own_tree, epochs=1, output=tmp_path / "run"), console)
+    assert console.file.getvalue().count("ignored: .heic (3), .txt (1), no ending (1)") == 1
+    assert len(found(own_tree)) == 72
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(own_tree, monkeypatch):
+    scandir, locked = os.scandir, own_tree / "train" / "ant" / "locked"
+    locked.mkdir()
+
+    def refusing(place):
+        if str(place) == str(locked):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="locked"):
+        found(own_tree)
+
+
 # Images that cannot be read
 
 
@@ -183,15 +331,29 @@ def test_bad_images_are_counted_named_and_passed_by(own_tree, workers, tmp_path)
     assert 0 <= row["test_accuracy"] <= 1
 
 
-def test_the_next_image_takes_the_place_of_a_bad_one(own_tree):
+def test_others_drawn_by_the_key_take_the_place_of_bad_images(own_tree):
     spoil(own_tree)
     images = loaded(own_tree, bad_images="skip", augment="none")
     _, number, [(name, reason)] = images.images[data.CLEAN, 0, 2]
-    assert number == 3 and name.endswith("ant/002.jpg") and "runcated" in reason
+    assert name.endswith("ant/002.jpg") and "runcated" in reason
+    assert images.images[data.CLEAN, 0, 2][1] == number != 2
+    taken = {images.images[data.CLEAN, epoch, index][1] for epoch in range(10) for index in (2, 25, 48)}
+    assert len(taken) > 15 and not taken & {2, 25, 48}  # not always the same, nor another bad one
     batches = list(images.batches(8, stream=data.CLEAN, **WHERE))
     assert len(batches) == 9 and all(len(labels) == 8 for _, labels in batches)
     [(_, labels)] = images.test_batches(24, [0])
     assert labels[3] == data.IGNORED and (labels == data.IGNORED).sum() == 1
+
+
+def test_names_that_are_no_utf_8_are_listed_byte_by_byte_and_remembered(own_tree, tmp_path):
+    place = os.fsencode(own_tree / "train" / "ant") + b"/\xe9[x].jpg"
+    Path(os.fsdecode(place)).write_bytes(b"no image")
+    settings = config(own_tree, bad_images="skip", epochs=1, output=tmp_path / os.fsdecode(b"\xe9[run]"))
+    console = Console(file=StringIO(), width=200)
+    history = train(settings, console)
+    assert (settings.output / "bad_images.txt").read_bytes() == place + b": cannot identify image file\n"
+    assert train(replace(settings, output=None, resume=settings.output), console) == history
+    assert console.file.getvalue().count(os.fsdecode(place)) == 2 and f"see {settings.output}" in console.file.getvalue()
 
 
 def test_a_folder_without_a_single_good_image_is_refused(tmp_path):
@@ -240,6 +402,80 @@ def test_a_reader_that_is_killed_is_named(tree, tmp_path, capsys):
     assert "a process that reads images was killed" in capsys.readouterr().err
 
 
+# Processes that read images, and come to harm
+
+
+def test_a_full_shared_memory_is_named(tree, monkeypatch):
+    """Of a process that reads, as far as one without privileges can have it: its files may not grow."""
+
+    def poor(worker):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    monkeypatch.setattr(stream, "deaf_to_signals", poor)
+    with pytest.raises(ConnectionError, match="/dev/shm is full.*--workers 0"):
+        list(loaded(tree, workers=1, timeout=60).batches(16, stream=data.CLEAN, **WHERE))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's loader when it is half made
+def test_processes_that_cannot_be_started_are_said(tree, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.multiprocessing, "Queue", full)
+    with pytest.raises(ConnectionError, match="cannot start .*No space left.*/dev/shm.*--workers 0"):
+        list(loaded(tree, workers=1).batches(16, stream=data.CLEAN, **WHERE))
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """Reading never ends, and hears no SIGTERM in a worker, at some images of the split that is named; `killing`, the run has SIGTERM."""
+    opened, how, run = images.Files.open, {"split": "train", "killing": False}, os.getpid()
+
+    def hang(self, index):
+        if self.labels[index] == 2 and os.path.basename(self.root) == how["split"]:
+            if how["killing"]:
+                threading.Timer(0.3, os.kill, (run, signal.SIGTERM)).start()
+            if torch.utils.data.get_worker_info():
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            time.sleep(1000)
+        return opened(self, index)
+
+    monkeypatch.setattr(images.Files, "open", hang)
+    monkeypatch.setattr(stream, "PATIENCE", 0.1)
+    return how
+
+
+def test_readers_that_are_stuck_are_given_up(tree, stuck, tmp_path):
+    trainer = Trainer(config(tree, workers=2, timeout=1))
+    with pytest.raises(ConnectionError, match="sent nothing for 1 s .timeout.*--workers 0"), data.reading(trainer.data):
+        try:
+            trainer.run_epoch()
+        finally:
+            workers = list(trainer.data.loader._iterator._workers)
+    for worker in workers:
+        worker.join(10)
+    assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("split, workers", [("train", 0), ("train", 1), ("val", 0), ("val", 1)])
+def test_sigterm_saves_and_ends_a_run_that_waits_for_images(tree, stuck, tmp_path, split, workers):
+    """To go on, to the bit, as if it had not waited: in a step, and in an evaluation."""
+    stuck |= {"split": split, "killing": True}
+    settings = config(tree, batch_size=2, workers=workers, epochs=1, output=tmp_path / "run")
+    console = Console(file=StringIO())
+    with pytest.raises(SystemExit) as ended:
+        train(settings, console)
+    assert ended.value.code == 128 + signal.SIGTERM and "continue with" in console.file.getvalue()
+    saved = checkpoint.read(settings.output)
+    assert saved["epoch"] == 0 and (saved["step"] == 36) == (split == "val")
+
+    stuck["split"] = None
+    train(replace(settings, workers=0, output=None, resume=settings.output), console)
+    whole = Trainer(config(tree, batch_size=2, epochs=1))
+    whole.run_epoch()
+    assert_same(checkpoint.read(settings.output)["model"], whole.state_dict()["model"])
+
+
 # Folders that are not as they should be
 
 
@@ -267,7 +503,7 @@ def one_class(root):
     "damage, options, message",
     [
         (without_val, {}, "no folder .*val: data_dir needs train/ and val/"),
-        (empty_class, {}, "class folder .*bee has no images"),
+        (empty_class, {}, r"class folder .*bee has no images.*; there is \.txt \(1\)"),
         (another_class, {}, "3 classes in train/ and 4 in val/: not in both are dog"),
         (one_class, {}, "train has 1 class folders"),
         (None, {"classes": 1000}, "has 3 classes, and classes 1000 is asked for"),
@@ -417,6 +653,14 @@ def test_a_download_that_breaks_off_is_said_and_can_be_repeated(server, tmp_path
         data.load(cifar_config(root))
     server.cut = False
     assert len(data.load(cifar_config(root)).train[1]) == 40
+
+
+def test_a_server_that_says_nothing_is_given_up(cifar, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/cifar.tar.gz")
+        with pytest.raises(OSError, match="cannot download cifar10 .*timed out"):
+            data.load(cifar_config(tmp_path / "data", timeout=0.2))
+    assert socket.getdefaulttimeout() is None
 
 
 def test_a_download_without_a_network_is_said(cifar, monkeypatch, tmp_path, capsys):

@@ -66,7 +66,8 @@ def portrait(result: dict[str, Any], path: Path | str) -> None:
     networks = result["networks"]
     figure, panels = new_figure(result["title"], len(networks) + 4)
     *planes, line, average, worst, eigenvalues = panels
-    draw_planes(figure, planes, {caption(network): network["plane"] for network in networks}, "training loss")
+    named = {literal(caption(network)): network["plane"] for network in networks}
+    draw_planes(figure, planes, named, "training loss")
     for network in networks:
         for split, style in STYLES.items():
             how = {"color": network["colour"], "ls": style}
@@ -190,11 +191,16 @@ def caption(network: dict[str, Any]) -> str:
     return network["name"] if accuracy is None else f"{network['name']}: test accuracy {accuracy:.1%}"
 
 
+def literal(text: str) -> str:
+    """Text that matplotlib draws as it is: between two dollars it would read mathematics."""
+    return text.replace("$", r"\$")
+
+
 def legend(figure: Figure, networks: list[dict[str, Any]]) -> None:
     """What colours and dashes mean, under all panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=network["colour"], lw=4, label=network["name"]) for network in networks]
+    handles = [Line2D([], [], color=network["colour"], lw=4, label=literal(network["name"])) for network in networks]
     handles += [Line2D([], [], color="#444444", lw=2, ls=style, label=f"{split} images") for split, style in STYLES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
 from math import ceil
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
-from flatops import info
+from flatops import info, terminal
 from flatops.train import TrainConfig, checkpoint, data, models
 from flatops.train.engine import choose_device, set_threads
 from flatops.train.methods import METHODS, used_options
@@ -54,7 +53,7 @@ def landscape(config: LandscapeConfig, console: Console | None = None) -> dict[s
         FileNotFoundError: no checkpoint there.
         OSError: the output cannot be written.
     """
-    console = console or Console()
+    console = console or terminal.console()
     states = [checkpoint.read(run) for run in config.runs]
     configs = [checkpoint.unpack_config(state, run) for state, run in zip(states, config.runs)]
     check_same_data(config.runs, states)
@@ -65,7 +64,7 @@ def landscape(config: LandscapeConfig, console: Console | None = None) -> dict[s
     if config.output.exists() and not config.output.is_dir():
         raise ValueError(f"output {config.output} is not a folder")
     config.output.mkdir(parents=True, exist_ok=True)
-    with closing(data.load(plain_images(configs[0], config.batch_size))) as images:
+    with data.reading(data.load(plain_images(configs[0], config.batch_size))) as images:
         if images.fingerprint != states[0]["data"]:
             raise ValueError(f"{config.runs[0]} was trained on {states[0]['data']}; here are {images.fingerprint}")
         splits = choose_batches(images.to(device, torch.contiguous_format), config)
@@ -85,8 +84,8 @@ def landscape(config: LandscapeConfig, console: Console | None = None) -> dict[s
     write_json(config.output / "landscape.json", result)
     plots.portrait(result, config.output / "landscape.png")
     page.write(result, config.output / "landscape.html")
-    console.print(f"\n[bold]{result['title']}[/bold]", table(result), sep="\n", highlight=False)
-    console.print(f"Written to {config.output}: landscape.png, .html and .json", highlight=False, soft_wrap=True)
+    terminal.say(console, f"\n{result['title']}", style="bold")
+    terminal.say(console, table(result), f"Written to {config.output}: landscape.png, .html and .json")
     return result
 
 
@@ -173,7 +172,7 @@ def describe_networks(
     own = len(set(methods)) == len(methods)  # each method's colour in every plot
     return [
         {
-            "name": label if several[label] == 1 else f"{label} ({run.name})",
+            "name": label if several[label] == 1 else f"{label} ({terminal.readable(run.name)})",
             "colour": COLOURS[config.method] if own else plots.PALETTE[number % len(plots.PALETTE)],
             "checkpoint": str(run),
             "epoch": state["epoch"],
@@ -206,7 +205,8 @@ class Bar:
 
     def __init__(self, config: LandscapeConfig, console: Console) -> None:
         self.each, self.begun = passes(config), 0
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:.0f} %")]
+        name, share = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.percentage:.0f} %"))
+        columns = [name, BarColumn(bar_width=None), share]
         self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self.task = self.progress.add_task("", total=self.each * len(config.runs))
 
@@ -231,7 +231,7 @@ def table(result: dict[str, Any]) -> Table:
     """Each network's loss, sharpness at the largest radii, top eigenvalue and its steps, on both splits."""
     sigma, rho = (result["config"][radii][-1] for radii in ("sigmas", "rhos"))
     shown = Table(box=box.SIMPLE_HEAD)
-    shown.add_column("\nnetwork")
+    shown.add_column("\nnetwork", overflow="fold")
     for column in ("\nimages", "\nloss", f"rise\nσ {sigma:g}", f"rise\nρ {rho:g}", "top\neigenvalue", "\nsteps"):
         shown.add_column(column, justify="right", no_wrap=True)
     for network in result["networks"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 
-AUGMENT, MIX = 1001, 1002  # keep these draws apart from those of the shuffles
+AUGMENT, MIX, REPLACE = 1001, 1002, 1003  # keep these draws apart from those of the shuffles
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,13 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: damaged, or not a checkpoint of `flatops train`, or of another version.
     """
     file = locate(path)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load raises whatever the zip reader or the unpickler met
-        raise ValueError(f"{file} is damaged or not a checkpoint ({type(error).__name__})") from error
+    with file.open("rb") as opened:
+        try:
+            state = torch.load(opened, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the zip reader or the unpickler met, OSError too where it looked beyond the end
+            raise ValueError(f"{file} is damaged or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{file} is not a checkpoint of flatops train")
     if state["version"] != VERSION:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from statistics import fmean, median, stdev
 from typing import Any
@@ -11,11 +12,13 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from flatops import info
+from flatops import info, terminal
 
 from . import plots
 from .config import METHOD_OPTIONS, CompareConfig, Recipe, TrainConfig
+from .data import reading
 from .engine import Row, Trainer
 from .methods import METHODS, known_options, used_options
 from .report import describe_options, write_json
@@ -41,7 +44,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     """
     if launched().size > 1:
         raise ValueError("compare runs in one process: start it without torchrun")
-    console = console or Console()
+    console = console or terminal.console()
     configs = {method: method_config(config, method) for method in config.methods}
     check_options(config)
     config.output.mkdir(parents=True, exist_ok=True)
@@ -56,12 +59,9 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     write_json(config.output / "compare.json", result)
     labels = {method: METHODS[method].label for method in config.methods}
     plots.comparison(runs, labels, title, config.output / "compare.png")
-    console.print(
-        f"\n[bold]{title}[/bold]", table(result["summary"]), caveat(config), sep="\n", highlight=False
-    )
-    console.print(
-        f"\nWritten to {config.output / 'compare.json'} and compare.png", highlight=False, soft_wrap=True
-    )
+    terminal.say(console, f"\n{title}", style="bold")
+    terminal.say(console, table(result["summary"]), Text(caveat(config)))
+    terminal.say(console, f"\nWritten to {config.output / 'compare.json'} and compare.png")
     return result
 
 
@@ -84,7 +84,7 @@ def run_all(config: CompareConfig, configs: dict[str, TrainConfig], console: Con
     """Train every method and seed."""
     runs: list[Run] = []
     progress = Progress(
-        TextColumn("{task.description:<7}"),
+        TextColumn("{task.description:<7}", markup=False),
         BarColumn(bar_width=None),
         TextColumn("seed {task.fields[seed]}/" + str(config.seeds)),
         TextColumn("test {task.fields[accuracy]:6.1%}", style="cyan"),
@@ -116,12 +116,13 @@ def run_seed(
         on_epoch: called with the method and the row after every epoch.
     """
     trainers = {method: Trainer(replace(config, seed=seed)) for method, config in configs.items()}
-    for epoch in range(max(config.epochs for config in configs.values())):
-        for method, trainer in trainers.items():
-            if epoch < configs[method].epochs:
-                on_epoch(method, trainer.run_epoch())
-    for trainer in trainers.values():
-        trainer.data.close()
+    with ExitStack() as stack:
+        for trainer in trainers.values():
+            stack.enter_context(reading(trainer.data))
+        for epoch in range(max(config.epochs for config in configs.values())):
+            for method, trainer in trainers.items():
+                if epoch < configs[method].epochs:
+                    on_epoch(method, trainer.run_epoch())
     return [{"method": m, "seed": seed, "history": trainer.history} for m, trainer in trainers.items()]
 
 

@@ -22,8 +22,8 @@ class Recipe:
     """Data set: digits (scikit-learn's handwritten digits, 8×8, nothing to download), cifar10, cifar100, folder (any tree of
     images by class: ImageNet's train/ and val/), or synthetic (noise, made on the device, for timing)."""
     data_dir: Path | None = None
-    """folder: the tree that has train/ and val/, each with a folder of images per class. cifar10, cifar100: where the data
-    lies or is downloaded to (left out: data)."""
+    """folder: the tree that has train/ and val/, each with a folder of images per class. Hidden files and folders are passed by,
+    what is no image by its name is said. cifar10, cifar100: where the data lies or is downloaded to (left out: data)."""
     image_size: int | None = None
     """Side of the square images that the network sees, of folder (left out: 224) and synthetic (left out: 32)."""
     classes: int | None = None
@@ -118,7 +118,7 @@ class Recipe:
     """folder: what decodes, crops and resizes the images: PIL in the worker processes, or NVIDIA DALI (nvidia-dali-cuda130), on
     the GPU where there is one. Their pixels differ by some steps of 255."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read: stop, or name it and take the next one in its place."""
+    """What to do about an image that cannot be read: stop, or name it and take another one, which the seed draws, in its place."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Run forward passes in bfloat16 or float16 autocast; weights stay float32. fp16 scales the loss."""
     channels_last: bool = False
@@ -188,7 +188,7 @@ class TrainConfig(Recipe):
     parallel: Literal["ddp", "fsdp"] | None = None
     """Under torchrun: replicate the network (ddp) or shard it (fsdp). Left out: ddp. No matter to one process."""
     timeout: float = 600.0
-    """Under torchrun: seconds after which a process that waits for another gives up."""
+    """Seconds after which a process that waits gives up: for others under torchrun, for those that read images, for a server."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

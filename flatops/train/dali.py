@@ -7,11 +7,10 @@ interruption makes a difference to the batches.
 from __future__ import annotations
 
 import importlib
-import io
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from .augment import drawing_from
-from .stream import TEST, Images, Key, Stream, attempt
+from .decode import opened
+from .stream import TEST, Images, Key, Stream, attempt, sent
 
-Encoded = tuple[Tensor, Tensor, Tensor]  # a batch's files end to end, their lengths (B,), and their Windows (B, 5)
+Encoded = tuple[Tensor, list[int], np.ndarray]  # a batch's files end to end, their lengths, and their Windows (B, 5)
+WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tags of TIFF, the last of EXIF too
 
 
 def check_installed() -> None:
@@ -43,18 +44,39 @@ class Windows(Images):
         source, transform = (self.test if stream == TEST else self.train), self.transforms[stream == TEST]
         bad: list[tuple[str, str]] = []
         raw = attempt(source.read, source, index, bad)
-        image = None if bad else attempt(lambda _: Image.open(io.BytesIO(raw)), source, index, bad)
+        image = None if bad else attempt(lambda _: upright(raw), source, index, bad)
         if bad:
             return np.zeros(0, dtype=np.uint8), (0,) * 5, index, bad
         with nullcontext() if stream == TEST else drawing_from(self.seed, stream, epoch, index):
             return np.frombuffer(raw, dtype=np.uint8), transform(image), index, bad
 
     @staticmethod
-    def collate(items: list[tuple]) -> tuple[Encoded, Tensor, list[tuple[str, str]]]:
+    def collate(items: list[tuple]) -> tuple[Encoded, list[int], list[tuple[str, str]]]:
         """A batch, whose files travel as one tensor: one for each would use up the file descriptors."""
         files, windows, numbers, bad = zip(*items)
-        joined = torch.from_numpy(np.concatenate(files)), torch.tensor([len(file) for file in files])
-        return (*joined, torch.tensor(windows)), torch.tensor(numbers), [entry for some in bad for entry in some]
+        encoded = sent(np.concatenate(files)), [len(file) for file in files], np.array(windows)
+        return encoded, list(numbers), [entry for some in bad for entry in some]
+
+
+def upright(raw: bytes) -> Image.Image:
+    """An image of the size that DALI's has, which follows EXIF.
+
+    Raises:
+        ValueError: DALI does not decode it, or not as PIL does.
+    """
+    image = opened(raw)
+    if image.format == "GIF":
+        raise ValueError("DALI does not decode GIF: leave out decoder dali, or store it as PNG")
+    orientation, (width, height) = 1, image.size
+    if image.format == "TIFF":  # PIL may have turned it already
+        orientation, width, height = (image.tag_v2.get(tag, 1) for tag in (ORIENTATION, WIDTH, HEIGHT))
+    else:
+        with suppress(Exception):  # see decode.decoded
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            orientation = exif.get(ORIENTATION, 1)
+    turned = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    return image if turned == image.size else Image.new("1", turned)
 
 
 def random_window(image: Image.Image) -> tuple[int, ...]:
@@ -88,9 +110,8 @@ class DaliStream(Stream):
         def inputs() -> Iterator[tuple[Any, ...]]:
             for (files, lengths, windows), indices in itertools.chain([first], loaded):
                 given.append(indices)
-                windows = windows.numpy()
                 yield (
-                    [file.numpy() for file in files.split(lengths.tolist())],
+                    [file.numpy() for file in files.split(lengths)],
                     *(windows[:, columns].astype(np.float32) for columns in (slice(0, 2), slice(2, 4))),
                     windows[:, 4].astype(np.int32),
                 )
@@ -107,6 +128,8 @@ class DaliStream(Stream):
             except StopIteration:
                 return
             except RuntimeError as error:
+                if self.why_lost(error):
+                    raise
                 raise ValueError(self._unreadable(planned, error)) from error
             planned.popleft()
             pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
@@ -128,7 +151,7 @@ class DaliStream(Stream):
                 source=inputs, num_outputs=4, dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32], ndim=[1, 1, 1, 0]
             )
             pixels = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
-            as_pil = {"output_type": types.RGB, "adjust_orientation": False}
+            as_pil = {"output_type": types.RGB, "adjust_orientation": True}
             images = fn.decoders.image_slice(
                 files, starts, shapes, device="mixed" if cuda else "cpu", **pixels, **as_pil
             )

@@ -7,7 +7,9 @@ nothing has to be saved to resume it, and two streams of one epoch are two indep
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,6 +54,7 @@ class Data:
     classes: int
     wrong: int = 0
     augment: Augment | None = None
+    waiting = False  # whether the next batch is being waited for
 
     @property
     def channels(self) -> int:
@@ -74,6 +77,11 @@ class Data:
     def bad(self) -> dict[str, str]:
         """Images that could not be read, and why."""
         return {}
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """What lies beside the images and is not read, and how often."""
+        return Counter()
 
     @property
     def fingerprint(self) -> str:
@@ -117,10 +125,9 @@ class Data:
             chosen = images[number]
             yield (self.augment.prepare(chosen) if self.augment else chosen), labels[number]
 
-    @property
-    def lost_readers(self) -> bool:
-        """Whether a process that reads images was killed."""
-        return False
+    def why_lost(self, error: Exception) -> str | None:
+        """What became of the processes that read images, and what to do, where an error comes of that."""
+        return None
 
     def close(self) -> None:
         """Nothing is open."""
@@ -131,6 +138,43 @@ class Data:
             (x.to(device, memory_format=memory_format), y.to(device)) for x, y in (self.train, self.test)
         )
         return replace(self, train=train, test=test)
+
+
+def listed(left_out: Counter[str]) -> str:
+    """What is left out, such as `.gif (4), .txt (2)`."""
+    most = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{what} ({count:,})" for what, count in most[:8]) + " ..." * (len(most) > 8)
+
+
+class ReaderError(ConnectionError):
+    """A process that reads images died or hung."""
+
+
+@contextmanager
+def reader_errors(data: Data) -> Iterator[None]:
+    """Say so where a process that reads images is lost: torch raises one of several errors then, and not only to who waits."""
+    try:
+        yield
+    except ReaderError:  # said already
+        raise
+    except Exception as error:
+        if why := data.why_lost(error):
+            raise ReaderError(why) from error
+        raise
+
+
+@contextmanager
+def reading(data: Data) -> Iterator[Data]:
+    """Use a data set, and close it.
+
+    Raises:
+        ReaderError: a process that reads images died or hung.
+    """
+    try:
+        with reader_errors(data):
+            yield data
+    finally:
+        data.close()
 
 
 def digits(config: TrainConfig | None = None) -> Data:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from PIL import Image
 from . import dali
 from .augment import Augment
 from .config import TrainConfig
-from .data import Data
+from .data import Data, listed
+from .decode import EXTENSIONS, decoded
 from .stream import Images, Stream, default_workers
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 CIFAR = {
     "cifar10": {"mean": (125.307, 122.950, 113.865), "std": (62.993, 62.089, 66.705)},
@@ -52,12 +54,24 @@ def fetch_cifar(config: TrainConfig) -> None:
         pass
     root = config.data_dir or Path("data")
     try:
-        cifar_sets(config, download=True)
+        with silence_for_at_most(config.timeout):
+            cifar_sets(config, download=True)
     except Exception as error:  # urllib, http.client, socket, tarfile and torchvision have one each
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(
             f"cannot download {config.data} to {root}: {reason}; try again, or give the folder that has it as data_dir"
         ) from error
+
+
+@contextmanager
+def silence_for_at_most(seconds: float) -> Iterator[None]:
+    """A limit for how long a server may say nothing: urllib has none of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def cifar_memory(config: TrainConfig) -> Data:
@@ -78,6 +92,8 @@ def cifar_memory(config: TrainConfig) -> Data:
 
 class Pictures:
     """Images in memory, one by one; a source for `Images`."""
+
+    left_out: Counter[str] = Counter()
 
     def __init__(self, arrays: np.ndarray, labels: list[int]) -> None:
         self.arrays, self.labels = arrays, np.array(labels)
@@ -112,9 +128,8 @@ def cifar_stream(config: TrainConfig) -> Stream:
 class Files:
     """Image files of one split; a source for `Images`. Names lie in one array: lists of a million would be copied by workers."""
 
-    def __init__(self, root: Path, names: list[str], labels: list[int]) -> None:
-        self.root, self.labels = str(root), np.array(labels)
-        self.names = np.array([os.fsencode(name) for name in names])
+    def __init__(self, root: Path, names: list[bytes], labels: list[int], left_out: Counter[str]) -> None:
+        self.root, self.names, self.labels, self.left_out = str(root), np.array(names), np.array(labels), left_out
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
@@ -123,7 +138,7 @@ class Files:
         return Path(self.name(index)).read_bytes()
 
     def open(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.read(index))).convert("RGB")
+        return decoded(self.read(index))
 
 
 def folder(config: TrainConfig) -> Stream:
@@ -131,6 +146,7 @@ def folder(config: TrainConfig) -> Stream:
 
     Raises:
         ValueError: no such tree, an empty class, or other classes in val/ than in train/; or DALI is not installed.
+        OSError: a folder cannot be read.
     """
     if config.decoder == "dali":
         dali.check_installed()
@@ -158,30 +174,83 @@ def find_classes(split: Path) -> list[str]:
     """
     if not split.is_dir():
         raise ValueError(f"no folder {split}: data_dir needs train/ and val/, each with a folder of images per class")
-    classes = sorted(e.name for e in os.scandir(split) if e.is_dir() and not e.name.startswith("."))
+    classes = sorted((e.name for e in entries(split) if is_folder(e) and not leads_back(e, [real(split)])), key=os.fsencode)
     if len(classes) < 2:
         raise ValueError(f"{split} has {len(classes)} class folders: two or more are needed")
     return classes
 
 
-def find_images(split: Path, classes: list[str]) -> tuple[list[str], list[int]]:
-    """The image files of a split by name, relative to it, and their labels.
+def find_images(split: Path, classes: list[str]) -> tuple[list[bytes], list[int], Counter[str]]:
+    """The image files of a split by name, relative to it, and their labels; and what else is there, how often.
 
     Raises:
         ValueError: a class has none.
+        OSError: a folder cannot be read.
     """
-    names: list[str] = []
+    names: list[bytes] = []
     labels: list[int] = []
+    left_out: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        found = []
-        for place, _, files in os.walk(split / name, followlinks=True):
-            inside = os.path.relpath(place, split)
-            found += [os.path.join(inside, f) for f in files if f.lower().endswith(EXTENSIONS)]
+        found, others = [], Counter()
+        for file in files_below(split / name, others):
+            ending = os.path.splitext(file)[1].lower()
+            if ending in EXTENSIONS:
+                found.append(os.fsencode(file.removeprefix(os.path.join(split, ""))))
+            else:
+                others[ending or "no ending"] += 1
         if not found:
-            raise ValueError(f"the class folder {split / name} has no images ({', '.join(EXTENSIONS)})")
+            there = f"; there is {listed(others)}" if others else ""
+            raise ValueError(f"the class folder {split / name} has no images ({', '.join(EXTENSIONS)}){there}")
         names += sorted(found)
         labels += [label] * len(found)
-    return names, labels
+        left_out += others
+    return names, labels, left_out
+
+
+def files_below(folder: Path | str, left_out: Counter[str], way: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files in a folder and in those below, hidden ones aside. Links are followed, unless to where they lie themselves.
+
+    Args:
+        folder: where to look.
+        left_out: links that are not followed are counted here.
+        way: the folders that led here.
+    """
+    way = (*way, real(folder))
+    for entry in entries(folder):
+        if not is_folder(entry):
+            if entry.is_symlink() or entry.is_file():  # not a pipe, which a reader would wait at
+                yield entry.path
+        elif leads_back(entry, way):
+            left_out["links to a folder around them"] += 1
+        else:
+            yield from files_below(entry.path, left_out, way)
+
+
+def entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    """What a folder has, but for what is hidden: .ipynb_checkpoints has copies, and ._x.jpg is no image."""
+    with os.scandir(folder) as found:
+        return [entry for entry in found if not entry.name.startswith(".")]
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def leads_back(entry: os.DirEntry[str], way: Iterable[str]) -> bool:
+    """Whether a folder is a link to one of those on the way to it, or to one that has these in it."""
+    if not entry.is_symlink():
+        return False
+    target = real(entry.path)
+    return any(place.startswith(target) for place in way)
+
+
+def real(folder: Path | str) -> str:
+    """A folder's name without links, with a slash behind it."""
+    return os.path.join(os.path.realpath(folder), "")
 
 
 def folder_transforms(config: TrainConfig, size: int) -> tuple[Callable, Callable]:
@@ -246,4 +315,5 @@ def stream(
         Augment.of(config, **colours),
         default_workers() if config.workers is None else config.workers,
         config.batch_size,
+        config.timeout,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -13,8 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from flatops import terminal
+
 from .clock import PARTS
 from .config import TrainConfig
+from .data import reading
 from .engine import Trainer, choose_device
 from .methods import METHODS, with_method
 from .run import memory_advice
@@ -46,7 +48,7 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
     """
     if launched().size > 1:
         raise ValueError("profile runs in one process: start it without torchrun")
-    console = console or Console()
+    console = console or terminal.console()
     default = TrainConfig()
     if (config.data, config.model) == (default.data, default.model):
         size = PROFILED[choose_device(config.device).type]
@@ -75,12 +77,11 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
             }
         )
     trainer = contenders["sgd"].trainer
-    console.print(
+    terminal.say(
+        console,
         f"{config.data} of {trainer.data.size}×{trainer.data.size}, {config.model}, batches of {config.batch_size}, "
         f"{trainer.device}, {torch.get_num_threads()} threads, {rounds} rounds",
         table(rows),
-        sep="\n",
-        highlight=False,
     )
     return rows
 
@@ -93,7 +94,7 @@ class Contender:
         self.trainer.network.train()
         if "fisher_samples" in self.trainer.options:
             self.trainer.update_mask()
-        with closing(self.trainer.data):
+        with reading(self.trainer.data):
             self.batches = next(self.trainer._batches())
 
     def step(self) -> float:

@@ -14,7 +14,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from flatops import terminal
+
 from .config import TrainConfig
+from .data import listed
 from .engine import Row, Trainer
 from .methods import Options
 
@@ -48,7 +51,9 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON file."""
-    path.write_text(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+    # A file name that is no UTF-8 has surrogates, whose backslashed form is JSON's own.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 class Log:
@@ -62,14 +67,14 @@ class Log:
     def __init__(self, path: Path | None, history: list[Row]) -> None:
         self.path = path
         if path:
-            path.write_text("")
+            path.write_text("", encoding="utf-8")
         for row in history:
             self.add(row)
 
     def add(self, row: Row) -> None:
         """Append a row."""
         if self.path:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row)) + "\n")
 
 
@@ -146,7 +151,7 @@ class Screen:
         self.columns = {title: c for title, c in COLUMNS.items() if shown.get(title, True)}
         self.named: set[str] = set()  # images that could not be read
         self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
+            TextColumn("epoch {task.fields[epoch]}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:.0f} %"),
             ImagesPerSecond(trainer.config.batch_size),
@@ -161,10 +166,9 @@ class Screen:
         )
 
     def __enter__(self) -> Screen:
-        self.console.print(header(self.trainer))
-        self.console.print(
-            "".join(f"{title:>{width}}" for title, (_, width, _) in self.columns.items()), style="bold"
-        )
+        terminal.say(self.console, header(self.trainer))
+        titles = "".join(f"{title:>{width}}" for title, (_, width, _) in self.columns.items())
+        terminal.say(self.console, titles, style="bold")
         for row in self.trainer.history:
             self.epoch(row)
         self.progress.start()
@@ -183,14 +187,13 @@ class Screen:
         """Print images that could not be read, each once."""
         for name in sorted(bad.keys() - self.named):
             self.named.add(name)
-            message = f"passed by: cannot read {name}: {bad[name]}"
-            self.console.print(message, style="yellow", highlight=False, soft_wrap=True)
+            terminal.say(self.console, f"passed by: cannot read {name}: {bad[name]}", style="yellow")
 
     def epoch(self, row: Row) -> None:
         """Print an epoch's line."""
         self._name(self.trainer.bad)
         cells = (f"{format(row[key], form):>{width}}" for key, width, form in self.columns.values())
-        self.console.print("".join(cells), highlight=False)
+        terminal.say(self.console, "".join(cells))
 
 
 def header(trainer: Trainer) -> Panel:
@@ -200,6 +203,8 @@ def header(trainer: Trainer) -> Panel:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan")
     grid.add_row("data", describe_data(trainer))
+    if trainer.data.left_out:
+        grid.add_row("", f"ignored: {listed(trainer.data.left_out)}")
     grid.add_row("model", f"{config.model}, {weights:,} weights, seed {config.seed}")
     grid.add_row("method", describe_method(trainer))
     grid.add_row(config.base, describe_schedule(config))

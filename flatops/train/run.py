@@ -8,16 +8,18 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from flatops import terminal
+
 from . import checkpoint, plots
 from .config import TrainConfig
-from .data import Data
+from .data import reading
 from .engine import Row, Trainer
 from .report import Board, Log, Screen, write_json
 from .world import joined, peer_errors
@@ -51,7 +53,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
         OSError: a checkpoint cannot be written, the disk being full; the last one is intact.
     """
     with joined(config.timeout) as world:
-        console = (console or Console()) if world.first else Console(quiet=True)
+        console = (console or terminal.console()) if world.first else Console(quiet=True)
         state = checkpoint.read(config.resume) if config.resume else None
         with memory_advice(config):
             trainer = Trainer(config, world)
@@ -60,16 +62,17 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
         folder = world.from_first(lambda: make_folder(config))
         if world.first:
             write_json(folder / "config.json", checkpoint.pack_config(config) | trainer.options)
-        with resumable(folder), memory_advice(config, folder), closing(trainer.data), reader_errors(trainer.data):
+        with resumable(folder), memory_advice(config, folder), reading(trainer.data):
             run_epochs(trainer, folder, console)
         if world.first:
             title = f"{trainer.method.label} on {config.data}"
             plots.learning_curves(trainer.history, title, folder / "curves.png")
         seconds = sum(row["seconds"] for row in trainer.history)
-        say(
+        terminal.say(
             console,
-            f"[bold]test accuracy {trainer.history[-1]['test_accuracy']:.1%}[/bold] after "
-            f"{config.epochs} epochs, {seconds:.1f} s of training; see {folder}",
+            f"test accuracy {trainer.history[-1]['test_accuracy']:.1%} after {config.epochs} epochs, "
+            f"{seconds:.1f} s of training; see {folder}",
+            style="bold",
         )
         return trainer.history
 
@@ -96,7 +99,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
         if not number:
             return
         save()
-        say(
+        terminal.say(
             console,
             f"Stopped after {trainer.steps_done} of {trainer.total_steps} steps; continue with\n"
             f"  flatops train --resume {folder}",
@@ -110,15 +113,23 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
             save()
         stop_if_asked()
 
-    with Screen(trainer, console) as screen, deferred_signals() as signals:
+    def may_interrupt() -> bool:
+        return world.size == 1 and trainer.data.waiting  # several processes agree, after a step
+
+    with Screen(trainer, console) as screen, deferred_signals(may_interrupt) as signals:
         while trainer.epoch < config.epochs:
-            row = trainer.run_epoch(on_step)
+            try:
+                row = trainer.run_epoch(on_step)
+            except Interrupted:
+                stop_if_asked()
+                raise
             log.add(row)
             board.add(row)
             screen.epoch(row)
             if trainer.bad and world.first:
                 lines = (f"{name}: {reason}\n" for name, reason in sorted(trainer.bad.items()))
-                (folder / "bad_images.txt").write_text("".join(lines))
+                # Names that are no UTF-8 too, byte by byte.
+                (folder / "bad_images.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
             if not math.isfinite(row["train_loss"]):
                 raise FloatingPointError(f"the loss became {row['train_loss']}: lower lr, sigma or rho")
             save()
@@ -161,22 +172,6 @@ def resumable(folder: Path) -> Iterator[None]:
         raise ConnectionError(f"{error}; {advice}") from error
 
 
-@contextmanager
-def reader_errors(data: Data) -> Iterator[None]:
-    """Say so where a process that reads images was killed, which torch raises one of several errors for."""
-    try:
-        yield
-    except Exception as error:
-        if not data.lost_readers:
-            raise
-        raise ConnectionError("a process that reads images was killed, for want of memory perhaps: lower workers") from error
-
-
-def say(console: Console, message: str) -> None:
-    """Print a message whole, without colouring its numbers or breaking its paths."""
-    console.print(message, highlight=False, soft_wrap=True)
-
-
 def make_folder(config: TrainConfig) -> Path:
     """The run's folder: the one asked for, that of the run it continues, or a new one under runs/.
 
@@ -210,9 +205,17 @@ def new_folder(folder: Path) -> Path:
         return place
 
 
+class Interrupted(BaseException):
+    """A signal came where it may interrupt."""
+
+
 @contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of acting on them; the second one acts as usual."""
+def deferred_signals(may_interrupt: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of acting on them; the second one acts as usual.
+
+    Args:
+        may_interrupt: whether the first one raises Interrupted at this moment: images that are waited for may never come.
+    """
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield arrived
@@ -221,6 +224,8 @@ def deferred_signals() -> Iterator[list[int]]:
     def defer(number: int, frame: object) -> None:
         arrived.append(number)
         restore()
+        if may_interrupt():
+            raise Interrupted
 
     def restore() -> None:
         for number, handler in before.items():

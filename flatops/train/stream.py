@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -13,21 +17,27 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .augment import Augment, drawing_from
-from .data import IGNORED, Batch, piece, shuffled
+from .augment import REPLACE, Augment, drawing_from
+from .data import IGNORED, Batch, ReaderError, piece, reader_errors, shuffled
 
 T = TypeVar("T")
 NONE, MOST_BAD = -1, 1000  # the number of no image; how many in a row are passed by
 TEST = -1  # where training images have a stream
 Key = tuple[int, int, int]  # stream, epoch, index
+PATIENCE = 2.0  # seconds that reading processes have to end by themselves
+SHARED_MEMORY = (
+    "batches travel through /dev/shm from the processes that read images: make it larger (docker run --shm-size 8g, or mount "
+    "-o remount,size=8g /dev/shm), or read without them (--workers 0)"
+)
 
 
 class Source(Protocol):
     """Images and their names, in a form that costs worker processes no memory."""
 
     labels: np.ndarray
+    left_out: Counter[str]  # what lies beside them, and is not read
 
     def open(self, index: int) -> Image.Image:
         """An image in RGB, decoded."""
@@ -45,7 +55,7 @@ class Images(Dataset):
         transforms: of PIL images to uint8 (3, size, size), of training and of test images.
         size: side of what comes out.
         seed: with the key, it decides what is random.
-        skip_bad: whether a training image that cannot be read has the next in its place; otherwise it is black, and an error.
+        skip_bad: whether a training image that cannot be read has another in its place; otherwise it is black, and an error.
     """
 
     train: Source
@@ -56,7 +66,7 @@ class Images(Dataset):
     skip_bad: bool = False
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
-        """The image, its number, and what could not be read: a test image is black then, a training one the next that can be."""
+        """The image, its number, and what could not be read: a test image is black then, a training one another that can be."""
         stream, epoch, index = key
         bad: list[tuple[str, str]] = []
         if stream == TEST:
@@ -64,22 +74,37 @@ class Images(Dataset):
             if image is not None:
                 return np.asarray(self.transforms[1](image)), index, bad
             return self._black(), index, bad
-        count = len(self.train.labels)
-        for number in range(index, index + (min(count, MOST_BAD) if self.skip_bad else 1)):
-            image = attempt(self.train.open, self.train, number % count, bad)
+        for number in self._candidates(key):
+            image = attempt(self.train.open, self.train, number, bad)
             if image is not None:
                 with drawing_from(self.seed, stream, epoch, index):
-                    return np.asarray(self.transforms[0](image)), number % count, bad
+                    return np.asarray(self.transforms[0](image)), number, bad
         return self._black(), NONE, bad
+
+    def _candidates(self, key: Key) -> Iterator[int]:
+        """A training image, and the others to try in its place, which the key draws: the next one would be drawn for all before it."""
+        *_, index = key
+        yield index
+        if self.skip_bad:
+            count = len(self.train.labels)
+            drawn = np.random.default_rng([REPLACE, self.seed, *key]).choice(count, min(count, MOST_BAD), replace=False)
+            yield from drawn[drawn != index][: MOST_BAD - 1].tolist()
 
     def _black(self) -> np.ndarray:
         return np.zeros((3, self.size, self.size), dtype=np.uint8)
 
     @staticmethod
-    def collate(items: list[tuple[np.ndarray, int, list]]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-        """A batch: images (B, 3, H, W) uint8, their numbers (B,), and what could not be read."""
+    def collate(items: list[tuple[np.ndarray, int, list]]) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
+        """A batch: images (B, 3, H, W) uint8, their numbers, and what could not be read."""
         images, numbers, bad = zip(*items)
-        return torch.from_numpy(np.stack(images)), torch.tensor(numbers), [entry for some in bad for entry in some]
+        return sent(np.stack(images)), list(numbers), [entry for some in bad for entry in some]
+
+
+def sent(array: np.ndarray) -> Tensor:
+    """A tensor for the process that trains, in shared memory. It would be put there on its way too, by a thread of the queue's,
+    which loses the batch without a word to anybody where /dev/shm is full; here the error arrives."""
+    tensor = torch.from_numpy(array)
+    return tensor.share_memory_() if get_worker_info() else tensor
 
 
 def attempt(opened: Callable[[int], T], source: Source, index: int, bad: list[tuple[str, str]]) -> T | None:
@@ -89,8 +114,8 @@ def attempt(opened: Callable[[int], T], source: Source, index: int, bad: list[tu
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they trip over
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        bad.append((source.name(index), reason))
+        reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # PIL names the object that it read from, by its address
+        bad.append((source.name(index), (reason or type(error).__name__).splitlines()[0]))
         return None
 
 
@@ -122,6 +147,7 @@ class Stream:
         augment: what happens to batches on the device.
         workers: processes that read; 0 reads in between steps.
         batch_size: images in a batch over all processes.
+        timeout: seconds after which one that waits for the processes that read gives up.
         wrong: number of training labels that were replaced.
     """
 
@@ -131,6 +157,7 @@ class Stream:
     augment: Augment
     workers: int
     batch_size: int
+    timeout: float = 600.0
     wrong: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
@@ -140,6 +167,12 @@ class Stream:
     def __post_init__(self) -> None:
         self.plan = Plan()
         self.loader: DataLoader | None = None
+        self.waiting = False
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """See Data.left_out."""
+        return self.images.train.left_out + self.images.test.left_out
 
     @property
     def size(self) -> int:
@@ -166,22 +199,39 @@ class Stream:
         self.device, self.layout = device, memory_format
         return self
 
-    @property
-    def lost_readers(self) -> bool:
-        """See Data.lost_readers."""
+    def why_lost(self, error: Exception) -> str | None:
+        """See Data.why_lost."""
         workers = getattr(getattr(self.loader, "_iterator", None), "_workers", ())
         try:
             for worker in workers:
                 worker.join(0.1)  # its connections close before it is gone
+            codes = {worker.exitcode for worker in workers} - {None, 0}
         except RuntimeError:  # which torch raises in its handler of the signal that a process has ended
-            return True
-        return any(worker.exitcode for worker in workers)
+            codes = {1}
+        # torch names its file in /dev/shm, or a process has written where there was no room any more.
+        if re.search("</torch_|Bus error", str(error)) or -signal.SIGBUS in codes:
+            return f"/dev/shm is full: {SHARED_MEMORY}"
+        if "DataLoader timed out" in str(error):
+            return (
+                f"the processes that read images sent nothing for {self.timeout:g} s (timeout): they may wait for a disk or a "
+                "network that does not answer; --workers 0 reads without them"
+            )
+        return "a process that reads images was killed, for want of memory perhaps: lower workers" if codes else None
 
     def close(self) -> None:
-        """End the worker processes; the next pass would start others."""
-        if getattr(self.loader, "_iterator", None) is not None:
-            self.loader._iterator._shutdown_workers()
+        """End the worker processes, those that are stuck by force; the next pass would start others."""
+        iterator = getattr(self.loader, "_iterator", None)
         self.loader = None
+        if iterator is None:
+            return
+        # torch asks one after the other, and waits for 5 s each time.
+        force = threading.Timer(PATIENCE, lambda: [worker.kill() for worker in iterator._workers])
+        force.start()
+        try:
+            with suppress(RuntimeError):  # raised where a worker is killed
+                iterator._shutdown_workers()
+        finally:
+            force.cancel()
 
     def batches(self, size: int, *, stream: int, **which: int) -> Iterator[Batch]:
         """See Data.batches."""
@@ -240,24 +290,44 @@ class Stream:
     def _loaded(self, plan: Iterator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
         """What worker processes make of each batch of keys, and the numbers; what could not be read is noted, or raised."""
         self.plan.batches = plan
-        if self.loader is None:
-            self.loader = self._loader()
-        for batch, indices, bad in self.loader:
+        for batch, numbers, bad in self._batches_of_workers():
             for name, reason in bad:
                 if not self.images.skip_bad:
                     raise ValueError(
-                        f"cannot read {name}: {reason}; bad_images skip would take the next image in its place"
+                        f"cannot read {name}: {reason}; bad_images skip would take another image in its place"
                     )
                 self.bad[name] = reason
-            if NONE in indices:
+            if NONE in numbers:
                 (name, reason), tried = bad[0], min(self.train_size, MOST_BAD)
                 raise ValueError(f"{tried} training images in a row cannot be read, the first {name}: {reason}")
-            yield batch, indices
+            yield batch, torch.tensor(numbers)
+
+    def _batches_of_workers(self) -> Iterator[Any]:
+        """What the loader has."""
+        with reader_errors(self):
+            if self.loader is None:
+                self.loader = self._loader()
+                try:
+                    batches = iter(self.loader)
+                except (OSError, RuntimeError) as error:
+                    raise ReaderError(f"cannot start the processes that read images: {error}; {SHARED_MEMORY}") from error
+            else:
+                batches = self._waited_for(lambda: iter(self.loader))
+            while (batch := self._waited_for(lambda: next(batches, None))) is not None:
+                yield batch
+
+    def _waited_for(self, get: Callable[[], T]) -> T:
+        self.waiting = True
+        try:
+            return get()
+        finally:
+            self.waiting = False
 
     def _loader(self) -> DataLoader:
         # What is ahead lies in shared memory: four batches a worker, fewer of large ones.
         ahead = max(1, min(4, 1024 // self.batch_size))
-        some: dict[str, Any] = {"prefetch_factor": ahead, "persistent_workers": True} if self.workers else {}
+        kept = {"prefetch_factor": ahead, "persistent_workers": True, "timeout": self.timeout}
+        some: dict[str, Any] = kept if self.workers else {}
         return DataLoader(
             self.images,
             batch_sampler=self.plan,
