@@ -170,12 +170,15 @@ def _by_shards(
 ) -> Gradients:
     # FSDP2 reduces what backward() leaves in p.grad, and averages over processes: which is why all get the same samples.
     kept = [(p, p.grad) for p in {*params, *model.parameters()}]
+    modules = distributed.sharded_modules()
+    distributed.check_reduced(modules, params, "update_mask()")
     try:
         for i in range(size):
             for p, _ in kept:
                 p.grad = None
             one, target = _rows((x, y), slice(i, i + 1))
             loss_fn(model(one), target).backward()
+            distributed.check_reduced(modules, params, "update_mask()")
             yield {p: p.grad for p in params if p.grad is not None}
     finally:
         for p, grad in kept:

@@ -115,6 +115,7 @@ class Run:
     warned: bool = False
     undo: list[Undo] = field(default_factory=list)
     backup: dict[Tensor, Tensor] = field(default_factory=dict)
+    given: bool = False  # all that it was given are nn.Parameters
     agreed: bool = False  # all processes have the same optimizer
     modules: list[Any] | None = None  # under fully_shard; None until they have been looked for
     offloaded: bool = False  # shards in the host's memory
@@ -233,6 +234,8 @@ class Flat(torch.optim.Optimizer):
                 f"base {self.base.__name__} has a hyper-parameter {', '.join(sorted(taken))} of its own: use another"
             )
         self.defaults.update(options)
+        params = self._all_params()
+        self.run.given = bool(params) and all(isinstance(p, torch.nn.Parameter) for p in params)
 
     # --- for the algorithms to say ---------------------------------------------------------------------------------------
 
@@ -298,6 +301,10 @@ class Flat(torch.optim.Optimizer):
         self.run.perturbed = True
         params = self._all_params()
         claim(self, params)
+        if self.run.modules is None:
+            distributed.check_params(params, self.run.given)
+            self.run.modules = distributed.sharded_modules() if distributed.any_distributed(params) else []
+            self.run.offloaded = distributed.is_offloaded(params)
         if torch.is_grad_enabled():  # without, it may be a look at the loss by one process alone
             if scaler.has_unscaled(self):
                 raise RuntimeError(
@@ -308,9 +315,6 @@ class Flat(torch.optim.Optimizer):
                 self._agree()
         self._check_groups()
         self._check_world()
-        if self.run.modules is None:
-            self.run.modules = distributed.sharded_modules() if distributed.any_distributed(params) else []
-            self.run.offloaded = distributed.is_offloaded(params)
         self._drop_copies()
         with torch.no_grad():
             self._perturb()
@@ -323,6 +327,11 @@ class Flat(torch.optim.Optimizer):
         if self.run.offloaded:
             torch.accelerator.synchronize()
         forget_copies(self.run.modules or [])
+
+    def _check_reduced(self, what: str) -> None:
+        """Raises where fully_shard holds back gradients that `what` needs."""
+        if self.run.modules:
+            distributed.check_reduced(self.run.modules, self._all_params(), what)
 
     def _agree(self) -> None:
         """Makes sure, once, that all processes have the same optimizer. Collective; the host waits for it."""
@@ -515,6 +524,7 @@ class Flat(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         self.run.agreed, self.run.modules = False, None
+        self.run.given &= all(isinstance(p, torch.nn.Parameter) for p in group["params"])
         for key, default in list(self.options.items()):
             if isinstance(group[key], Tensor) and group["params"]:
                 given = group[key]

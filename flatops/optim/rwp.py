@@ -249,6 +249,7 @@ class RWP(KeepsFisher):
         if not self.perturbs:
             return
         if self.mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
+            self._check_reduced("ARWP with lam < 1")
             self._take_back()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.aside += [(p, own(p.grad)) for p in params]
@@ -290,6 +291,7 @@ class RWP(KeepsFisher):
         scale = self.perturbed_weight if self.loss_scale is None else self.loss_scale
         self.loss_scale = None
         if self.mixes_fisher():
+            self._check_reduced("ARWP with lam < 1")
             self._update_fisher(1.0 / scale)
         self._take_back()
 

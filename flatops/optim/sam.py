@@ -81,6 +81,7 @@ class SAM(Flat):
             yield
 
     def _perturb(self) -> None:
+        self._check_reduced(self.flat.__name__)
         parts = self._trainable(("rho", "adaptive", "maximize"), with_grad=True)
         if not parts:
             raise RuntimeError(
@@ -144,6 +145,7 @@ class SAM(Flat):
         self.run.hooks += [p.register_hook(hook) for p in params if not distributed.is_distributed(p)]
 
     def _passed(self) -> None:
+        self._check_reduced(self.flat.__name__)
         super()._passed()
         finite, self.run.taint = self.run.taint, None
         for p in self._all_params() if finite is not None else ():
