@@ -87,10 +87,11 @@ class SAM(Flat):
             raise RuntimeError(
                 "no parameter has a gradient: run a backward at the weights themselves before perturbed()"
             )
-        for p in itertools.chain(*(params for params, _ in parts.values())):
-            if (layout := p.grad.layout) != torch.strided:  # type: ignore[union-attr] # those without a gradient are left out
-                raise TypeError(f"a gradient of shape {tuple(p.shape)} is {layout}: SAM needs dense gradients")
-        grads = {key: all_local(p.grad for p in params) for key, (params, _) in parts.items()}
+        given = {key: [p.grad for p in params if p.grad is not None] for key, (params, _) in parts.items()}
+        for g in itertools.chain(*given.values()):  # before any is taken apart, which sparse ones do not allow
+            if g.layout != torch.strided:
+                raise TypeError(f"a gradient of shape {tuple(g.shape)} is {g.layout}: SAM needs dense gradients")
+        grads = {key: all_local(gs) for key, gs in given.items()}
         climbing = {key: part for key, part in parts.items() if isinstance(key[1], Tensor) or key[1] > 0}
         norm = self._norm(climbing or parts, grads)
         self._before_ascent(norm)
