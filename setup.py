@@ -6,16 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 
-# Under build isolation the environment's own packages are out of sight. Building against a second torch would give a
-# binary that the first cannot load, so look for the one that is there before asking for another.
+# Building against a second torch would give a binary that the first cannot load. pip's build isolation hides the packages
+# of this very interpreter, by variables: without them it says where its torch is. uv's is an interpreter of its own.
 if importlib.util.find_spec("torch") is None:
-    sys.path.append(sysconfig.get_paths()["purelib"])
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    find = "import importlib.util as util; torch = util.find_spec('torch'); print(torch.origin if torch else '')"
+    found = subprocess.run([sys.executable, "-c", find], cwd="/", env=environment, capture_output=True, text=True, check=True)
+    if found.stdout.strip():
+        sys.path.append(str(Path(found.stdout.strip()).parent.parent))
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+OLDEST = (2, 10)  # as in pyproject.toml
 
 SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
@@ -72,6 +76,12 @@ def compiled_core() -> dict:
         )
     import torch
 
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        sys.exit(
+            f"flatops: this is torch {torch.__version__}, and {needed} or later is needed: run pip install --upgrade "
+            f"'torch>={needed}', then install flatops again"
+        )
     cuda = find_cuda(torch.version.cuda)
     if cuda:  # to be known before cpp_extension is imported, which guesses
         os.environ["CUDA_HOME"] = str(cuda)
@@ -115,7 +125,9 @@ def compiled_core() -> dict:
         how["libraries"] = ["c10_cuda"]
         how["extra_link_args"] = [*openmp, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     extension = cpp_extension.CppExtension("flatops._C", depends=HEADERS, extra_compile_args=flags, **how)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    # What was compiled for one torch is no part of a build for another, though no source and no option has changed.
+    options = {"build": {"build_base": f"build/torch-{torch.__version__}"}, "build_ext": {"force": True}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}, "options": options}
 
 
 wants_core = any(
@@ -128,6 +140,6 @@ setup(
     ],
     package_data={"flatops": ["py.typed"], "flatops.train.presets": ["*.toml"], "flatops.benchmarks": ["results/tuning.json"]},
     package_dir={"flatops": "flatops", "flatops.benchmarks": "benchmarks", "flatops.kernels": "kernels"},
-    setup_requires=[] if HAS_TORCH else ["torch>=2.10"],
+    setup_requires=[] if HAS_TORCH else ["torch>=" + ".".join(map(str, OLDEST))],
     **(compiled_core() if HAS_TORCH and wants_core else {}),
 )

@@ -57,6 +57,9 @@ for _namespace, _kernel in (
     for _name in schemas.SCHEMAS:
         _library.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
 
+# Without isolation, or an installer that cannot see this torch from there builds for another one, as uv does.
+_AGAIN = "install flatops again, with --no-build-isolation --no-cache-dir --force-reinstall --no-deps (README, Install)"
+
 _C: Any = None  # the compiled core, where there is one
 try:
     _C = importlib.import_module("flatops._C")
@@ -69,7 +72,7 @@ else:
     if _C.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
             f"flatops was compiled for torch {_C.torch_version} and this is torch {torch.__version__}; "
-            "install flatops again, with --no-cache-dir --force-reinstall --no-deps"
+            + _AGAIN
         )
 
 
@@ -98,7 +101,7 @@ def why_not(name: str, device: torch.device) -> str:
     if devices is not None and device.type not in devices:
         return f"it does not serve {device.type} tensors: use 'reference' or move them"
     if name in ("cpp", "cuda") and _C is None:
-        return f"it was not compiled ({WHY_NOT_COMPILED}): run pip install flatops again"
+        return f"it was not compiled for this torch ({WHY_NOT_COMPILED}): {_AGAIN}"
     if name == "cuda":
         return _why_not_cuda(device)
     if name == "triton":
@@ -117,13 +120,13 @@ def _runs_on(code: str, device: int) -> bool:
 
 def _why_not_cuda(device: torch.device) -> str:
     if not _C.cuda_archs:
-        return "it was not compiled: there was no nvcc, so install a CUDA toolkit and run pip install flatops again"
+        return f"it was not compiled: there was no nvcc, so install a CUDA toolkit and {_AGAIN}"
     major, minor = torch.cuda.get_device_capability(device)
     if any(_runs_on(code, 10 * major + minor) for code in _C.cuda_archs):
         return ""
     return (
         f"it was compiled for {' '.join(_C.cuda_archs)} and {torch.cuda.get_device_name(device)} is sm_{major}{minor}: "
-        f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and run pip install flatops again"
+        f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and {_AGAIN}"
     )
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import flatops
 from flatops.backend import _C
@@ -34,14 +36,26 @@ def test_without_a_compiler_the_error_says_what_is_missing(tmp_path):
 
 
 @pytest.fixture
-def find_cuda(monkeypatch):
+def setup(monkeypatch):
+    """What setup.py hands to setuptools for a command, and its functions."""
+
+    def setup(command: str) -> tuple[dict, dict]:
+        handed = {}
+        monkeypatch.setattr("setuptools.setup", lambda **kwargs: handed.update(kwargs))
+        monkeypatch.setattr(sys, "argv", ["setup.py", command])
+        monkeypatch.chdir(ROOT)
+        return handed, runpy.run_path("setup.py")
+
+    return setup
+
+
+@pytest.fixture
+def find_cuda(setup, monkeypatch):
     """setup.py's, on a machine without a toolkit of its own."""
-    monkeypatch.setattr("setuptools.setup", lambda **kwargs: None)
-    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    function = runpy.run_path(str(ROOT / "setup.py"))["find_cuda"]
+    function = setup("--version")[1]["find_cuda"]
     monkeypatch.setitem(function.__globals__, "DEFAULT_CUDA", "/nowhere")
     return function
 
@@ -86,6 +100,62 @@ def test_an_nvcc_that_cannot_be_used_leaves_the_cpu(
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", version, header)))
     assert find_cuda(wanted) is None
     assert says in capsys.readouterr().out
+
+
+def test_each_torch_has_a_build_of_its_own(setup, monkeypatch):
+    """An upgraded torch finds nothing of what was compiled for the one before: ninja would have no work to do."""
+    monkeypatch.setenv("CUDA_HOME", os.environ.get("CUDA_HOME", ""))  # which the command sets, and TORCH_CUDA_ARCH_LIST
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    options, _ = setup("build_ext")
+    assert options["options"]["build"]["build_base"] == f"build/torch-{torch.__version__}"
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    other, _ = setup("build_ext")
+    assert other["options"]["build"]["build_base"] == "build/torch-2.99.0"
+
+
+def test_a_torch_that_is_too_old_is_refused_before_anything_is_built(setup, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(SystemExit, match=r"this is torch 2\.9\.1\+cpu, and 2\.10 or later is needed"):
+        setup("bdist_wheel")
+    assert "ext_modules" not in setup("sdist")[0]  # which needs no torch
+
+
+def test_the_oldest_torch_is_the_same_everywhere(setup):
+    oldest = ".".join(map(str, setup("sdist")[1]["OLDEST"]))
+    for file in ("pyproject.toml", "Makefile", "README.md"):
+        found = re.findall(r"torch>=([\d.]+)|installed \(([\d.]+) or later\)", (ROOT / file).read_text())
+        assert {"".join(each) for each in found} == {oldest}, file
+
+
+def test_pips_isolation_does_not_hide_the_torch_that_is_installed(tmp_path):
+    """As pip isolates: by a PYTHONPATH whose sitecustomize takes the interpreter's own packages away."""
+    (tmp_path / "sitecustomize.py").write_text("import site, sys\nsys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n")
+    setuptools = "import sys, types; sys.modules['setuptools'] = types.SimpleNamespace(setup=lambda **kwargs: print(kwargs['setup_requires']))"
+    program = f"{setuptools}; import runpy; assert not any('site-packages' in p for p in sys.path); runpy.run_path('setup.py')"
+    done = run("-c", program, PYTHONPATH=str(tmp_path), PYTHONNOUSERSITE="1")
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    "core",
+    ["raise ImportError('_C.so: undefined symbol: _ZN3c10')", "return types.SimpleNamespace(torch_version='2.1.0')"],
+    ids=["another minor version", "an older one"],
+)
+def test_a_core_for_another_torch_says_how_to_build_it_for_this_one(core):
+    """Without isolation, in which uv would build for the newest torch again, and not from pip's cache."""
+    program = f"""
+import importlib, torch, types
+def other(name, real=importlib.import_module):
+    if name == "flatops._C":
+        {core}
+    return real(name)
+importlib.import_module = other
+import flatops
+flatops.ops.filter_norms([torch.ones(3, 3)])
+"""
+    done = run("-c", program)
+    assert "install flatops again, with --no-build-isolation --no-cache-dir --force-reinstall" in done.stderr
+    assert ("slow reference" in done.stderr) == ("symbol" in core) == (done.returncode == 0)
 
 
 def test_the_sdist_holds_what_a_build_needs(tmp_path):
