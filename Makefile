@@ -4,25 +4,28 @@
 # CONTRIBUTING.md tells of the others.
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= torch>=2.10
+TESTS ?=
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 # Files are shared out over processes of one thread each: tensors in tests are too small for more.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint docs coverage wheel bench install clean
+.PHONY: demo test matrix lint docs coverage wheel bench install clean
 
 install: $(VENV)/installed
 
 # torch first: what is there when the extension is built is what it is built against.
 $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch>=2.10"
-	$(BIN)/python -m pip install --quiet --editable ".[train,test]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[train,test]"
 	@touch $@
 
 demo: ; @$(call timed,demo,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(BIN)/flatops compare)
-test: ; @$(call timed,test,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(PYTEST))
+test: ; @$(call timed,test,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(PYTEST) $(TESTS))
+matrix: ; @.ci/matrix
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
