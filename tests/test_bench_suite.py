@@ -139,6 +139,14 @@ def test_files_and_folders_are_compared(tmp_path, capsys):
     assert "0 more than 15% apart, the largest 10.0%" in shown and "2 and 3, 50%" in shown
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b'{"rows": [{"name": "per', b"\xff", b"[]"])
+def test_a_damaged_file_of_rows_is_named(tmp_path, content):
+    for name, written in (("good.json", json.dumps({"rows": ROWS}).encode()), ("bad.json", content)):
+        (tmp_path / name).write_bytes(written)
+    with pytest.raises(ValueError, match="bad.json is .*not a file of rows"):
+        bench.main(bench.Config(compare=(tmp_path / "good.json", tmp_path / "bad.json")))
+
+
 def test_every_ratio_has_a_name_of_its_own():
     for name in suite.QUESTIONS:
         result = committed(name)
