@@ -363,7 +363,7 @@ BAD = [
     (lambda: ops.grad_norm([W.int()], [W.int()]), TypeError, r"params\[0\]"),
     (lambda: ops.grad_norm([W, W.clone()], [W]), ValueError, "grads"),
     (lambda: ops.ascend_([W], [W.double()], 0.1, norm=torch.ones(())), ValueError, r"grads\[0\]"),
-    (lambda: ops.ascend_([W], [W], -1.0, norm=torch.ones(())), ValueError, "rho"),
+    (lambda: ops.ascend_([W], [W], float("inf"), norm=torch.ones(())), ValueError, "rho"),
     (lambda: ops.filter_fisher_([torch.ones(3)], [W], 1.5), ValueError, "beta"),
     (lambda: ops.filter_norms([W, torch.ones(2, device="meta")]), ValueError, r"params\[1\] is on meta"),
     (lambda: ops.grad_norm([ELSEWHERE], [W]), ValueError, r"grads\[0\] is on meta"),
