@@ -336,8 +336,10 @@ class Flat(torch.optim.Optimizer):
     def _agree(self) -> None:
         """Makes sure, once, that all processes have the same optimizer. Collective; the host waits for it."""
         if distributed.world()[1] > 1:
-            if self.run.default_seed:  # processes may have seeded torch each in its own way: the first one's seed is all of theirs
-                seed = distributed.gather_objects(self.options["seed"])[0]
+            # Processes may have seeded torch each in its own way: the first one's default seed is all of theirs. All take part,
+            # also with what will be found not to agree.
+            seed = distributed.gather_objects(self.options["seed"] if self.run.default_seed else None)[0]
+            if self.run.default_seed and seed is not None:
                 for group in self.param_groups:
                     group["seed"] = seed if group["seed"] == self.options["seed"] else group["seed"]
                 self.options["seed"] = seed
