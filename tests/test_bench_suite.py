@@ -299,7 +299,7 @@ def test_machine_code(monkeypatch):
     assert nothing["rows"] == [] and "no code for sm_90" in tables.machine_code({"machine_code": nothing})
 
 
-def test_flatness():
+def test_flatness(one_thread):
     result = flatness.measure(1, points=3, iterations=1, batches=1, draws=2)
     kept = committed("flatness")
     assert result.keys() == kept.keys() and {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in kept["rows"]}

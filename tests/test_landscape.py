@@ -474,10 +474,11 @@ def test_importing_loads_no_matplotlib():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two networks of the same digits, and one of other labels."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
     config = TrainConfig(epochs=1, batch_size=256, label_noise=0.3)
     for name, changes in {"sgd": {"ema": 0.9}, "mrwp": {"method": "mrwp"}, "other": {"seed": 1}}.items():
         train(replace(config, output=folder / name, **changes), Console(file=StringIO()))
+    torch.set_num_threads(threads)
     return folder
 
 

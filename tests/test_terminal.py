@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from flatops import cli, terminal
@@ -24,9 +25,10 @@ QUICK = ("--points", "3", "--batches", "1", "--batch-size", "32", "--draws", "2"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two runs of one epoch."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
     for seed, name in enumerate(NAMES):
         train(TrainConfig(epochs=1, batch_size=512, seed=seed, output=folder / name), Console(file=io.StringIO()))
+    torch.set_num_threads(threads)
     return [folder / name for name in NAMES]
 
 
