@@ -19,14 +19,14 @@ def opened(raw: bytes) -> Image.Image:
     """An image file of which the header is read.
 
     Raises:
-        ValueError: it has numbers without a range: float, 32 bits, or signed.
+        ValueError: its pixels have no known range: floats, integers of 32 bits, or signed ones.
         Exception: whatever PIL trips over.
     """
     image = Image.open(io.BytesIO(raw))
     # PIL has 16 bits in "I" too where the format has no more.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "integers of 32 bits, or signed ones"
-        raise ValueError(f"its pixels are {kind}, and nobody knows which is white: store it with 8 or 16 bits a channel")
+        raise ValueError(f"its pixels are {kind}: which value is white is not known; store it with 8 or 16 bits a channel")
     return image
 
 
