@@ -233,6 +233,11 @@ class Flat(torch.optim.Optimizer):
             raise ValueError(
                 f"base {self.base.__name__} has a hyper-parameter {', '.join(sorted(taken))} of its own: use another"
             )
+        if any(options.keys() - group.keys() for group in self.param_groups):
+            raise TypeError(
+                f"base {self.base.__name__} has the parameter groups of an optimizer inside it: give the inner one to flatops as "
+                f"base, and the flatops optimizer to {self.base.__name__}"
+            )
         self.defaults.update(options)
         params = self._all_params()
         self.run.given = bool(params) and all(isinstance(p, torch.nn.Parameter) for p in params)

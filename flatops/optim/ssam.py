@@ -353,7 +353,8 @@ class SSAM(KeepsFisher, SAM):
         with distributed.together():
             for (device,), (params, index) in parts.items():
                 drop, grow = (self._scores(first[by], params) for by in ("drop", "grow"))
-                new[device] = Mask(params, self._moved(self.masks[device].bits, params, index, drop, grow, rate))
+                like = distributed.all_local(params)
+                new[device] = Mask(params, self._moved(self.masks[device].bits, like, index, drop, grow, rate))
         self._install(new)
 
     def _regrow_shards(self, rate: float) -> dict[torch.device, Mask]:
