@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.10
+EXTRAS ?= train,test
 TESTS ?=
 BIN := $(VENV)/bin
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ install: $(VENV)/installed
 $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[train,test]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: ; @$(call timed,demo,$(MAKE) --no-print-directory install && $(BIN)/flatops info && $(BIN)/flatops compare)
