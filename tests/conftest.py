@@ -24,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files that take minutes, first, in whatever order the others are: none should be left alone with one process at the end.
-LONG = ("test_train_distributed.py", "test_triton.py", "test_benchmarks.py")
+LONG = ("test_ops.py", "test_train_distributed.py", "test_triton.py", "test_benchmarks.py")
 
 
 def pytest_collection_modifyitems(items):
