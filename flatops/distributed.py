@@ -76,11 +76,15 @@ def from_first(make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.
     return made
 
 
-def check_agreement(values: dict[str, Any]) -> None:
+def check_agreement(values: dict[str, Any], offer: Any = None) -> Any:
     """Raises on every process, naming the value, where two have different ones. Collective; some 100 bytes a value.
 
     Args:
         values: what all should agree on, with a meaningful repr.
+        offer: what others take from this process, if it is the first.
+
+    Returns:
+        What the first process offers.
 
     Raises:
         RuntimeError: naming what differs, and between whom.
@@ -89,7 +93,7 @@ def check_agreement(values: dict[str, Any]) -> None:
     def short(text: str) -> str:
         return text if len(text) < 100 else f"{text[:80]}... ({zlib.crc32(text.encode()):08x})"
 
-    everyone = gather_objects({name: short(repr(v)) for name, v in values.items()})
+    offers, everyone = zip(*gather_objects((offer, {name: short(repr(v)) for name, v in values.items()})))
     for name in {name: None for theirs in everyone for name in theirs}:
         for rank, theirs in enumerate(everyone):
             if theirs.get(name) != everyone[0].get(name):
@@ -97,6 +101,7 @@ def check_agreement(values: dict[str, Any]) -> None:
                     f"processes disagree on {name}: {everyone[0].get(name)} on process 0, {theirs.get(name)} on process {rank}. "
                     "They must build the same optimizer, load the same checkpoint and take every perturbed pass together"
                 )
+    return offers[0]
 
 
 # --- shards --------------------------------------------------------------------------------------------------------------

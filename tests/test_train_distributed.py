@@ -28,7 +28,7 @@ FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"}
 def torchrun(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
     """train_worker.py in two processes of one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--shutdown-timeout", "3", str(WORKER), *map(str, arguments)]
+    command += ["--shutdown-timeout", "30", str(WORKER), *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, env=env)
 

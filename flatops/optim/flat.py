@@ -341,14 +341,14 @@ class Flat(torch.optim.Optimizer):
     def _agree(self) -> None:
         """Makes sure, once, that all processes have the same optimizer. Collective; the host waits for it."""
         if distributed.world()[1] > 1:
-            # Processes may have seeded torch each in its own way: the first one's default seed is all of theirs. All take part,
-            # also with what will be found not to agree.
-            seed = distributed.gather_objects(self.options["seed"] if self.run.default_seed else None)[0]
-            if self.run.default_seed and seed is not None:
+            values, own = self._agreement(), self.options["seed"] if self.run.default_seed else None
+            if own is not None:
+                values["seed"] = ["the default" if seed == own else seed for seed in values["seed"]]
+            first = distributed.check_agreement(values, offer=own)
+            if own is not None:  # processes may have seeded torch each in its own way: the first one's seed is all of theirs
                 for group in self.param_groups:
-                    group["seed"] = seed if group["seed"] == self.options["seed"] else group["seed"]
-                self.options["seed"] = seed
-            distributed.check_agreement(self._agreement())
+                    group["seed"] = first if group["seed"] == own else group["seed"]
+                self.options["seed"] = first
         self.run.agreed = True
 
     def _agreement(self) -> dict[str, Any]:
