@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from cases import BACKENDS  # noqa: E402
 
-from flatops.backend import _C  # noqa: E402
+from flatops.backend import _C  # noqa: E402 - after TRITON_INTERPRET, as above
 
 # A shell that runs the tests in the background has SIGINT ignored; some of them interrupt themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)

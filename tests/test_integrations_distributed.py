@@ -21,7 +21,7 @@ def run(framework: str, folder: Path) -> list[dict]:
     """What each of two processes ends with, for every case of a framework."""
     file = folder / "weights"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--shutdown-timeout", "3", worker.__file__, framework, str(file)]
+    command += ["--shutdown-timeout", "30", worker.__file__, framework, str(file)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
