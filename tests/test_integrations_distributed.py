@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import integration_worker as worker
@@ -12,6 +9,7 @@ import pytest
 import torch
 from models import assert_same_bits, loss_of
 from torch import Tensor
+from torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 5e-7  # of the weights' norm: 2e-8 to 3e-8 was seen; without perturbations, or with other noise, 1e-2 to 9e-2
@@ -20,10 +18,7 @@ TOLERANCE = 5e-7  # of the weights' norm: 2e-8 to 3e-8 was seen; without perturb
 def run(framework: str, folder: Path) -> list[dict]:
     """What each of two processes ends with, for every case of a framework."""
     file = folder / "weights"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--shutdown-timeout", "30", worker.__file__, framework, str(file)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=env)
+    done = torchrun(worker.__file__, framework, file)
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{file}.{rank}") for rank in range(2)]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import train_worker
 from pictures import make_folder
+from torchrun import torchrun
 
 from flatops import cli
 from flatops.train import TrainConfig, Trainer, checkpoint, data, engine, models
@@ -25,18 +24,10 @@ WORKER = Path(train_worker.__file__)
 FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"}
 
 
-def torchrun(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
-    """train_worker.py in two processes of one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--shutdown-timeout", "30", str(WORKER), *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, env=env)
-
-
 def train_together(
     *arguments: object, fault: tuple[str, int, int] = ("none", 0, 0)
 ) -> subprocess.CompletedProcess:
-    return torchrun(*fault, "--threads", 1, *arguments)
+    return torchrun(WORKER, *fault, "--threads", 1, *arguments)
 
 
 def assert_close(left: object, right: object, rtol: float = 2e-3, atol: float = 2e-5) -> None:
@@ -72,7 +63,7 @@ def folder(tmp_path_factory):
 def runs(folder):
     """The result of every run of train_worker.py on each of two processes."""
     file = folder / "runs"
-    done = torchrun("runs", file)
+    done = torchrun(WORKER, "runs", file)
     assert done.returncode == 0, done.stderr
     return [torch.load(f"{file}.{rank}", weights_only=False) for rank in range(2)]
 
@@ -134,7 +125,7 @@ def test_a_checkpoint_of_parallel_mrwp_goes_on_in_one_process(runs, alone, folde
 
 def test_accumulation_loss_scale_clipping_and_replicas_together(folder):
     """Every method takes the same steps in four pieces under a loss scale as at once without, and replicas stay equal to the bit."""
-    done = torchrun("combined", folder / "combined")
+    done = torchrun(WORKER, "combined", folder / "combined")
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(folder / f"combined.{rank}") for rank in range(2))
     assert first.keys() == second.keys() and len(first) == 20
