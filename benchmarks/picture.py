@@ -12,8 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flatops.benchmarks.tables import FOREACH, SEEDS, named
-from flatops.train.methods import METHODS
-from flatops.train.plots import COLOURS
+from flatops.methods import METHODS
 
 
 def digest(result: dict[str, Any]) -> str:
@@ -114,9 +113,9 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
         for row in rows:
             accuracies, seconds = zip(*row["curve"])
             times = [each / epoch for each in accumulate(seconds)]
-            label = METHODS[row["method"]].label
-            axes.plot(times, accuracies, color=COLOURS[row["method"]], lw=1.6, label=label)
-            axes.plot(times[-1], accuracies[-1], "o", color=COLOURS[row["method"]])
+            method = METHODS[row["method"]]
+            axes.plot(times, accuracies, color=method.colour, lw=1.6, label=method.label)
+            axes.plot(times[-1], accuracies[-1], "o", color=method.colour)
         axes.set(title=f"{title}, {result['seeds'][schedule]} seeds", xlabel="training time, epochs of SGD", ylim=(0.6, 1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flatops.benchmarks.machine_code import MODELS, microseconds
-from flatops.train.methods import METHODS
+from flatops.methods import METHODS
 from flatops.train.report import describe_options
 
 Results = dict[str, dict[str, Any]]  # of suite.QUESTIONS, by name

@@ -31,6 +31,7 @@ from flatops.benchmarks.measure import (
     traced,
     waits,
 )
+from flatops.methods import METHODS
 from flatops.train import models
 
 
@@ -55,8 +56,8 @@ class Config:
 
 
 @dataclass
-class Method:
-    """One contender."""
+class Contender:
+    """A method in one implementation."""
 
     name: str
     step: Callable[[], Any]
@@ -67,7 +68,7 @@ class Method:
     seconds: list[float] = field(default_factory=list)  # a step
 
 
-def methods(config: Config) -> list[Method]:
+def build_contenders(config: Config) -> list[Contender]:
     """SGD first, then ours, then the seeds' way."""
     device = torch.device(config.device)
     torch.backends.cudnn.benchmark = True
@@ -83,7 +84,7 @@ def methods(config: Config) -> list[Method]:
     first, second = batch(), batch()
     base: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "fused": True}
 
-    def contender(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[Any, list[Tensor], Any, Callable]:
+    def network_with(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[Any, list[Tensor], Any, Callable]:
         torch.manual_seed(0)
         model = models.create(config.model, classes=1000, channels=3)
         model = model.to(device, memory_format=torch.channels_last).train()
@@ -103,19 +104,20 @@ def methods(config: Config) -> list[Method]:
         optimizer.step()
         optimizer.zero_grad()
 
-    def plain() -> Method:
-        _, _, optimizer, backward = contender(sgd)
+    def plain() -> Contender:
+        _, _, optimizer, backward = network_with(sgd)
 
         def step() -> None:
             backward(first)
             end(optimizer)
 
-        return Method("SGD", step)
+        return Contender("SGD", step)
 
-    def ours(name: str, make: Callable[[Any], Any], must: float | None = None) -> Method:
-        model, params, optimizer, backward = contender(make)
-        mixes = name == "m-RWP"
-        clean_pass = name != "RWP"
+    def ours(name: str, must: float | None = None, **options: float) -> Contender:
+        method = METHODS[name]
+        options |= method.fixed | base
+        model, params, optimizer, backward = network_with(lambda p: method.optimizer(p, torch.optim.SGD, **options))
+        mixes, clean_pass = method.batches == 2, method.passes == 2
 
         def step() -> None:
             if clean_pass:
@@ -134,10 +136,10 @@ def methods(config: Config) -> list[Method]:
         backward(first)
         grads = [p.grad for p in params]
         optimizer.zero_grad()
-        return Method(name, step, own, must)
+        return Contender(method.label, step, own, must)
 
-    def seeds_rwp() -> Method:
-        _, params, optimizer, backward = contender(sgd)
+    def seeds_rwp() -> Contender:
+        _, params, optimizer, backward = network_with(sgd)
 
         def step() -> None:
             noise = seeds.perturb(params, 0.005)
@@ -145,10 +147,10 @@ def methods(config: Config) -> list[Method]:
             seeds.remove(params, noise)
             end(optimizer)
 
-        return Method("RWP, the seeds' way", step, lambda: seeds.remove(params, seeds.perturb(params, 0.005)))
+        return Contender("RWP, the seeds' way", step, lambda: seeds.remove(params, seeds.perturb(params, 0.005)))
 
-    def seeds_sam() -> Method:
-        model, params, optimizer, backward = contender(sgd)
+    def seeds_sam() -> Contender:
+        model, params, optimizer, backward = network_with(sgd)
 
         def climb(grads: list[Tensor]) -> list[Tensor]:
             return seeds.ascend(params, grads, 0.05, seeds.grad_norm(grads))
@@ -165,14 +167,13 @@ def methods(config: Config) -> list[Method]:
         backward(first)
         grads = [p.grad for p in params]
         optimizer.zero_grad()
-        return Method("SAM, the seeds' way", step, lambda: seeds.copy_back(params, climb(grads)))
+        return Contender("SAM, the seeds' way", step, lambda: seeds.copy_back(params, climb(grads)))
 
-    sgd_class = torch.optim.SGD
     return [
         plain(),
-        ours("RWP", lambda p: flatops.RWP(p, sgd_class, sigma=0.005, **base), must=1.01),
-        ours("m-RWP", lambda p: flatops.RWP(p, sgd_class, sigma=0.005, lam=0.5, **base)),
-        ours("SAM", lambda p: flatops.SAM(p, sgd_class, rho=0.05, **base)),
+        ours("rwp", must=1.01, sigma=0.005),
+        ours("mrwp", sigma=0.005, lam=0.5),
+        ours("sam", rho=0.05),
         seeds_rwp(),
         seeds_sam(),
     ]
@@ -181,9 +182,9 @@ def methods(config: Config) -> list[Method]:
 def measure(config: Config) -> dict[str, Any]:
     """Times and counts of every method's step."""
     device = torch.device(config.device)
-    contenders = methods(config)
+    contenders = build_contenders(config)
 
-    def turn(method: Method) -> Callable[[], float]:
+    def turn(method: Contender) -> Callable[[], float]:
         def run() -> float:
             synchronize(device)
             start = time.perf_counter()

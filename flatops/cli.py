@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flatops import terminal
+from flatops.methods import METHODS
 
 C = TypeVar("C")
 # Which of pip's extras has what may be missing.
@@ -62,8 +63,8 @@ def info(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """train a network with SGD, RWP, m-RWP, ARWP, m-ARWP, SAM, ASAM or SSAM"""
-    from flatops.train import TrainCommand, TrainConfig, checkpoint, methods, presets, profile, train
+    from flatops.train import TrainCommand, TrainConfig, checkpoint, presets, profile, train
+    from flatops.train.config import with_method
 
     default = TrainConfig()  # where options come from that the command line does not give
     resume, preset, method = (given(arguments, name) for name in ("resume", "preset", "method"))
@@ -73,12 +74,16 @@ def train(arguments: list[str]) -> int:
         default = checkpoint.unpack_config(checkpoint.read(Path(resume)), Path(resume))
     elif preset:
         default = presets.recipe(preset)
-        if method in methods.METHODS:  # options of the preset's own method mean nothing to another
-            default = methods.with_method(default, method)
+        if method in METHODS:  # options of the preset's own method may not apply to another
+            default = with_method(default, method)
     command = parse(TrainCommand, "train", arguments, TrainCommand(**vars(default)))
     config = TrainConfig(**{name: getattr(command, name) for name in vars(default)})
     profile(config) if command.profile else train(config)
     return 0
+
+
+*_labels, _last = (method.label for method in METHODS.values())
+train.__doc__ = f"train a network with {', '.join(_labels)} or {_last}"
 
 
 def given(arguments: list[str], option: str) -> str | None:

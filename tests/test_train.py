@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from flatops import cli
+from flatops.methods import METHODS
 from flatops.train import (
     CompareConfig,
     TrainConfig,
@@ -26,13 +27,13 @@ from flatops.train import (
     checkpoint,
     compare,
     data,
-    methods,
     models,
+    steps,
     train,
 )
+from flatops.train.config import used_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-METHODS = sorted(methods.METHODS)
 
 
 def quiet() -> Console:
@@ -50,7 +51,7 @@ def assert_same_weights(left: dict, right: dict) -> None:
 # Methods
 
 
-@pytest.mark.parametrize("method, amp", [*((m, "none") for m in METHODS), ("mrwp", "bf16"), ("sam", "bf16")])
+@pytest.mark.parametrize("method, amp", [*((m, "none") for m in sorted(METHODS)), ("mrwp", "bf16"), ("sam", "bf16")])
 def test_two_epochs_teach_every_method_the_digits(method, amp):
     trainer = Trainer(TrainConfig(method=method, epochs=2, amp=amp))
     first, second = trainer.run_epoch(), trainer.run_epoch()
@@ -58,14 +59,14 @@ def test_two_epochs_teach_every_method_the_digits(method, amp):
     assert second["test_accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_defaults_and_given_options_reach_the_optimizer(method):
     config = TrainConfig(method=method)
-    defaults = methods.used_options(config)
+    defaults = used_options(config)
     others = {"mask": "dynamic", "pattern": "layer"}
     given = {name: others.get(name, 0.25) for name in defaults if name != "fisher_samples"}
     for options in (defaults, given):
-        optimizer = methods.create_optimizer(nn.Linear(2, 2).parameters(), replace(config, **options))
+        optimizer = steps.create_optimizer(nn.Linear(2, 2).parameters(), replace(config, **options))
         assert isinstance(optimizer, torch.optim.SGD)
         wanted = {name: value for name, value in options.items() if name != "fisher_samples"}
         assert {name: optimizer.param_groups[0][name] for name in wanted} == wanted
@@ -102,7 +103,7 @@ def test_patterns_that_fix_the_sparsity_and_masks_without_samples():
     trainer = Trainer(TrainConfig(method="ssam", pattern="1:4", epochs=1, batch_size=512))
     trainer.run_epoch()
     assert "sparsity" not in trainer.options and trainer.optimizer.param_groups[0]["sparsity"] == 0.75
-    assert "fisher_samples" not in methods.used_options(TrainConfig(method="ssam", mask="dynamic"))
+    assert "fisher_samples" not in used_options(TrainConfig(method="ssam", mask="dynamic"))
 
 
 def test_the_mixed_step_is_the_weighted_sum_of_two_gradients():
@@ -112,7 +113,7 @@ def test_the_mixed_step_is_the_weighted_sum_of_two_gradients():
     losses = [nn.functional.cross_entropy(twin(images), labels) for images, labels in batches]
     wanted = torch.autograd.grad(0.75 * losses[0] + 0.25 * losses[1], list(twin.parameters()))
     trainer.model.train()
-    methods.mrwp(trainer.model, trainer.optimizer, trainer.gradient, *batches)
+    steps.mixed(trainer.model, trainer.optimizer, trainer.gradient, *batches)
     torch.testing.assert_close([p.grad for p in trainer.model.parameters()], list(wanted))
 
 
@@ -474,7 +475,7 @@ def test_the_command_trains_and_resumes(tmp_path):
     assert {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"} == {path.name for path in run.iterdir()}
     [row] = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert f"{row['test_accuracy']:.1%}" in done.stdout
-    assert json.loads((run / "config.json").read_text())["sigma"] == methods.METHODS["mrwp"].options["sigma"]
+    assert json.loads((run / "config.json").read_text())["sigma"] == METHODS["mrwp"].options["sigma"]
     assert cli.main(["train", "--resume", str(run)]) == 0  # method and epochs come from the checkpoint
 
 

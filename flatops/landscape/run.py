@@ -19,10 +19,10 @@ from rich.table import Table
 from torch import nn
 
 from flatops import info, terminal
+from flatops.methods import METHODS
 from flatops.train import TrainConfig, checkpoint, data, models
+from flatops.train.config import used_options
 from flatops.train.engine import choose_device, set_threads
-from flatops.train.methods import METHODS, used_options
-from flatops.train.plots import COLOURS
 from flatops.train.report import write_json
 
 from . import page, plots
@@ -173,7 +173,7 @@ def describe_networks(
     return [
         {
             "name": label if several[label] == 1 else f"{label} ({terminal.readable(run.name)})",
-            "colour": COLOURS[config.method] if own else plots.PALETTE[number % len(plots.PALETTE)],
+            "colour": METHODS[config.method].colour if own else plots.PALETTE[number % len(plots.PALETTE)],
             "checkpoint": str(run),
             "epoch": state["epoch"],
             "test_accuracy": state["history"][-1]["test_accuracy"] if state["history"] else None,

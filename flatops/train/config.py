@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-MethodName = Literal["sgd", "rwp", "mrwp", "arwp", "marwp", "sam", "asam", "ssam"]
+import tyro
+
+from flatops.methods import METHODS, OPTIONS, find
+
+MethodName = Literal[tuple(METHODS)]
+_SUMMARIES = ((summary, ", ".join(names)) for summary, names in groupby(METHODS, lambda name: METHODS[name].summary))
+METHOD_HELP = "; ".join(f"{names}: {summary}" for summary, names in _SUMMARIES if summary) + "."
 
 
 @dataclass(kw_only=True)
@@ -165,9 +172,7 @@ class Recipe:
 class TrainConfig(Recipe):
     """Train an image classifier with one method."""
 
-    method: MethodName = "sgd"
-    """rwp: random weight perturbation; mrwp: mixed with the clean gradient; arwp, marwp: adapted to the
-    Fisher information; sam: sharpness-aware minimisation; asam: adaptive SAM; ssam: sparse SAM."""
+    method: Annotated[MethodName, tyro.conf.arg(help=METHOD_HELP)] = "sgd"
     seed: int = 0
     """Seed of the weights, the order of the data, the wrong labels and the noise."""
     output: Path | None = None
@@ -245,19 +250,36 @@ class CompareConfig(Recipe):
         )
 
 
-METHOD_OPTIONS = (
-    "sigma",
-    "sigma_end",
-    "lam",
-    "eta",
-    "beta",
-    "rho",
-    "rho_end",
-    "sparsity",
-    "mask",
-    "pattern",
-    "fisher_samples",
-)
+def used_options(config: TrainConfig) -> dict[str, float | str]:
+    """The options of a run that apply to its method, those left out with the method's defaults.
+
+    Raises:
+        ValueError: unknown method, or an option that does not apply to it.
+    """
+    method = find(config.method)
+    given = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None}
+    foreign = sorted(set(given).difference(method.accepts))
+    if foreign:
+        raise ValueError(f"{config.method} has no option {', '.join(foreign)}")
+    options = method.options | given
+    for name, useless in (
+        ("sparsity", ":" in options.get("pattern", "")),
+        ("fisher_samples", options.get("mask") == "dynamic"),
+    ):
+        if useless and name not in given:
+            del options[name]
+        elif useless:
+            raise ValueError(f"mask {options['mask']} with pattern {options['pattern']} has no option {name}")
+    return options
+
+
+def with_method(config: TrainConfig, name: str) -> TrainConfig:
+    """The same run with another method; options that do not apply to that one are left out."""
+    method = find(name)
+    foreign = set(OPTIONS).difference(method.accepts)
+    rwp_parallel = config.rwp_parallel and method.batches == 2
+    ascent = config.ascent if method.ascends else "synced"
+    return replace(config, method=name, rwp_parallel=rwp_parallel, ascent=ascent, **dict.fromkeys(foreign))
 
 
 def check(right: bool, message: str) -> None:

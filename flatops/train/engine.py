@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import flatops
 
-from . import checkpoint, data, methods, models, parallel
+from . import checkpoint, data, models, parallel, steps
 from .augment import MIX, drawing_from
 from .clock import Clock
-from .config import TrainConfig
+from .config import TrainConfig, used_options
 from .gradient import Gradient, Output
 from .metrics import Metrics
 from .world import World
@@ -50,7 +50,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World = World()) -> None:
         self.config, self.world = config, world
-        self.method, self.options = methods.choose(config, world.size), methods.used_options(config)
+        self.form, self.options = steps.choose(config, world.size), used_options(config)
         self.device = choose_device(config.device, world)
         set_threads(config)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -70,9 +70,7 @@ class Trainer:
         self.gradient = Gradient(self.network, self.model, self.device, config, self.clock)
         self.mix = mixing(config, self.data.classes) if config.mixup or config.cutmix else None
         self.steps_per_epoch = self.data.train_size // config.batch_size
-        self.optimizer = methods.create_optimizer(
-            self.model.parameters(), config, self.steps_per_epoch, world.size
-        )
+        self.optimizer = steps.create_optimizer(self.model.parameters(), config, self.steps_per_epoch, world.size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.schedules = self._schedules()
         if config.amp == "fp16":  # the first steps are skipped, until the loss scale fits: the schedule goes on by the data
@@ -244,9 +242,9 @@ class Trainer:
             yield step
 
     def _batches(self) -> Iterator[tuple[data.Batch, ...]]:
-        """This process's batches of each step that is left in the epoch, one per shuffle that the method draws from."""
-        streams = (data.CLEAN, data.PERTURBED)[: self.method.batches]
-        steps = self.data.steps(
+        """This process's batches of each step that is left in the epoch, one from each shuffle that the method draws from."""
+        streams = (data.CLEAN, data.PERTURBED)[: self.form.batches]
+        batches = self.data.steps(
             streams,
             self.config.batch_size,
             seed=self.config.seed,
@@ -254,7 +252,7 @@ class Trainer:
             start=self.step,
             **self._part(),
         )
-        for number, step in enumerate(steps, self.step):
+        for number, step in enumerate(batches, self.step):
             yield tuple(self._prepared(stream, number, *batch) for stream, batch in zip(streams, step))
 
     def _prepared(self, stream: int, number: int, images: torch.Tensor, labels: torch.Tensor) -> data.Batch:
@@ -292,7 +290,7 @@ class Trainer:
 
     def _train_step(self, *batches: data.Batch) -> None:
         with self.clock("flatops"):  # all that is not the passes themselves
-            output = self.method.step(self.network, self.optimizer, self.gradient, *batches)
+            output = self.form.take(self.network, self.optimizer, self.gradient, *batches)
         with self.clock("optimizer"):
             scaler = self.gradient.scaler
             if self.config.clip_norm is not None:

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from flatops import terminal
+from flatops.methods import METHODS
 
 from .clock import PARTS
-from .config import TrainConfig
+from .config import TrainConfig, with_method
 from .data import reading
 from .engine import Trainer, choose_device
-from .methods import METHODS, with_method
 from .run import memory_advice
 from .world import launched
 

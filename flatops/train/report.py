@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flatops import terminal
+from flatops.methods import METHODS
 
 from .config import TrainConfig
 from .data import listed
 from .engine import Row, Trainer
-from .methods import Options
 
 AMP = {"none": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast with a loss scale"}
 DISTORTIONS = ("randaugment", "cutout", "erasing", "mixup", "cutmix")
@@ -238,10 +238,10 @@ def describe_data(trainer: Trainer) -> str:
 def describe_method(trainer: Trainer) -> str:
     """The method's name and options."""
     forms = ["parallel"] * trainer.config.rwp_parallel + ["local ascent"] * (trainer.config.ascent == "local")
-    return "  ".join([trainer.method.label, describe_options(trainer.options), *forms]).strip()
+    return "  ".join([METHODS[trainer.config.method].label, describe_options(trainer.options), *forms]).strip()
 
 
-def describe_options(options: Options) -> str:
+def describe_options(options: dict[str, float | str]) -> str:
     """Options and their values, such as `sigma 0.05  lam 0.5`."""
     return "  ".join(
         f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"

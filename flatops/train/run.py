@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from flatops import terminal
+from flatops.methods import METHODS
 
 from . import checkpoint, plots
 from .config import TrainConfig
@@ -65,7 +66,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
         with resumable(folder), memory_advice(config, folder), reading(trainer.data):
             run_epochs(trainer, folder, console)
         if world.first:
-            title = f"{trainer.method.label} on {config.data}"
+            title = f"{METHODS[config.method].label} on {config.data}"
             plots.learning_curves(trainer.history, title, folder / "curves.png")
         seconds = sum(row["seconds"] for row in trainer.history)
         terminal.say(
