@@ -262,14 +262,11 @@ def used_options(config: TrainConfig) -> dict[str, float | str]:
     if foreign:
         raise ValueError(f"{config.method} has no option {', '.join(foreign)}")
     options = method.options | given
-    for name, useless in (
-        ("sparsity", ":" in options.get("pattern", "")),
-        ("fisher_samples", options.get("mask") == "dynamic"),
-    ):
-        if useless and name not in given:
-            del options[name]
-        elif useless:
-            raise ValueError(f"mask {options['mask']} with pattern {options['pattern']} has no option {name}")
+    mask, pattern = options.get("mask"), options.get("pattern", "")
+    for name in ["sparsity"] * (":" in pattern) + ["fisher_samples"] * (mask == "dynamic"):
+        if name in given:
+            raise ValueError(f"mask {mask} with pattern {pattern} has no option {name}")
+        del options[name]
     return options
 
 

@@ -1,7 +1,7 @@
 """A run's optimizer, and the gradient of one step.
 
-Every function with a batch leaves its gradient in `p.grad`; the engine then calls `optimizer.step()`, the same for all methods.
-A `Gradient` adds the gradient of one pass: mixed precision, accumulation and several processes are its business.
+A function that takes a batch leaves the step's gradient in `p.grad`; the engine then calls `optimizer.step()`, whatever the
+method. Each pass is one call of a `Gradient`, which handles mixed precision, accumulation and several processes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def create_optimizer(
         options |= {"update_every": steps_per_epoch, "total_updates": config.epochs}
     if config.rwp_parallel and processes > 1:
         options["parallel"] = True
-    if "seed" in inspect.signature(method.optimizer.__init__).parameters:  # SAM draws nothing and takes none
+    if "seed" in inspect.signature(method.optimizer.__init__).parameters:  # SAM draws nothing and has none
         options["seed"] = config.seed
     return method.optimizer(params, base, **method.fixed, **options, **own)
 
@@ -98,7 +98,7 @@ def mixed_processes(model: nn.Module, optimizer: flatops.RWP, gradient: Gradient
 
 
 class Form(NamedTuple):
-    """How a run takes its steps: `take(model, optimizer, gradient, *batches)`, with so many batches."""
+    """How a run takes the passes of a step, `take(model, optimizer, gradient, *batches)`, and from how many batches."""
 
     take: Callable[..., Output]
     batches: int = 1
@@ -108,22 +108,21 @@ def choose(config: TrainConfig, processes: int = 1) -> Form:
     """The form in which the method of a run takes its steps on so many processes.
 
     Raises:
-        ValueError: unknown method, a form that it does not have, or a batch that cannot be shared out.
+        ValueError: unknown method, an option that does not apply to it, or a batch that cannot be divided evenly.
     """
     method, parts = find(config.method), processes
-    form = Form(passes if method.optimizer else plain)
-    if method.batches == 2:
-        form = Form(mixed_batches, 2)
-    if config.ascent == "local":
-        if not method.ascends:
-            raise ValueError(f"{config.method} has no option ascent")
-        if processes > 1:  # one alone has but one gradient to climb along
-            form = Form(local_ascent)
+    if config.ascent == "local" and not method.ascends:
+        raise ValueError(f"{config.method} has no option ascent")
+    if config.rwp_parallel and method.batches != 2:
+        raise ValueError(f"{config.method} has no option rwp_parallel")
     if config.rwp_parallel:
-        if method.batches != 2:
-            raise ValueError(f"{config.method} has no option rwp_parallel")
-        parts = max(2, processes)
-        form = Form(mixed_processes if processes > 1 else mixed_halves)
+        parts, form = max(2, processes), Form(mixed_processes if processes > 1 else mixed_halves)
+    elif method.batches == 2:
+        form = Form(mixed_batches, 2)
+    elif config.ascent == "local" and processes > 1:  # on one, its part of the batch is the whole
+        form = Form(local_ascent)
+    else:
+        form = Form(passes if method.optimizer else plain)
     if config.batch_size % parts:
         what = "processes" if processes > 1 else "halves"
         raise ValueError(f"batch_size {config.batch_size} cannot be shared out evenly over {parts} {what}")
