@@ -154,7 +154,7 @@ def test_one_process_mixes_the_gradients_of_two_halves():
     losses = [F.cross_entropy(twin(images), labels) for images, labels in halves]
     wanted = torch.autograd.grad(0.75 * losses[0] + 0.25 * losses[1], list(twin.parameters()))
     trainer.model.train()
-    output = trainer.method.step(trainer.model, trainer.optimizer, trainer.gradient, batch)
+    output = trainer.form.take(trainer.model, trainer.optimizer, trainer.gradient, batch)
     torch.testing.assert_close([p.grad for p in trainer.model.parameters()], list(wanted))
     torch.testing.assert_close(output.loss, sum(losses) / 2)
     assert len(output.logits) == 64
