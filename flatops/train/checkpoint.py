@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read with care, and the random states that they hold."""
+"""Checkpoints: written whole or not at all, read with care, checked against the run that resumes; and random states."""
 
 from __future__ import annotations
 
@@ -105,6 +105,31 @@ def unpack_config(state: dict[str, Any], resume: Path) -> TrainConfig:
     if config["data_dir"] is not None:
         config["data_dir"] = Path(config["data_dir"])
     return TrainConfig(**config | {"resume": resume, "output": None})
+
+
+# Options that a resumed run may change. All others decide the weights, to the bit for the same number of processes.
+MAY_DIFFER = {
+    *("output", "resume", "checkpoint_every", "device", "threads", "parallel", "timeout", "accumulate"),
+    *("data_dir", "workers", "bad_images", "tensorboard"),
+}
+
+
+def check_same_run(saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise ValueError naming every option in which a checkpoint's run and the one asked for differ."""
+    saved = {**asdict(TrainConfig()), **saved}  # options newer than the checkpoint have their defaults
+    differ = [name for name in asked if name not in MAY_DIFFER and saved[name] != asked[name]]
+    if differ:
+        parts = ", ".join(f"{name} {saved[name]} (asked for: {asked[name]})" for name in differ)
+        raise ValueError(f"cannot resume: the checkpoint's run has {parts}")
+
+
+def check_same_weights(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError naming the weights whose shapes differ between a checkpoint's network and this one."""
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (saved, ours)]
+    differ = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
+    if differ:
+        which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
+        raise ValueError(f"cannot resume: the checkpoint is of another network, with other weights {which}")
 
 
 def random_state() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 from .clock import Clock
 from .config import TrainConfig
-from .data import Batch
+from .order import Batch
 
 
 class Output(NamedTuple):

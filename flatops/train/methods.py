@@ -16,8 +16,8 @@ from torch import nn
 import flatops
 
 from .config import METHOD_OPTIONS, TrainConfig
-from .data import Batch
 from .gradient import Gradient, Output
+from .order import Batch
 
 Options = dict[str, float | str]
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from flatops import terminal
 
 from .config import TrainConfig
-from .data import listed
+from .dataset import listed
 from .engine import Row, Trainer
 from .methods import Options
 

@@ -19,7 +19,7 @@ from flatops import terminal
 
 from . import checkpoint, plots
 from .config import TrainConfig
-from .data import reading
+from .dataset import reading
 from .engine import Row, Trainer
 from .report import Board, Log, Screen, write_json
 from .world import joined, peer_errors

@@ -1,8 +1,9 @@
-"""Images that worker processes read while the device trains: any number of them gives the same batches."""
+"""Datasets whose images worker processes read while the device trains; any number of workers gives the same batches."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import signal
@@ -17,16 +18,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from .augment import REPLACE, Augment, drawing_from
-from .data import IGNORED, Batch, ReaderError, piece, reader_errors, shuffled
+from .config import TrainConfig
+from .dataset import Dataset, WorkerError, worker_errors
+from .order import IGNORED, Batch, Planned
 
 T = TypeVar("T")
-NONE, MOST_BAD = -1, 1000  # the number of no image; how many in a row are passed by
-TEST = -1  # where training images have a stream
+NONE, MOST_BAD = -1, 1000  # the index of no image; how many unreadable ones in a row are skipped
+TEST = -1  # takes the place of a stream in the keys of test images
 Key = tuple[int, int, int]  # stream, epoch, index
-PATIENCE = 2.0  # seconds that reading processes have to end by themselves
+PATIENCE = 2.0  # seconds that workers have to end by themselves
 SHARED_MEMORY = (
     "batches travel through /dev/shm from the processes that read images: make it larger (docker run --shm-size 8g, or mount "
     "-o remount,size=8g /dev/shm), or read without them (--workers 0)"
@@ -34,10 +37,10 @@ SHARED_MEMORY = (
 
 
 class Source(Protocol):
-    """Images and their names, in a form that costs worker processes no memory."""
+    """One split's images and names, in a form that worker processes share without copying."""
 
     labels: np.ndarray
-    left_out: Counter[str]  # what lies beside them, and is not read
+    left_out: Counter[str]  # see Dataset
 
     def open(self, index: int) -> Image.Image:
         """An image in RGB, decoded."""
@@ -47,15 +50,15 @@ class Source(Protocol):
 
 
 @dataclass
-class Images(Dataset):
-    """Single images by key: decoded, cropped and distorted at random, as uint8.
+class Images:
+    """Single images by key, decoded and randomly augmented, as uint8: what the workers' DataLoader indexes.
 
     Args:
         train, test: where they come from.
-        transforms: of PIL images to uint8 (3, size, size), of training and of test images.
-        size: side of what comes out.
-        seed: with the key, it decides what is random.
-        skip_bad: whether a training image that cannot be read has another in its place; otherwise it is black, and an error.
+        transforms: of training and of test images, from PIL to uint8 (3, size, size).
+        size: side of an image in pixels.
+        seed: what is random follows from it and the key.
+        skip_bad: whether another image replaces a training image that cannot be read; otherwise it is an error.
     """
 
     train: Source
@@ -66,7 +69,7 @@ class Images(Dataset):
     skip_bad: bool = False
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
-        """The image, its number, and what could not be read: a test image is black then, a training one another that can be."""
+        """The image, its index, and what could not be read: then a test image is black, a training image replaced."""
         stream, epoch, index = key
         bad: list[tuple[str, str]] = []
         if stream == TEST:
@@ -74,15 +77,15 @@ class Images(Dataset):
             if image is not None:
                 return np.asarray(self.transforms[1](image)), index, bad
             return self._black(), index, bad
-        for number in self._candidates(key):
-            image = attempt(self.train.open, self.train, number, bad)
+        for candidate in self._candidates(key):
+            image = attempt(self.train.open, self.train, candidate, bad)
             if image is not None:
                 with drawing_from(self.seed, stream, epoch, index):
-                    return np.asarray(self.transforms[0](image)), number, bad
+                    return np.asarray(self.transforms[0](image)), candidate, bad
         return self._black(), NONE, bad
 
     def _candidates(self, key: Key) -> Iterator[int]:
-        """A training image, and the others to try in its place, which the key draws: the next one would be drawn for all before it."""
+        """A training image and those to try in its place, drawn by the key: its neighbour would be favoured otherwise."""
         *_, index = key
         yield index
         if self.skip_bad:
@@ -95,20 +98,20 @@ class Images(Dataset):
 
     @staticmethod
     def collate(items: list[tuple[np.ndarray, int, list]]) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
-        """A batch: images (B, 3, H, W) uint8, their numbers, and what could not be read."""
-        images, numbers, bad = zip(*items)
-        return sent(np.stack(images)), list(numbers), [entry for some in bad for entry in some]
+        """A batch: images (B, 3, H, W) uint8, their indices, and what could not be read."""
+        images, indices, bad = zip(*items)
+        return shared(np.stack(images)), list(indices), [entry for some in bad for entry in some]
 
 
-def sent(array: np.ndarray) -> Tensor:
-    """A tensor for the process that trains, in shared memory. It would be put there on its way too, by a thread of the queue's,
-    which loses the batch without a word to anybody where /dev/shm is full; here the error arrives."""
+def shared(array: np.ndarray) -> Tensor:
+    """A tensor in shared memory, for the process that trains. The queue's thread would put it there too, but where /dev/shm is
+    full it loses the batch in silence; here the error is raised."""
     tensor = torch.from_numpy(array)
     return tensor.share_memory_() if get_worker_info() else tensor
 
 
 def attempt(opened: Callable[[int], T], source: Source, index: int, bad: list[tuple[str, str]]) -> T | None:
-    """What `opened` makes of an image of a source, or None and a new entry in `bad`."""
+    """What `opened` returns for an image of a source, or None and a new entry in `bad`."""
     try:
         return opened(index)
     except MemoryError:
@@ -119,8 +122,8 @@ def attempt(opened: Callable[[int], T], source: Source, index: int, bad: list[tu
         return None
 
 
-class Plan:
-    """The keys of each batch that the loader is to make next, as its batch sampler."""
+class Sampler:
+    """The loader's batch sampler: the keys of each batch to read next."""
 
     def __init__(self) -> None:
         self.batches: Iterator[list[Key]] = iter(())
@@ -129,26 +132,26 @@ class Plan:
         return self.batches
 
 
-def deaf_to_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole group of processes, and the one that trains decides what becomes of the others: it
-    ends them itself, with a second SIGTERM if it has to."""
+def ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach all processes of the group, to the one that trains: it ends the workers itself, with
+    a second SIGTERM if need be."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 @dataclass
-class Stream:
-    """A data set read by worker processes; as `Data` to those who use it.
+class FromWorkers(Dataset):
+    """Images that worker processes read. One pass at a time: a new one ends the last.
 
     Args:
         images: the images.
-        train: None and the labels (N,) int64 to train on.
+        train: None, and the labels (N,) int64 to train on.
         classes: number of classes.
         augment: what happens to batches on the device.
-        workers: processes that read; 0 reads in between steps.
+        workers: number of worker processes; 0 reads between steps.
         batch_size: images in a batch over all processes.
-        timeout: seconds after which one that waits for the processes that read gives up.
-        wrong: number of training labels that were replaced.
+        timeout: seconds to wait for a worker before giving up.
+        wrong: number of training labels that were replaced by a wrong class.
     """
 
     images: Images
@@ -162,16 +165,38 @@ class Stream:
     bad: dict[str, str] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     layout: torch.memory_format = torch.contiguous_format
-    channels: int = 3
+
+    channels = 3
+    reader = Images
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        train: Source,
+        test: Source,
+        transforms: tuple[Callable, Callable],
+        size: int,
+        classes: int,
+        **colours: tuple[float, ...],
+    ) -> FromWorkers:
+        """Read as a run asks for; `colours` are `mean` and `std` for Augment, the rest as in Images."""
+        return cls(
+            cls.reader(train, test, transforms, size, config.seed, config.bad_images == "skip"),
+            (None, torch.from_numpy(train.labels)),
+            classes,
+            Augment.of(config, **colours),
+            default_workers() if config.workers is None else config.workers,
+            config.batch_size,
+            config.timeout,
+        )
 
     def __post_init__(self) -> None:
-        self.plan = Plan()
+        self.sampler = Sampler()
         self.loader: DataLoader | None = None
-        self.waiting = False
 
     @property
     def left_out(self) -> Counter[str]:
-        """See Data.left_out."""
         return self.images.train.left_out + self.images.test.left_out
 
     @property
@@ -179,36 +204,31 @@ class Stream:
         return self.images.size
 
     @property
-    def train_size(self) -> int:
-        return len(self.train[1])
-
-    @property
     def test_size(self) -> int:
-        """Test images, those included that cannot be read."""
         return len(self.images.test.labels)
 
     @property
     def fingerprint(self) -> str:
-        """What tells these training images from others on resume: their names and labels."""
+        """Of names and labels."""
         digest = hashlib.sha256(self.train[1].numpy().tobytes())
         digest.update(getattr(self.images.train, "names", np.array(())).tobytes())
         return f"{self.train_size} images of {self.classes} classes, {digest.hexdigest()[:16]}"
 
-    def to(self, device: torch.device, memory_format: torch.memory_format) -> Stream:
-        """The same data, whose batches go to a device."""
+    def to(self, device: torch.device, memory_format: torch.memory_format) -> FromWorkers:
+        """See Dataset.to."""
         self.device, self.layout = device, memory_format
         return self
 
     def why_lost(self, error: Exception) -> str | None:
-        """See Data.why_lost."""
+        """See Dataset.why_lost."""
         workers = getattr(getattr(self.loader, "_iterator", None), "_workers", ())
         try:
             for worker in workers:
-                worker.join(0.1)  # its connections close before it is gone
+                worker.join(0.1)  # its connections close before it has ended
             codes = {worker.exitcode for worker in workers} - {None, 0}
-        except RuntimeError:  # which torch raises in its handler of the signal that a process has ended
+        except RuntimeError:  # torch's handler of SIGCHLD raises it
             codes = {1}
-        # torch names its file in /dev/shm, or a process has written where there was no room any more.
+        # Either torch names its file in /dev/shm, or a worker has written where there was no room left.
         if re.search("</torch_|Bus error", str(error)) or -signal.SIGBUS in codes:
             return f"/dev/shm is full: {SHARED_MEMORY}"
         if "DataLoader timed out" in str(error):
@@ -219,98 +239,66 @@ class Stream:
         return "a process that reads images was killed, for want of memory perhaps: lower workers" if codes else None
 
     def close(self) -> None:
-        """End the worker processes, those that are stuck by force; the next pass would start others."""
+        """End the worker processes, by force if they hang; the next pass would start new ones."""
         iterator = getattr(self.loader, "_iterator", None)
         self.loader = None
         if iterator is None:
             return
-        # torch asks one after the other, and waits for 5 s each time.
+        # torch waits up to 5 s for each of them in turn.
         force = threading.Timer(PATIENCE, lambda: [worker.kill() for worker in iterator._workers])
         force.start()
         try:
-            with suppress(RuntimeError):  # raised where a worker is killed
+            with suppress(RuntimeError):  # a worker was killed
                 iterator._shutdown_workers()
         finally:
             force.cancel()
 
-    def batches(self, size: int, *, stream: int, **which: int) -> Iterator[Batch]:
-        """See Data.batches."""
-        for (batch,) in self.steps([stream], size, **which):
-            yield batch
-
-    def steps(
-        self,
-        streams: Sequence[int],
-        size: int,
-        *,
-        seed: int,
-        epoch: int,
-        start: int = 0,
-        part: int = 0,
-        parts: int = 1,
-    ) -> Iterator[tuple[Batch, ...]]:
-        """See Data.steps. One pass at a time: a new one ends the last."""
-        mine, count = piece(size, part, parts), self.train_size
-        orders = [shuffled(count, seed=seed, epoch=epoch, stream=stream) for stream in streams]
-        numbers = range(start, count // size)
-
-        def plan() -> Iterator[list[Key]]:
-            for number in numbers:
-                for stream, order in zip(streams, orders):
-                    chosen = order[number * size : (number + 1) * size][mine]
-                    yield [(stream, epoch, int(index)) for index in chosen]
-
-        made = self._read(plan())
-        for number in numbers:
-            step = []
-            for stream in streams:
-                images, indices = next(made)
-                images = self.augment(images, [seed, stream, epoch, number], size, mine)
-                step.append((images, self.train[1][indices].to(self.device, non_blocking=True)))
-            yield tuple(step)
+    def _batches(self, planned: Iterator[Planned]) -> Iterator[Batch]:
+        planned, ahead = itertools.tee(planned)  # workers read ahead
+        keys = ([(path[1], path[2], index) for index in indices.tolist()] for indices, path, *_ in ahead)
+        for (_, *where), (images, indices) in zip(planned, self._read(keys)):
+            yield self.augment(images, *where), self.train[1][indices].to(self.device, non_blocking=True)
 
     def test_batches(self, size: int, which: Sequence[int]) -> Iterator[Batch]:
-        """See Data.test_batches. Images that cannot be read have the label IGNORED."""
-        count = self.test_size
-        plan = ([(TEST, 0, index) for index in range(n * size, min((n + 1) * size, count))] for n in which)
+        """See Dataset.test_batches."""
+        keys = ([(TEST, 0, i) for i in range(n * size, min((n + 1) * size, self.test_size))] for n in which)
         labels = torch.from_numpy(self.images.test.labels)
-        for images, indices in self._read(plan):
+        for images, indices in self._read(keys):
             chosen = labels[indices].clone()
             for row, index in enumerate(indices.tolist() if self.bad else ()):
                 if self.images.test.name(index) in self.bad:
                     chosen[row] = IGNORED
             yield self.augment.prepare(images), chosen.to(self.device, non_blocking=True)
 
-    def _read(self, plan: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images (B, 3, size, size) on the device, and their numbers."""
-        for images, indices in self._loaded(plan):
-            # On a GPU the host does not wait for the copy: the memory is pinned.
+    def _read(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images (B, 3, size, size) on the device, and their indices, of each batch of keys."""
+        for images, indices in self._loaded(keys):
+            # The memory is pinned where there is a GPU, and the host does not wait for the copy.
             yield images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout), indices
 
-    def _loaded(self, plan: Iterator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
-        """What worker processes make of each batch of keys, and the numbers; what could not be read is noted, or raised."""
-        self.plan.batches = plan
-        for batch, numbers, bad in self._batches_of_workers():
+    def _loaded(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
+        """What the workers return for each batch of keys, and the indices; what could not be read is noted, or raised."""
+        self.sampler.batches = keys
+        for batch, indices, bad in self._from_loader():
             for name, reason in bad:
                 if not self.images.skip_bad:
                     raise ValueError(
                         f"cannot read {name}: {reason}; bad_images skip would take another image in its place"
                     )
                 self.bad[name] = reason
-            if NONE in numbers:
+            if NONE in indices:
                 (name, reason), tried = bad[0], min(self.train_size, MOST_BAD)
                 raise ValueError(f"{tried} training images in a row cannot be read, the first {name}: {reason}")
-            yield batch, torch.tensor(numbers)
+            yield batch, torch.tensor(indices)
 
-    def _batches_of_workers(self) -> Iterator[Any]:
-        """What the loader has."""
-        with reader_errors(self):
+    def _from_loader(self) -> Iterator[Any]:
+        with worker_errors(self):
             if self.loader is None:
                 self.loader = self._loader()
                 try:
                     batches = iter(self.loader)
                 except (OSError, RuntimeError) as error:
-                    raise ReaderError(f"cannot start the processes that read images: {error}; {SHARED_MEMORY}") from error
+                    raise WorkerError(f"cannot start the processes that read images: {error}; {SHARED_MEMORY}") from error
             else:
                 batches = self._waited_for(lambda: iter(self.loader))
             while (batch := self._waited_for(lambda: next(batches, None))) is not None:
@@ -324,23 +312,22 @@ class Stream:
             self.waiting = False
 
     def _loader(self) -> DataLoader:
-        # What is ahead lies in shared memory: four batches a worker, fewer of large ones.
+        # Batches read ahead take up shared memory: four per worker, fewer if they are large.
         ahead = max(1, min(4, 1024 // self.batch_size))
-        kept = {"prefetch_factor": ahead, "persistent_workers": True, "timeout": self.timeout}
-        some: dict[str, Any] = kept if self.workers else {}
+        options: dict[str, Any] = {"prefetch_factor": ahead, "persistent_workers": True, "timeout": self.timeout}
         return DataLoader(
             self.images,
-            batch_sampler=self.plan,
+            batch_sampler=self.sampler,
             num_workers=self.workers,
             collate_fn=self.images.collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=deaf_to_signals,
-            generator=torch.Generator(),  # or every pass would draw from the one that dropout uses
-            **some,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # every pass would draw from dropout's otherwise
+            **(options if self.workers else {}),
         )
 
 
 def default_workers() -> int:
-    """A process's share of the CPUs that this machine lets it use, 16 at most."""
+    """A training process's share of the CPUs that it may use, 16 at most."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
