@@ -104,9 +104,9 @@ def landscape(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """measure the kernels on this machine"""
-    from flatops.benchmarks import bench
+    from flatops.benchmarks import bench, command
 
-    return bench.main(parse(bench.Config, "bench", arguments))
+    return command.main(parse(bench.Config, "bench", arguments))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -28,11 +28,12 @@ from rich.console import Console
 from torchvision import datasets
 
 from flatops import cli
-from flatops.train import TrainConfig, Trainer, augment, checkpoint, data, train, workers
+from flatops.train import TrainConfig, Trainer, augment, checkpoint, data, train
 from flatops.train.dataset import reading
 from flatops.train.datasets import folder
 from flatops.train.decode import decoded
 from flatops.train.order import CLEAN, FISHER, IGNORED, PERTURBED
+from flatops.train.workers import FromWorkers
 
 WHERE = {"seed": 1, "epoch": 2}
 
@@ -40,8 +41,8 @@ WHERE = {"seed": 1, "epoch": 2}
 @pytest.fixture(autouse=True)
 def no_worker_outlives_its_test(one_thread, monkeypatch):
     streams = []
-    to = workers.FromWorkers.to
-    monkeypatch.setattr(workers.FromWorkers, "to", lambda self, *where: streams.append(self) or to(self, *where))
+    to = FromWorkers.to
+    monkeypatch.setattr(FromWorkers, "to", lambda self, *where: streams.append(self) or to(self, *where))
     yield
     for each in streams:
         each.close()
@@ -414,7 +415,7 @@ def test_a_full_shared_memory_is_named(tree, monkeypatch):
     def poor(worker):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
-    monkeypatch.setattr(workers, "ignore_signals", poor)
+    monkeypatch.setattr("flatops.train.workers.ignore_signals", poor)
     with pytest.raises(ConnectionError, match="/dev/shm is full.*--workers 0"):
         list(loaded(tree, workers=1, timeout=60).batches(16, stream=CLEAN, **WHERE))
 
@@ -444,7 +445,7 @@ def stuck(monkeypatch):
         return opened(self, index)
 
     monkeypatch.setattr(folder.Files, "open", hang)
-    monkeypatch.setattr(workers, "PATIENCE", 0.1)
+    monkeypatch.setattr("flatops.train.workers.PATIENCE", 0.1)
     return how
 
 
@@ -645,7 +646,7 @@ def test_cifar_from_a_local_folder(cifar):
 
 def test_cifar_with_randaugment_comes_from_workers(cifar):
     trainer = Trainer(cifar_config(cifar.parent, randaugment="rand-m9-mstd0.5", cutout=8))
-    assert isinstance(trainer.data, workers.FromWorkers)
+    assert isinstance(trainer.data, FromWorkers)
     assert trainer.run_epoch()["train_loss"] > 0
 
 
