@@ -76,7 +76,7 @@ def test_pixels_are_those_of_pil(tree):
         assert pixels.dtype == torch.uint8 and pixels.is_contiguous(memory_format=torch.channels_last)
         for (stream, epoch, index), ours in zip(plan, pixels.cpu()):
             image = source.open(index)
-            with drawing_from(images.images.seed, abs(stream), epoch, index):
+            with drawing_from(images.images.config.seed, abs(stream), epoch, index):
                 top, left, height, width, mirrored = transform(image)
             image = image.crop((left, top, left + width, top + height)).resize((16, 16), Image.Resampling.BILINEAR)
             wanted = np.asarray(image)[:, :: -1 if mirrored else 1].transpose(2, 0, 1).astype(int)

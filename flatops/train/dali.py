@@ -47,7 +47,7 @@ class Windows(Images):
         image = None if bad else attempt(lambda _: upright(raw), source, index, bad)
         if bad:
             return np.zeros(0, dtype=np.uint8), (0,) * 5, index, bad
-        with nullcontext() if stream == TEST else drawing_from(self.seed, stream, epoch, index):
+        with nullcontext() if stream == TEST else drawing_from(self.config.seed, stream, epoch, index):
             return np.frombuffer(raw, dtype=np.uint8), transform(image), index, bad
 
     @staticmethod
@@ -97,8 +97,6 @@ def central_window(image: Image.Image) -> tuple[int, ...]:
 @dataclass
 class FromDali(FromWorkers):
     """See FromWorkers; `images` are Windows."""
-
-    reader = Windows
 
     def _read(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
         planned: deque[list[Key]] = deque()  # batches that are on their way

@@ -14,18 +14,13 @@ from . import datasets
 from .config import TrainConfig
 from .dataset import DATASETS, Dataset
 from .order import LABELS
-from .world import World
 
 for _file in pkgutil.iter_modules(datasets.__path__):
     importlib.import_module(f"{datasets.__name__}.{_file.name}")  # which registers the datasets in it
 
 
-def load(config: TrainConfig, world: World = World()) -> Dataset:
-    """The dataset that a run asks for, with its share of wrong training labels.
-
-    Args:
-        config: the run.
-        world: its processes, of which the first downloads what is missing.
+def load(config: TrainConfig) -> Dataset:
+    """The dataset that a run asks for, with its share of wrong training labels. The first process downloads what is missing.
 
     Raises:
         ValueError: no such dataset, one that is not as it should be, or fewer training images than a batch needs.
@@ -33,9 +28,10 @@ def load(config: TrainConfig, world: World = World()) -> Dataset:
     """
     if config.data not in DATASETS:
         raise ValueError(f"unknown data {config.data!r}; choose from {', '.join(DATASETS)}")
-    if config.randaugment and not DATASETS[config.data].randaugment:
+    loader, takes_randaugment = DATASETS[config.data]
+    if config.randaugment and not takes_randaugment:
         raise ValueError(f"randaugment is for photographs, not for {config.data}")
-    dataset = DATASETS[config.data].load(config, world)
+    dataset = loader(config)
     if config.classes and dataset.classes != config.classes:
         raise ValueError(f"{config.data} has {dataset.classes} classes, and classes {config.classes} is asked for")
     if config.validation:

@@ -9,44 +9,29 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import TrainConfig
 from .order import Batch, Planned, plan
-from .world import World
 
 
 class Dataset(ABC):
-    """Training and test images, and the batches that they are seen in.
+    """Training and test images, and the batches that they are seen in."""
 
-    Attributes:
-        train: training images (N, C, H, W), None where worker processes read them, and their labels (N,) int64.
-        test_size: number of test images, unreadable ones included.
-        classes: number of classes.
-        channels: channels of an image.
-        size: side of an image in pixels.
-        fingerprint: tells these training images from others on resume.
-        wrong: number of training labels that were replaced by a wrong class.
-        order_device: where indices of images are kept.
-        waiting: whether the trainer is waiting for a batch now.
-        bad: names of the images that could not be read, and why.
-        left_out: what lies beside the images and is not read, with counts.
-    """
-
-    train: tuple[Any, Tensor]
-    test_size: int
+    train: tuple[Any, Tensor]  # images (N, C, H, W), None where worker processes read them, and labels (N,) int64
+    test_size: int  # unreadable images included
     classes: int
     channels: int
-    size: int
-    fingerprint: str
-    wrong: int = 0
-    order_device: torch.device | str = "cpu"
-    waiting: bool = False
-    bad: dict[str, str] = {}
-    left_out: Counter[str] = Counter()
+    size: int  # side of an image in pixels
+    fingerprint: str  # tells these training images from others on resume
+    wrong: int = 0  # training labels that were replaced by a wrong class
+    order_device: torch.device | str = "cpu"  # where indices of images are kept
+    waiting: bool = False  # whether the trainer is waiting for a batch now
+    bad: dict[str, str] = {}  # names of the images that could not be read, and why
+    left_out: Counter[str] = Counter()  # kinds of files that lie among the images and are no images, with counts
 
     @property
     def train_size(self) -> int:
@@ -97,26 +82,19 @@ class Dataset(ABC):
         """End the worker processes, if there are any."""
 
 
-class Entry(NamedTuple):
-    """A dataset in the table."""
-
-    load: Callable[[TrainConfig, World], Dataset]
-    randaugment: bool
-
-
-DATASETS: dict[str, Entry] = {}
+DATASETS: dict[str, tuple[Callable[[TrainConfig], Dataset], bool]] = {}
 
 
 def register(*names: str, randaugment: bool = False) -> Callable:
-    """Enter a function `load(config, world)` that returns a Dataset into the table.
+    """Enter a function that loads a Dataset for a TrainConfig into the table.
 
     Args:
         names: values of `--data` that it is called for.
         randaugment: whether it follows the option `randaugment`, which is refused otherwise.
     """
 
-    def entered(load: Callable[[TrainConfig, World], Dataset]) -> Callable[[TrainConfig, World], Dataset]:
-        DATASETS.update(dict.fromkeys(names, Entry(load, randaugment)))
+    def entered(load: Callable[[TrainConfig], Dataset]) -> Callable[[TrainConfig], Dataset]:
+        DATASETS.update(dict.fromkeys(names, (load, randaugment)))
         return load
 
     return entered

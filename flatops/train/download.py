@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
-from .world import World
+from .world import from_first
 
 
-def torchvision_sets(kind: Callable[..., Any], config: TrainConfig, world: World) -> list[Any]:
-    """The training and the test set of a class of torchvision.datasets; the first process downloads them if need be. Collective.
+def torchvision_sets(kind: Callable[..., Any], config: TrainConfig) -> list[Any]:
+    """The training and the test set of a class of torchvision.datasets; the first process downloads what is missing. Collective.
 
     Args:
         kind: the class, called with (root, train=, download=).
-        config: the run; its `data_dir` is where they lie or go to (default: data).
-        world: the run's processes.
+        config: the run; its `data_dir` is where they are or go to (default: data).
 
     Raises:
         OSError: the download broke off, or is damaged.
@@ -34,25 +32,17 @@ def torchvision_sets(kind: Callable[..., Any], config: TrainConfig, world: World
             return
         except RuntimeError:  # missing or damaged: torchvision compares checksums
             pass
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(config.timeout)  # a server may be silent for so long; urllib has no limit of its own
         try:
-            with server_timeout(config.timeout):
-                sets(download=True)
+            sets(download=True)
         except Exception as error:  # urllib, http.client, socket, tarfile and torchvision have one each
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise OSError(
                 f"cannot download {config.data} to {root}: {reason}; try again, or give the folder that has it as data_dir"
             ) from error
+        finally:
+            socket.setdefaulttimeout(before)
 
-    world.from_first(fetch)
+    from_first(fetch)
     return sets()
-
-
-@contextmanager
-def server_timeout(seconds: float) -> Iterator[None]:
-    """Limit how long a server may send nothing: urllib has no limit of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

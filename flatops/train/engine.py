@@ -56,7 +56,7 @@ class Trainer:
         self.device = choose_device(config.device, world)
         set_threads(config)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.data = data.load(config, world).to(self.device, self.layout)
+        self.data = data.load(config).to(self.device, self.layout)
         self.fingerprint = self.data.fingerprint
         seed_everything(config.seed)
         self.model = models.create(config.model, self.data.classes, self.data.channels, self.data.size)
@@ -247,14 +247,8 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[Batch, ...]]:
         """This process's batches of each step that is left in the epoch, one per shuffle that the method draws from."""
         streams = (CLEAN, PERTURBED)[: self.method.batches]
-        steps = self.data.steps(
-            streams,
-            self.config.batch_size,
-            seed=self.config.seed,
-            epoch=self.epoch,
-            start=self.step,
-            **self._share(),
-        )
+        which = {"seed": self.config.seed, "epoch": self.epoch, "start": self.step} | self._share()
+        steps = self.data.steps(streams, self.config.batch_size, **which)
         for number, step in enumerate(steps, self.step):
             yield tuple(self._prepared(stream, number, *batch) for stream, batch in zip(streams, step))
 
@@ -281,15 +275,9 @@ class Trainer:
             if not least:
                 raise ValueError(f"fisher_samples {samples} is not one for each of {processes} processes")
             samples, share = least + (self.world.rank < more), self._share()
-        self.optimizer.update_mask(
-            self.model,
-            F.cross_entropy,
-            self.data.batches(
-                self.config.batch_size, seed=self.config.seed, epoch=self.epoch, stream=FISHER, **share
-            ),
-            samples=samples,
-            progress=False,
-        )
+        which = {"stream": FISHER, "seed": self.config.seed, "epoch": self.epoch} | share
+        batches = self.data.batches(self.config.batch_size, **which)
+        self.optimizer.update_mask(self.model, F.cross_entropy, batches, samples=samples, progress=False)
 
     def _train_step(self, *batches: Batch) -> None:
         with self.clock("flatops"):  # all but the passes themselves

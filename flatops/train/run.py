@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .dataset import reading
 from .engine import Row, Trainer
 from .report import Board, Log, Screen, write_json
-from .world import joined, peer_errors
+from .world import from_first, joined, peer_errors
 
 
 def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
@@ -59,7 +59,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
             trainer = Trainer(config, world)
         if state:
             trainer.load_state_dict(state)
-        folder = world.from_first(lambda: make_folder(config))
+        folder = from_first(lambda: make_folder(config))
         if world.first:
             write_json(folder / "config.json", checkpoint.pack_config(config) | trainer.options)
         with resumable(folder), memory_advice(config, folder), reading(trainer.data):

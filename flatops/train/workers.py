@@ -54,19 +54,17 @@ class Images:
     """Single images by key, decoded and randomly augmented, as uint8: what the workers' DataLoader indexes.
 
     Args:
+        config: seed, from which together with the key all that is random follows; bad_images.
         train, test: where they come from.
         transforms: of training and of test images, from PIL to uint8 (3, size, size).
         size: side of an image in pixels.
-        seed: what is random follows from it and the key.
-        skip_bad: whether another image replaces a training image that cannot be read; otherwise it is an error.
     """
 
+    config: TrainConfig
     train: Source
     test: Source
     transforms: tuple[Callable[[Image.Image], Any], Callable[[Image.Image], Any]]
     size: int
-    seed: int
-    skip_bad: bool = False
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
         """The image, its index, and what could not be read: then a test image is black, a training image replaced."""
@@ -80,7 +78,7 @@ class Images:
         for candidate in self._candidates(key):
             image = attempt(self.train.open, self.train, candidate, bad)
             if image is not None:
-                with drawing_from(self.seed, stream, epoch, index):
+                with drawing_from(self.config.seed, stream, epoch, index):
                     return np.asarray(self.transforms[0](image)), candidate, bad
         return self._black(), NONE, bad
 
@@ -88,9 +86,9 @@ class Images:
         """A training image and those to try in its place, drawn by the key: its neighbour would be favoured otherwise."""
         *_, index = key
         yield index
-        if self.skip_bad:
+        if self.config.bad_images == "skip":
             count = len(self.train.labels)
-            drawn = np.random.default_rng([REPLACE, self.seed, *key]).choice(count, min(count, MOST_BAD), replace=False)
+            drawn = np.random.default_rng([REPLACE, self.config.seed, *key]).choice(count, min(count, MOST_BAD), replace=False)
             yield from drawn[drawn != index][: MOST_BAD - 1].tolist()
 
     def _black(self) -> np.ndarray:
@@ -144,54 +142,29 @@ class FromWorkers(Dataset):
     """Images that worker processes read. One pass at a time: a new one ends the last.
 
     Args:
+        config: workers, batch_size, timeout.
         images: the images.
-        train: None, and the labels (N,) int64 to train on.
         classes: number of classes.
         augment: what happens to batches on the device.
-        workers: number of worker processes; 0 reads between steps.
-        batch_size: images in a batch over all processes.
-        timeout: seconds to wait for a worker before giving up.
+        train: None, and the labels (N,) int64 to train on; by default those of `images`.
         wrong: number of training labels that were replaced by a wrong class.
     """
 
+    config: TrainConfig
     images: Images
-    train: tuple[None, Tensor]
     classes: int
     augment: Augment
-    workers: int
-    batch_size: int
-    timeout: float = 600.0
+    train: tuple[None, Tensor] | None = None
     wrong: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     layout: torch.memory_format = torch.contiguous_format
 
     channels = 3
-    reader = Images
-
-    @classmethod
-    def of(
-        cls,
-        config: TrainConfig,
-        train: Source,
-        test: Source,
-        transforms: tuple[Callable, Callable],
-        size: int,
-        classes: int,
-        **colours: tuple[float, ...],
-    ) -> FromWorkers:
-        """Read as a run asks for; `colours` are `mean` and `std` for Augment, the rest as in Images."""
-        return cls(
-            cls.reader(train, test, transforms, size, config.seed, config.bad_images == "skip"),
-            (None, torch.from_numpy(train.labels)),
-            classes,
-            Augment.of(config, **colours),
-            default_workers() if config.workers is None else config.workers,
-            config.batch_size,
-            config.timeout,
-        )
 
     def __post_init__(self) -> None:
+        self.train = self.train or (None, torch.from_numpy(self.images.train.labels))
+        self.workers = default_workers() if self.config.workers is None else self.config.workers
         self.sampler = Sampler()
         self.loader: DataLoader | None = None
 
@@ -233,7 +206,7 @@ class FromWorkers(Dataset):
             return f"/dev/shm is full: {SHARED_MEMORY}"
         if "DataLoader timed out" in str(error):
             return (
-                f"the processes that read images sent nothing for {self.timeout:g} s (timeout): they may wait for a disk or a "
+                f"the processes that read images sent nothing for {self.config.timeout:g} s (timeout): they may wait for a disk or a "
                 "network that does not answer; --workers 0 reads without them"
             )
         return "a process that reads images was killed, for want of memory perhaps: lower workers" if codes else None
@@ -281,7 +254,7 @@ class FromWorkers(Dataset):
         self.sampler.batches = keys
         for batch, indices, bad in self._from_loader():
             for name, reason in bad:
-                if not self.images.skip_bad:
+                if self.config.bad_images == "stop":
                     raise ValueError(
                         f"cannot read {name}: {reason}; bad_images skip would take another image in its place"
                     )
@@ -313,8 +286,8 @@ class FromWorkers(Dataset):
 
     def _loader(self) -> DataLoader:
         # Batches read ahead take up shared memory: four per worker, fewer if they are large.
-        ahead = max(1, min(4, 1024 // self.batch_size))
-        options: dict[str, Any] = {"prefetch_factor": ahead, "persistent_workers": True, "timeout": self.timeout}
+        ahead = max(1, min(4, 1024 // self.config.batch_size))
+        options: dict[str, Any] = {"prefetch_factor": ahead, "persistent_workers": True, "timeout": self.config.timeout}
         return DataLoader(
             self.images,
             batch_sampler=self.sampler,

@@ -50,18 +50,19 @@ class World:
         """Wait until every process is here."""
         self.largest(0)
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns or raises on the first process, on all of them."""
-        made = error = None
-        if self.first:
-            try:
-                made = make()
-            except Exception as e:  # the others wait for an answer
-                error = e
-        made, said = distributed.gather_objects((made, error))[0]
-        if said is not None:
-            raise error or said
-        return made
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns or raises on the first process, on all of them. Collective."""
+    made = error = None
+    if distributed.world()[0] == 0:
+        try:
+            made = make()
+        except Exception as e:  # the others wait for an answer
+            error = e
+    made, said = distributed.gather_objects((made, error))[0]
+    if said is not None:
+        raise error or said
+    return made
 
 
 @contextmanager

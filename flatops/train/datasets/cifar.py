@@ -14,8 +14,7 @@ from ..dataset import register
 from ..decode import to_array
 from ..download import torchvision_sets
 from ..memory import InMemory
-from ..workers import FromWorkers
-from ..world import World
+from ..workers import FromWorkers, Images
 
 COLOURS = {
     "cifar10": {"mean": (125.307, 122.950, 113.865), "std": (62.993, 62.089, 66.705)},
@@ -25,13 +24,13 @@ PADDING = 4
 
 
 @register("cifar10", "cifar100", randaugment=True)
-def cifar(config: TrainConfig, world: World) -> InMemory | FromWorkers:
+def cifar(config: TrainConfig) -> InMemory | FromWorkers:
     """In memory, cropped and flipped in whole batches; from worker processes for RandAugment, which takes single images."""
     from torchvision import datasets, transforms  # slow to import
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.data]
     colours, standard = COLOURS[config.data], config.augment == "standard"
-    train, test = torchvision_sets(kind, config, world)
+    train, test = torchvision_sets(kind, config)
     classes = len(train.classes)
     if not config.randaugment:
         augment = Augment.of(config, padding=PADDING * standard, flip=standard, **colours)
@@ -41,7 +40,8 @@ def cifar(config: TrainConfig, world: World) -> InMemory | FromWorkers:
         return InMemory(*pairs, classes, augment=augment)
     crops = [transforms.RandomCrop(32, PADDING), transforms.RandomHorizontalFlip()]
     training = transforms.Compose([*crops * standard, randaugment(config, 32, colours["mean"]), to_array])
-    return FromWorkers.of(config, Arrays(train), Arrays(test), (training, to_array), 32, classes, **colours)
+    images = Images(config, Arrays(train), Arrays(test), (training, to_array), 32)
+    return FromWorkers(config, images, classes, Augment.of(config, **colours))
 
 
 class Arrays:

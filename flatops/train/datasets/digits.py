@@ -9,11 +9,10 @@ from ..augment import Augment
 from ..config import TrainConfig
 from ..dataset import register
 from ..memory import InMemory
-from ..world import World
 
 
 @register("digits")
-def digits(config: TrainConfig, world: World) -> InMemory:
+def digits(config: TrainConfig) -> InMemory:
     """1,797 handwritten digits of 8×8 pixels, ten classes; a fixed quarter, balanced, is for testing."""
     from sklearn.datasets import load_digits  # slow to import
     from sklearn.model_selection import train_test_split

@@ -11,18 +11,17 @@ import numpy as np
 from PIL import Image
 
 from .. import dali
-from ..augment import randaugment
+from ..augment import Augment, randaugment
 from ..config import TrainConfig
 from ..dataset import listed, register
 from ..decode import EXTENSIONS, decoded, to_array
-from ..workers import FromWorkers
-from ..world import World
+from ..workers import FromWorkers, Images
 
 COLOURS = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}  # of ImageNet
 
 
 @register("folder", randaugment=True)
-def folder(config: TrainConfig, world: World) -> FromWorkers:
+def folder(config: TrainConfig) -> FromWorkers:
     """A tree of train/CLASS/IMAGE and val/CLASS/IMAGE.
 
     Raises:
@@ -43,8 +42,10 @@ def folder(config: TrainConfig, world: World) -> FromWorkers:
             f"{root} has {len(train)} classes in train/ and {len(test)} in {held_out.name}/: not in both are {some}"
         )
     sources = [Files(split, *find_images(split, train)) for split in (root / "train", held_out)]
-    size, kind = config.image_size or 224, dali.FromDali if config.decoder == "dali" else FromWorkers
-    return kind.of(config, *sources, transforms(config, size), size, len(train), **COLOURS)
+    size = config.image_size or 224
+    reader, kind = (dali.Windows, dali.FromDali) if config.decoder == "dali" else (Images, FromWorkers)
+    images = reader(config, *sources, transforms(config, size), size)
+    return kind(config, images, len(train), Augment.of(config, **COLOURS))
 
 
 class Files:

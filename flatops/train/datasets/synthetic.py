@@ -9,11 +9,10 @@ from ..config import TrainConfig
 from ..dataset import register
 from ..memory import InMemory
 from ..order import Batch
-from ..world import World
 
 
 @register("synthetic")
-def synthetic(config: TrainConfig, world: World) -> InMemory:
+def synthetic(config: TrainConfig) -> InMemory:
     """Enough for four batches, 1,024 images at least."""
     generator = torch.Generator().manual_seed(config.seed)
     side, classes = config.image_size or 32, config.classes or 10
