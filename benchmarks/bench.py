@@ -1,8 +1,8 @@
 """How many floors does each operator cost? The table of `flatops bench`.
 
 A floor is one read and one write of every weight, by torch's own in-place add on one flat tensor, there and then.
-This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU, `suite.py` every question at once, `command.py`
-chooses between them.
+This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU, `suite.py` every question
+at once, and `command.py` chooses between them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ M = TypeVar("M", bound="nn.Module | None")
 
 
 def launched() -> tuple[int, int, int]:
-    """This process's rank, the world size and the rank on its machine, as torchrun's environment says; (0, 1, 0) without it."""
+    """This process's rank, the world size and its local rank, from torchrun's environment; (0, 1, 0) without it."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     return (int(os.environ.get("RANK", 0)), size, int(os.environ.get("LOCAL_RANK", 0))) if size > 1 else (0, 1, 0)
 

@@ -551,7 +551,7 @@ def test_crops_and_flips_are_those_of_a_loop():
         assert torch.equal(made[i], crop.flip(2) if mirrored[i] else crop)
 
 
-def test_cutout_and_erasing_blot_out_the_mean_colour():
+def test_cutout_and_erasing_leave_the_mean_colour():
     images = torch.full((64, 3, 32, 32), 200, dtype=torch.uint8)
     how = {"mean": (100.0,) * 3, "std": (50.0,) * 3}
     cut = augment.Augment(cutout=16, **how)(images, [0], 64, slice(0, 64))

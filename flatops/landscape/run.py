@@ -140,7 +140,7 @@ def averaged(state: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def plain_images(config: TrainConfig, batch_size: int) -> TrainConfig:
-    """The run with its data as they are: no image is cropped, flipped or blotted at random."""
+    """The run without random augmentation."""
     plain = {"augment": "none", "randaugment": None, "cutout": 0, "erasing": 0.0}
     return replace(config, batch_size=batch_size, **plain)
 

@@ -1,7 +1,7 @@
-"""What happens to whole batches on the device: normalisation, random crops and flips, cutout and erasing; and RandAugment.
+"""What happens to whole batches on the device: normalisation, random crops and flips, cutout, erasing; and RandAugment.
 
-Everything random follows from a path of integers such as (seed, stream, epoch, step) and is drawn for the whole batch, of which a
-process takes its share: any number of processes sees the same images.
+Everything random follows from a path of integers such as (seed, stream, epoch, step) and is drawn for the whole batch,
+of which a process takes its share: any number of processes sees the same images.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def rectangles(
 
 @contextmanager
 def drawing_from(*path: int) -> Iterator[None]:
-    """Seed the generators of torch (CPU), numpy and Python within, for augmentation from other libraries, and put them back."""
+    """Seed torch's (CPU), numpy's and Python's generators within, for other libraries' augmentation; then restore them."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     word = int(np.random.SeedSequence(path).generate_state(1)[0])
     torch.random.default_generator.manual_seed(word)
@@ -151,4 +151,5 @@ def randaugment(config: TrainConfig, size: int, mean: Sequence[float]) -> Callab
     try:
         return rand_augment_transform(config.randaugment, how)
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"randaugment {config.randaugment!r} is none that timm knows, such as rand-m9-mstd0.5") from error
+        message = f"randaugment {config.randaugment!r} is none that timm knows, such as rand-m9-mstd0.5"
+        raise ValueError(message) from error

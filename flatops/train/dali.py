@@ -1,7 +1,7 @@
 """Folders of images that NVIDIA DALI decodes, crops and resizes, on the GPU where there is one.
 
-Worker processes read the files and draw the crops by the keys of `workers`: neither the number of workers nor an interruption changes
-the batches.
+Worker processes read the files and draw the crops by the keys of `workers`: neither the number of workers nor an
+interruption changes the batches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Windows(Images):
     """Single image files by key, not decoded, and the window to cut out of each."""
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, tuple[int, ...], int, list[tuple[str, str]]]:
-        """The file, its window (top, left, height, width, mirrored), its index, and why its header could not be read."""
+        """The file, its window (top, left, height, width, mirrored), its index, and why it could not be read."""
         stream, epoch, index = key
         source, transform = (self.test if stream == TEST else self.train), self.transforms[stream == TEST]
         bad: list[tuple[str, str]] = []

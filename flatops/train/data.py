@@ -20,7 +20,7 @@ for _file in pkgutil.iter_modules(datasets.__path__):
 
 
 def load(config: TrainConfig) -> Dataset:
-    """The dataset that a run asks for, with its share of wrong training labels. The first process downloads what is missing.
+    """The dataset that a run asks for, with its share of wrong training labels. Collective if it has to be downloaded.
 
     Raises:
         ValueError: no such dataset, one that is not as it should be, or fewer training images than a batch needs.

@@ -21,7 +21,7 @@ from .order import Batch, Planned, plan
 class Dataset(ABC):
     """Training and test images, and the batches that they are seen in."""
 
-    train: tuple[Any, Tensor]  # images (N, C, H, W), None where worker processes read them, and labels (N,) int64
+    train: tuple[Any, Tensor]  # images (N, C, H, W), None where workers read them, and labels (N,) int64
     test_size: int  # unreadable images included
     classes: int
     channels: int
@@ -106,7 +106,7 @@ class WorkerError(ConnectionError):
 
 @contextmanager
 def worker_errors(dataset: Dataset) -> Iterator[None]:
-    """Turn errors that a lost worker process causes into a WorkerError: torch raises several, and not only from the loader."""
+    """Turn errors that a lost worker causes into a WorkerError: torch raises several, and not only in the loader."""
     try:
         yield
     except WorkerError:

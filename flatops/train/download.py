@@ -12,7 +12,7 @@ from .world import from_first
 
 
 def torchvision_sets(kind: Callable[..., Any], config: TrainConfig) -> list[Any]:
-    """The training and the test set of a class of torchvision.datasets; the first process downloads what is missing. Collective.
+    """The training and the test set of a class of torchvision.datasets. Collective: the first process downloads them.
 
     Args:
         kind: the class, called with (root, train=, download=).
@@ -38,9 +38,8 @@ def torchvision_sets(kind: Callable[..., Any], config: TrainConfig) -> list[Any]
             sets(download=True)
         except Exception as error:  # urllib, http.client, socket, tarfile and torchvision have one each
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise OSError(
-                f"cannot download {config.data} to {root}: {reason}; try again, or give the folder that has it as data_dir"
-            ) from error
+            advice = "try again, or give the folder that has it as data_dir"
+            raise OSError(f"cannot download {config.data} to {root}: {reason}; {advice}") from error
         finally:
             socket.setdefaulttimeout(before)
 

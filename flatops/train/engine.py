@@ -40,7 +40,8 @@ class Trainer:
     Everything random follows from the seed, the epoch and the step, so that two runs may take turns in one
     process and a resumed run equals an uninterrupted one to the bit.
 
-    Several processes train one network: each has a trainer, takes its share of every batch, and calls what the others call.
+    Of several processes that train one network each has a trainer, takes its share of every batch, and makes the same
+    calls as the others.
 
     Args:
         config: what to train, on what, how.
@@ -76,7 +77,7 @@ class Trainer:
         )
         self.total_steps = config.epochs * self.steps_per_epoch
         self.schedules = self._schedules()
-        if config.amp == "fp16":  # the first steps are skipped, until the loss scale fits: the schedule goes on by the data
+        if config.amp == "fp16":  # while the loss scale is too large, steps are skipped and schedules go on
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
         if config.compile:
             self.model.compile()  # in place: the names in the state_dict stay
@@ -142,7 +143,7 @@ class Trainer:
         distributed.broadcast((model or self.model).buffers())
         metrics = Metrics(self.device, self.data.classes)
         count = math.ceil(self.data.test_size / EVALUATION_BATCH)
-        # All processes take equally many turns, as their forward passes gather each other's shards; surplus ones do not count.
+        # All take equally many turns, for their forward passes gather each other's shards; surplus ones do not count.
         turns = range(self.world.rank, count + self.world.rank, self.world.size)
         batches = self.data.test_batches(EVALUATION_BATCH, [min(turn, count - 1) for turn in turns])
         for turn, batch in zip(turns, batches):
@@ -152,11 +153,11 @@ class Trainer:
         return metrics.result()
 
     def is_finite(self) -> bool:
-        """Whether the loss was finite in all steps of this epoch so far, on all processes. Collective; waits for the device."""
+        """Whether the loss was finite in all of this epoch's steps so far. Collective; waits for the device."""
         return bool(self._summed().isfinite().all())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on, in the same form for any number of processes. Collective."""
+        """Everything that the rest of the run depends on, in the same form for any number of processes. Collective."""
         return {
             "config": checkpoint.pack_config(self.config),
             "data": self.fingerprint,
@@ -176,8 +177,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict() of a run with the same configuration.
 
-        With as many processes as that run had, to the same bits as if it had never stopped. With another number sums are rounded
-        differently, and random states are new, drawn from the seed, the step and the rank.
+        With as many processes as that run had, to the same bits as if it had never stopped. With another number sums
+        are rounded differently, and random states are new, drawn from the seed, the step and the rank.
 
         Raises:
             ValueError: that run's data, model, method or schedule is another; nothing has changed then.
@@ -231,7 +232,7 @@ class Trainer:
         self.sums = torch.zeros(2, device=self.device)  # their summed losses and right answers
 
     def _seed(self, *step: int) -> None:
-        """Seed this process for the epoch, or for the rest of it after a step; the first is seeded as a single process is."""
+        """Seed this process for the epoch, or for its rest after a step; the first is seeded as a single process is."""
         process = (self.world.rank, *step) if step or not self.world.first else ()
         seed_everything(self.config.seed, self.epoch, *process)
 
@@ -351,7 +352,7 @@ def choose_device(name: str, world: World = World()) -> torch.device:
 
 
 def set_threads(config: TrainConfig) -> None:
-    """Give PyTorch its CPU threads; more than one slows the built-in cnn down."""
+    """Set PyTorch's CPU threads; more than one would slow the built-in cnn down."""
     if config.threads is not None or config.model == "cnn":
         torch.set_num_threads(config.threads or 1)
 
@@ -365,14 +366,14 @@ def seed_everything(seed: int, *path: int) -> None:
 
 
 @torch.no_grad()
-def check_takes_images(model: nn.Module, name: str, images: Dataset, device: torch.device) -> None:
-    """Raise ValueError where a network cannot take images of that size: each has an error of its own for it."""
+def check_takes_images(model: nn.Module, name: str, dataset: Dataset, device: torch.device) -> None:
+    """Raise ValueError if a network cannot take images of that size; networks raise different errors for it."""
     model.eval()
     try:
-        model(torch.zeros(1, images.channels, images.size, images.size, device=device))
+        model(torch.zeros(1, dataset.channels, dataset.size, dataset.size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model {name} does not take images of {images.size}×{images.size}: {reason}") from error
+        raise ValueError(f"model {name} does not take images of {dataset.size}×{dataset.size}: {reason}") from error
     model.train()

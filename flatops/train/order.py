@@ -1,7 +1,7 @@
 """The order in which a run sees its images, a pure function of (seed, epoch, stream).
 
-Nothing has to be saved to resume it, and two streams of an epoch are two independent shuffles of the same images. What augmentation
-draws depends on (seed, stream, epoch, step), or on the image in place of the step.
+Nothing has to be saved to resume it, and two streams of an epoch are two independent shuffles of the same images. What
+augmentation draws depends on (seed, stream, epoch, step), or on the image in place of the step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64; or (B, classes) float32 after mixup
 
-# Streams: batches of the clean and the perturbed pass, wrong labels, samples for SSAM's masks, images held out for validation.
+# Streams: the clean and the perturbed pass, wrong labels, samples for SSAM's masks, images held out for validation.
 CLEAN, PERTURBED, LABELS, FISHER, VALIDATION = range(5)
 IGNORED = -100  # the label of a test image that cannot be read; cross-entropy ignores it
 
@@ -51,7 +51,7 @@ def plan(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Planned]:
-    """The batches of an epoch from step `start` on, one per stream in every step; images left over wait for the next epoch."""
+    """An epoch's batches from step `start` on, one per stream in every step; leftover images wait for the next."""
     orders = [torch.from_numpy(shuffled(count, seed=seed, epoch=epoch, stream=s)).to(device) for s in streams]
     own = share(size, rank, world_size)
     for step in range(start, count // size):

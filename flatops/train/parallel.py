@@ -1,4 +1,4 @@
-"""One network on several processes, replicated or sharded by PyTorch, and its full state, as one process would write it."""
+"""One network on several processes, replicated or sharded by PyTorch; its full state, as one process would write it."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
 
 
 class Contender:
-    """A run of which single steps are timed, always on the same batches: workers would read ahead while others have their turn."""
+    """A run of which single steps are timed, always on the same batches: workers would read ahead in others' turns."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.trainer = Trainer(config)

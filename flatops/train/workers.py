@@ -1,4 +1,4 @@
-"""Datasets whose images worker processes read while the device trains; any number of workers gives the same batches."""
+"""Datasets whose images worker processes read while the device trains; any number of them gives the same batches."""
 
 from __future__ import annotations
 
@@ -83,12 +83,13 @@ class Images:
         return self._black(), NONE, bad
 
     def _candidates(self, key: Key) -> Iterator[int]:
-        """A training image and those to try in its place, drawn by the key: its neighbour would be favoured otherwise."""
+        """A training image and those to try in its place, drawn by the key: neighbours would be favoured otherwise."""
         *_, index = key
         yield index
         if self.config.bad_images == "skip":
             count = len(self.train.labels)
-            drawn = np.random.default_rng([REPLACE, self.config.seed, *key]).choice(count, min(count, MOST_BAD), replace=False)
+            rng = np.random.default_rng([REPLACE, self.config.seed, *key])
+            drawn = rng.choice(count, min(count, MOST_BAD), replace=False)
             yield from drawn[drawn != index][: MOST_BAD - 1].tolist()
 
     def _black(self) -> np.ndarray:
@@ -102,8 +103,8 @@ class Images:
 
 
 def shared(array: np.ndarray) -> Tensor:
-    """A tensor in shared memory, for the process that trains. The queue's thread would put it there too, but where /dev/shm is
-    full it loses the batch in silence; here the error is raised."""
+    """A tensor in shared memory, for the process that trains. The queue's thread would put it there too, but loses the
+    batch in silence where /dev/shm is full; here the error is raised."""
     tensor = torch.from_numpy(array)
     return tensor.share_memory_() if get_worker_info() else tensor
 
@@ -115,7 +116,8 @@ def attempt(opened: Callable[[int], T], source: Source, index: int, bad: list[tu
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they trip over
-        reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))  # PIL names the object that it read from, by its address
+        # PIL names the object that it read from by its address.
+        reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))
         bad.append((source.name(index), (reason or type(error).__name__).splitlines()[0]))
         return None
 
@@ -131,8 +133,8 @@ class Sampler:
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach all processes of the group, to the one that trains: it ends the workers itself, with
-    a second SIGTERM if need be."""
+    """Leave Ctrl-C and SIGTERM, which reach all processes of the group, to the one that trains: it ends the workers
+    itself, with a second SIGTERM if need be."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
@@ -206,8 +208,8 @@ class FromWorkers(Dataset):
             return f"/dev/shm is full: {SHARED_MEMORY}"
         if "DataLoader timed out" in str(error):
             return (
-                f"the processes that read images sent nothing for {self.config.timeout:g} s (timeout): they may wait for a disk or a "
-                "network that does not answer; --workers 0 reads without them"
+                f"the processes that read images sent nothing for {self.config.timeout:g} s (timeout): they may wait "
+                "for a disk or a network that does not answer; --workers 0 reads without them"
             )
         return "a process that reads images was killed, for want of memory perhaps: lower workers" if codes else None
 
@@ -250,7 +252,7 @@ class FromWorkers(Dataset):
             yield images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout), indices
 
     def _loaded(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
-        """What the workers return for each batch of keys, and the indices; what could not be read is noted, or raised."""
+        """What the workers return for each batch of keys, and the indices; unreadable images are noted, or raised."""
         self.sampler.batches = keys
         for batch, indices, bad in self._from_loader():
             for name, reason in bad:
@@ -271,7 +273,8 @@ class FromWorkers(Dataset):
                 try:
                     batches = iter(self.loader)
                 except (OSError, RuntimeError) as error:
-                    raise WorkerError(f"cannot start the processes that read images: {error}; {SHARED_MEMORY}") from error
+                    reason = f"{error}; {SHARED_MEMORY}"
+                    raise WorkerError(f"cannot start the processes that read images: {reason}") from error
             else:
                 batches = self._waited_for(lambda: iter(self.loader))
             while (batch := self._waited_for(lambda: next(batches, None))) is not None:

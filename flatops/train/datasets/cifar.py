@@ -25,7 +25,7 @@ PADDING = 4
 
 @register("cifar10", "cifar100", randaugment=True)
 def cifar(config: TrainConfig) -> InMemory | FromWorkers:
-    """In memory, cropped and flipped in whole batches; from worker processes for RandAugment, which takes single images."""
+    """In memory, cropped and flipped in whole batches; from workers for RandAugment, which takes single images."""
     from torchvision import datasets, transforms  # slow to import
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.data]

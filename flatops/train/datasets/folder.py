@@ -106,7 +106,7 @@ def find_images(split: Path, classes: list[str]) -> tuple[list[bytes], list[int]
 
 
 def files_below(folder: Path | str, left_out: Counter[str], way: tuple[str, ...] = ()) -> Iterator[str]:
-    """The files in a folder and the folders below, but for hidden ones. A link is followed unless it leads to a folder around it.
+    """The files in a folder and those below, but for hidden ones. A link is followed unless to a folder around it.
 
     Args:
         folder: where to look.
