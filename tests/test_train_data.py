@@ -29,9 +29,10 @@ from torchvision import datasets
 
 from flatops import cli
 from flatops.train import TrainConfig, Trainer, augment, checkpoint, data, train
-from flatops.train.dataset import reading
+from flatops.train.dataset import DATASETS, reading, register
 from flatops.train.datasets import folder
 from flatops.train.decode import decoded
+from flatops.train.memory import InMemory
 from flatops.train.order import CLEAN, FISHER, IGNORED, PERTURBED
 from flatops.train.workers import FromWorkers
 
@@ -571,6 +572,22 @@ def test_synthetic_images_have_the_asked_size_and_classes():
     images, _ = next(trainer._batches())[0]
     assert images.dtype == torch.float32 and abs(images.mean()) < 0.05 and abs(images.std() - 1) < 0.05
     assert trainer.run_epoch()["train_loss"] > 0
+
+
+def test_a_dataset_is_a_function_that_registers_its_name(monkeypatch):
+    monkeypatch.setitem(DATASETS, "stripes", None)
+
+    @register("stripes")
+    def stripes(config: TrainConfig) -> InMemory:
+        labels = torch.arange(100) % 2
+        images = labels.float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8) * torch.tensor([1.0, -1.0] * 4)
+        return InMemory((images, labels), (images, labels), classes=2)
+
+    trainer = Trainer(TrainConfig(data="stripes", epochs=1, batch_size=10, validation=0.2, label_noise=0.1))
+    assert (trainer.data.train_size, trainer.data.test_size, trainer.data.wrong) == (80, 20, 8)
+    assert trainer.run_epoch()["test_accuracy"] > 0.5
+    with pytest.raises(ValueError, match="randaugment is for photographs, not for stripes"):
+        data.load(TrainConfig(data="stripes", randaugment="rand-m9"))
 
 
 # CIFAR
