@@ -1,7 +1,8 @@
 """How many floors does each operator cost? The table of `flatops bench`.
 
 A floor is one read and one write of every weight, by torch's own in-place add on one flat tensor, there and then.
-This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU, `suite.py` all questions at once.
+This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU, `suite.py` every question
+at once, and `command.py` chooses between them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -427,45 +428,6 @@ def show(result: dict[str, Any]) -> None:
     for check in result["checks"]:
         told = f"{check['name']}: {check['value']:.2f}, must be {check['sign']} {check['must']:g}: "
         terminal.say(console, Text.assemble(told, ("met", "green") if check["met"] else ("missed", "red")))
-
-
-def main(config: Config) -> int:
-    """Measures and prints; writes JSON if asked. Returns 1 if what is compared differs.
-
-    Raises:
-        ValueError: options that mean nothing together, no GPU, or no compiled core.
-    """
-    check_options(config)
-    if config.compare:
-        from flatops.benchmarks import compare
-
-        return compare.main(*config.compare)
-    if config.device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("there is no GPU that torch can use: see nvidia-smi, and torch.version.cuda")
-        from flatops.benchmarks import bench_gpu
-
-        return bench_gpu.main(config)
-    if _C is None:
-        raise ValueError("there is no compiled core to measure: see flatops info")
-    if config.suite == "full":
-        from flatops.benchmarks import suite
-
-        return suite.main(config)
-    result = measure(config, processes=1)
-    show(result)
-    if config.json:
-        write(result, config.json)
-    return 0
-
-
-def check_options(config: Config) -> None:
-    """Raises ValueError for an option that would be ignored."""
-    mode = "compare" if config.compare else "suite full" if config.suite == "full" else None
-    allowed = {"compare": {"compare"}, "suite full": {"suite", "results"}, None: {"model", "rounds", "device", "json"}}[mode]
-    given = {each.name for each in fields(Config) if getattr(config, each.name) != each.default}
-    if foreign := sorted(given - allowed):
-        raise ValueError(f"{', '.join(foreign)}: means nothing {f'with {mode}' if mode else 'without suite full'}; leave it out")
 
 
 def write(result: dict[str, Any], path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from flatops import terminal
+from flatops import distributed, terminal
 from flatops.methods import METHODS
 
 C = TypeVar("C")
@@ -40,13 +40,8 @@ def parse(config_type: type[C], command: str, arguments: list[str], default: C |
         args=arguments,
         default=default,
         config=style,
-        console_outputs=process() == 0,
+        console_outputs=distributed.launched()[0] == 0,
     )
-
-
-def process() -> int:
-    """This process's number among those that torchrun has started."""
-    return int(os.environ.get("RANK", 0))
 
 
 def info(arguments: list[str]) -> int:
@@ -114,9 +109,9 @@ def landscape(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """measure the kernels on this machine"""
-    from flatops.benchmarks import bench
+    from flatops.benchmarks import bench, command
 
-    return bench.main(parse(bench.Config, "bench", arguments))
+    return command.main(parse(bench.Config, "bench", arguments))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -150,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         message = f"{error.name} is missing; install it with: pip install 'flatops[{EXTRA[package]}]'"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = str(error)
-    where = f" (rank {process()})" if process() else ""
+    rank, *_ = distributed.launched()
+    where = f" (rank {rank})" if rank else ""
     print(f"flatops {command}{where}: {message}", file=sys.stderr)
     return 2
 

@@ -14,6 +14,7 @@ from PIL import Image
 from flatops.benchmarks import (
     accuracy,
     bench,
+    command,
     compare,
     distributed,
     flatness,
@@ -124,7 +125,7 @@ def test_a_file_that_one_folder_has_alone_is_named(tmp_path, capsys):
 )
 def test_options_that_would_be_ignored(options, message):
     with pytest.raises(ValueError, match=message):
-        bench.main(bench.Config(**options))
+        command.main(bench.Config(**options))
 
 
 def test_files_and_folders_are_compared(tmp_path, capsys):
@@ -133,8 +134,8 @@ def test_files_and_folders_are_compared(tmp_path, capsys):
         rows = [ROWS[0] | {"floors": floors}]
         (tmp_path / folder / "cpu.json").write_text(json.dumps({"rows": rows}))
     a, b, c = (tmp_path / name for name in "abc")
-    assert bench.main(bench.Config(compare=(a, b))) == 0
-    assert bench.main(bench.Config(compare=(a / "cpu.json", c / "cpu.json"))) == 1
+    assert command.main(bench.Config(compare=(a, b))) == 0
+    assert command.main(bench.Config(compare=(a / "cpu.json", c / "cpu.json"))) == 1
     shown = capsys.readouterr().out
     assert "0 more than 15% apart, the largest 10.0%" in shown and "2 and 3, 50%" in shown
 
@@ -144,7 +145,7 @@ def test_a_damaged_file_of_rows_is_named(tmp_path, content):
     for name, written in (("good.json", json.dumps({"rows": ROWS}).encode()), ("bad.json", content)):
         (tmp_path / name).write_bytes(written)
     with pytest.raises(ValueError, match="bad.json is .*not a file of rows"):
-        bench.main(bench.Config(compare=(tmp_path / "good.json", tmp_path / "bad.json")))
+        command.main(bench.Config(compare=(tmp_path / "good.json", tmp_path / "bad.json")))
 
 
 def test_every_ratio_has_a_name_of_its_own():
@@ -429,7 +430,7 @@ def test_a_full_suite(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "QUESTIONS", suite.TIMED | suite.TOGETHER)
     monkeypatch.setattr(suite, "answer", stub)
     before = (ROOT / "README.md").read_text()
-    assert bench.main(bench.Config(suite="full", results=tmp_path / "new")) == 0
+    assert command.main(bench.Config(suite="full", results=tmp_path / "new")) == 0
     found = {path.stem: json.loads(path.read_text())["asked"] for path in (tmp_path / "new").iterdir()}
     assert found == suite.QUESTIONS
     assert (ROOT / "README.md").read_text() == before
@@ -440,7 +441,7 @@ def test_a_suite_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("as it was")
     monkeypatch.setattr(suite, "ask", breaks_off)
     with pytest.raises(MemoryError):
-        bench.main(bench.Config(suite="full"))
+        command.main(bench.Config(suite="full"))
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 

@@ -32,6 +32,8 @@ from flatops.train import (
     train,
 )
 from flatops.train.config import used_options
+from flatops.train.memory import InMemory
+from flatops.train.order import CLEAN, PERTURBED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,7 +147,7 @@ def test_channels_last_and_timm_models_train():
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 def test_label_noise_replaces_the_exact_share_always_by_another_class(fraction):
-    clean, noisy = data.digits(), data.load(TrainConfig(label_noise=fraction))
+    clean, noisy = data.load(TrainConfig()), data.load(TrainConfig(label_noise=fraction))
     changed = noisy.train[1] != clean.train[1]
     assert changed.sum() == noisy.wrong == round(fraction * len(changed))
     assert torch.equal(noisy.test[1], clean.test[1])
@@ -158,19 +160,19 @@ def test_label_noise_follows_the_seed():
 
 
 def test_batches_cover_an_epoch_once_and_streams_are_independent():
-    digits = data.digits()
-    numbered = data.Data((torch.arange(1347.0).reshape(-1, 1, 1, 1), digits.train[1]), digits.test, 10)
+    digits = data.load(TrainConfig())
+    numbered = InMemory((torch.arange(1347.0).reshape(-1, 1, 1, 1), digits.train[1]), digits.test, 10)
     order = {}
-    for stream in (data.CLEAN, data.PERTURBED):
+    for stream in (CLEAN, PERTURBED):
         order[stream] = torch.cat(
             [x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=stream)]
         )
         assert len(order[stream]) == 1344 == len(order[stream].unique())
-    assert (order[data.CLEAN] == order[data.PERTURBED]).float().mean() < 0.02
+    assert (order[CLEAN] == order[PERTURBED]).float().mean() < 0.02
     late = torch.cat(
-        [x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=data.CLEAN, start=20)]
+        [x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=CLEAN, start=20)]
     )
-    assert torch.equal(late, order[data.CLEAN][20 * 64 :])
+    assert torch.equal(late, order[CLEAN][20 * 64 :])
 
 
 # Checkpoints and resume
@@ -351,7 +353,7 @@ def test_a_checkpoint_of_before_an_option_was_there_has_its_default():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"data": "mnist"}, "unknown data 'mnist'; choose from digits"),
+        ({"data": "mnist"}, "unknown data 'mnist'; choose from .*digits"),
         ({"model": "resnet19"}, "unknown model 'resnet19'; did you mean resnet18"),
         ({"method": "adam"}, "unknown method 'adam'; choose from sgd"),
         ({"device": "tpu"}, "no device 'tpu'"),

@@ -18,6 +18,7 @@ from pictures import make_folder
 
 from flatops import cli
 from flatops.train import TrainConfig, Trainer, checkpoint, data, engine, models
+from flatops.train.order import CLEAN
 from flatops.train.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,10 +162,10 @@ def test_one_process_mixes_the_gradients_of_two_halves():
 
 
 def test_processes_share_out_every_batch():
-    digits = data.digits()
-    where = {"seed": 1, "epoch": 2, "stream": data.CLEAN}
+    digits = data.load(TrainConfig())
+    where = {"seed": 1, "epoch": 2, "stream": CLEAN}
     for whole, *parts in zip(
-        digits.batches(64, **where), *(digits.batches(64, part=p, parts=4, **where) for p in range(4))
+        digits.batches(64, **where), *(digits.batches(64, rank=p, world_size=4, **where) for p in range(4))
     ):
         assert torch.equal(whole[1], torch.cat([labels for _, labels in parts]))
 

@@ -203,7 +203,7 @@ def test_measures_are_their_definitions():
     for part in range(0, 1000, 300):
         some = slice(part, part + 300)
         metrics.add(F.cross_entropy(logits[some], labels[some]), logits[some], labels[some])
-    found = metrics.result(World())
+    found = metrics.result()
     logits, labels = logits[labels >= 0], labels[labels >= 0]
     confidence, guess = logits.softmax(1).max(1)
     right = (guess == labels).float()
@@ -218,9 +218,9 @@ def test_measures_are_their_definitions():
     assert found["ece"] == pytest.approx(gap.item() / len(labels), rel=1e-4)
     few = Metrics(torch.device("cpu"), 5)
     few.add(torch.tensor(1.0), torch.eye(5), torch.arange(5))
-    assert few.result(World()).keys() == {"loss", "accuracy", "ece"}
+    assert few.result().keys() == {"loss", "accuracy", "ece"}
     with pytest.raises(ValueError, match="not one of the test images"):
-        Metrics(torch.device("cpu"), 5).result(World())
+        Metrics(torch.device("cpu"), 5).result()
 
 
 def test_the_best_checkpoint_stays_while_the_last_goes_on(tmp_path, monkeypatch):

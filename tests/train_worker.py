@@ -98,7 +98,7 @@ def run_all(world: World, file: Path) -> None:
         use(model)
         trainer = Trainer(settings, world)
         result[name] = {"state": finish(trainer)}
-        result[name]["weights"] = parallel.whole(trainer.model.state_dict())
+        result[name]["weights"] = parallel.full_state(trainer.model.state_dict())
         if name in RESUMED:
             stopped = file.with_name(f"{name}.pt")
             state = finish(Trainer(settings, world), STOP)

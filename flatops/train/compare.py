@@ -14,15 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from flatops import info, terminal
+from flatops import distributed, info, terminal
 from flatops.methods import METHODS, OPTIONS, find
 
 from . import plots
 from .config import CompareConfig, Recipe, TrainConfig, used_options
-from .data import reading
+from .dataset import reading
 from .engine import Row, Trainer
 from .report import describe_options, write_json
-from .world import launched
 
 Run = dict[str, Any]  # method, seed and history of one training
 
@@ -42,7 +41,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     Raises:
         ValueError: an option out of range, or one that applies to none of the methods; also under torchrun.
     """
-    if launched().size > 1:
+    if distributed.launched()[1] > 1:
         raise ValueError("compare runs in one process: start it without torchrun")
     console = console or terminal.console()
     configs = {method: method_config(config, method) for method in config.methods}

@@ -17,8 +17,8 @@ import flatops
 from flatops.methods import find
 
 from .config import TrainConfig, used_options
-from .data import Batch
 from .gradient import Gradient, Output
+from .order import Batch
 
 
 def create_optimizer(
