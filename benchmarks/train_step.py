@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import flatops
 from flatops import terminal
-from flatops.benchmarks import seeds
+from flatops.benchmarks import papers
 from flatops.benchmarks.measure import (
     Batch,
     in_turn,
@@ -68,7 +68,7 @@ class Method:
 
 
 def methods(config: Config) -> list[Method]:
-    """SGD first, then ours, then the seeds' way."""
+    """SGD first, then ours, then the papers' code."""
     device = torch.device(config.device)
     torch.backends.cudnn.benchmark = True
     generator = torch.Generator(device).manual_seed(0)
@@ -136,22 +136,22 @@ def methods(config: Config) -> list[Method]:
         optimizer.zero_grad()
         return Method(name, step, own, must)
 
-    def seeds_rwp() -> Method:
+    def papers_rwp() -> Method:
         _, params, optimizer, backward = contender(sgd)
 
         def step() -> None:
-            noise = seeds.perturb(params, 0.005)
+            noise = papers.perturb(params, 0.005)
             backward(first)
-            seeds.remove(params, noise)
+            papers.remove(params, noise)
             end(optimizer)
 
-        return Method("RWP, the seeds' way", step, lambda: seeds.remove(params, seeds.perturb(params, 0.005)))
+        return Method("RWP, the papers' code", step, lambda: papers.remove(params, papers.perturb(params, 0.005)))
 
-    def seeds_sam() -> Method:
+    def papers_sam() -> Method:
         model, params, optimizer, backward = contender(sgd)
 
         def climb(grads: list[Tensor]) -> list[Tensor]:
-            return seeds.ascend(params, grads, 0.05, seeds.grad_norm(grads))
+            return papers.ascend(params, grads, 0.05, papers.grad_norm(grads))
 
         def step() -> None:
             backward(first)
@@ -159,13 +159,13 @@ def methods(config: Config) -> list[Method]:
             optimizer.zero_grad()
             with flatops.freeze_batchnorm_stats(model):
                 backward(first)
-            seeds.copy_back(params, kept)
+            papers.copy_back(params, kept)
             end(optimizer)
 
         backward(first)
         grads = [p.grad for p in params]
         optimizer.zero_grad()
-        return Method("SAM, the seeds' way", step, lambda: seeds.copy_back(params, climb(grads)))
+        return Method("SAM, the papers' code", step, lambda: papers.copy_back(params, climb(grads)))
 
     sgd_class = torch.optim.SGD
     return [
@@ -173,8 +173,8 @@ def methods(config: Config) -> list[Method]:
         ours("RWP", lambda p: flatops.RWP(p, sgd_class, sigma=0.005, **base), must=1.01),
         ours("m-RWP", lambda p: flatops.RWP(p, sgd_class, sigma=0.005, lam=0.5, **base)),
         ours("SAM", lambda p: flatops.SAM(p, sgd_class, rho=0.05, **base)),
-        seeds_rwp(),
-        seeds_sam(),
+        papers_rwp(),
+        papers_sam(),
     ]
 
 
@@ -247,7 +247,7 @@ def show(result: dict[str, Any]) -> None:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("method", no_wrap=True)
-    columns = ("ms a step", "images/s", "to SGD", "must", "own ms", "host ms", "own launches", "own syncs")
+    columns = ("ms a step", "images/s", "to SGD", "limit", "own ms", "host ms", "own launches", "own syncs")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
@@ -277,4 +277,4 @@ def main(config: Config) -> int:
     show(result)
     if config.json:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
-    return int(any(row.get("own_waits") for row in result["rows"] if "seeds" not in row["name"]))
+    return int(any(row.get("own_waits") for row in result["rows"] if "papers' code" not in row["name"]))
