@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flatops.benchmarks.tables import FOREACH, SEEDS, named
+from flatops.benchmarks.tables import FOREACH, PAPERS, named
 from flatops.methods import METHODS
 
 
@@ -42,15 +42,15 @@ def axes_of(width: float, height: float):
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars: what a perturbed pass costs beside plain training, in passes over the weights; ours and the seeds' way."""
+    """Bars: what a perturbed pass costs beside plain training, in passes over the weights; ours and the papers' code."""
     rows = result["rows"]
 
     def pair(label: str, name: str, other: str) -> tuple[str, float, float]:
         return label, named(rows, of=name, name=other)["floors"], named(rows, name=name)["floors"]
 
     pairs = [
-        pair("RWP\nperturb, restore", "perturb_, backup, restore_", SEEDS),
-        pair("SAM\nascend, restore", "ascend_, backup, restore_", SEEDS),
+        pair("RWP\nperturb, restore", "perturb_, backup, restore_", PAPERS),
+        pair("SAM\nascend, restore", "ascend_, backup, restore_", PAPERS),
         pair("noise alone", "normals alone", "torch.Tensor.normal_"),
     ]
     figure, axes = axes_of(8, 2.8)
@@ -86,7 +86,7 @@ def draw_peers(result: dict[str, Any], path: Path) -> None:
     """Bars: a perturbed pass of each optimizer, in floors."""
     rows = [row for row in result["rows"] if row["model"] == "resnet50"]
     figure, axes = axes_of(8, 4.6)
-    colors = {"flatops": "tab:blue", FOREACH: "0.6", SEEDS: "0.85"}
+    colors = {"flatops": "tab:blue", FOREACH: "0.6", PAPERS: "0.85"}
     for i, row in enumerate(rows):
         axes.barh(i, row["floors"], 0.75, color=colors.get(row["name"], "0.75"))
         axes.text(row["floors"], i, f" {row['floors']:.1f}", va="center", fontsize=8)

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import flatops
 from flatops import terminal
-from flatops.benchmarks import seeds
+from flatops.benchmarks import papers
 from flatops.benchmarks.measure import (
     Batch,
     in_turn,
@@ -69,7 +69,7 @@ class Contender:
 
 
 def build_contenders(config: Config) -> list[Contender]:
-    """SGD first, then ours, then the seeds' way."""
+    """SGD first, then ours, then the papers' code."""
     device = torch.device(config.device)
     torch.backends.cudnn.benchmark = True
     generator = torch.Generator(device).manual_seed(0)
@@ -138,22 +138,22 @@ def build_contenders(config: Config) -> list[Contender]:
         optimizer.zero_grad()
         return Contender(method.label, step, own, must)
 
-    def seeds_rwp() -> Contender:
+    def papers_rwp() -> Contender:
         _, params, optimizer, backward = network_with(sgd)
 
         def step() -> None:
-            noise = seeds.perturb(params, 0.005)
+            noise = papers.perturb(params, 0.005)
             backward(first)
-            seeds.remove(params, noise)
+            papers.remove(params, noise)
             end(optimizer)
 
-        return Contender("RWP, the seeds' way", step, lambda: seeds.remove(params, seeds.perturb(params, 0.005)))
+        return Contender("RWP, the papers' code", step, lambda: papers.remove(params, papers.perturb(params, 0.005)))
 
-    def seeds_sam() -> Contender:
+    def papers_sam() -> Contender:
         model, params, optimizer, backward = network_with(sgd)
 
         def climb(grads: list[Tensor]) -> list[Tensor]:
-            return seeds.ascend(params, grads, 0.05, seeds.grad_norm(grads))
+            return papers.ascend(params, grads, 0.05, papers.grad_norm(grads))
 
         def step() -> None:
             backward(first)
@@ -161,21 +161,21 @@ def build_contenders(config: Config) -> list[Contender]:
             optimizer.zero_grad()
             with flatops.freeze_batchnorm_stats(model):
                 backward(first)
-            seeds.copy_back(params, kept)
+            papers.copy_back(params, kept)
             end(optimizer)
 
         backward(first)
         grads = [p.grad for p in params]
         optimizer.zero_grad()
-        return Contender("SAM, the seeds' way", step, lambda: seeds.copy_back(params, climb(grads)))
+        return Contender("SAM, the papers' code", step, lambda: papers.copy_back(params, climb(grads)))
 
     return [
         plain(),
         ours("rwp", must=1.01, sigma=0.005),
         ours("mrwp", sigma=0.005, lam=0.5),
         ours("sam", rho=0.05),
-        seeds_rwp(),
-        seeds_sam(),
+        papers_rwp(),
+        papers_sam(),
     ]
 
 
@@ -248,7 +248,7 @@ def show(result: dict[str, Any]) -> None:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("method", no_wrap=True)
-    columns = ("ms a step", "images/s", "to SGD", "must", "own ms", "host ms", "own launches", "own syncs")
+    columns = ("ms a step", "images/s", "to SGD", "limit", "own ms", "host ms", "own launches", "own syncs")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
@@ -278,4 +278,4 @@ def main(config: Config) -> int:
     show(result)
     if config.json:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
-    return int(any(row.get("own_waits") for row in result["rows"] if "seeds" not in row["name"]))
+    return int(any(row.get("own_waits") for row in result["rows"] if "papers' code" not in row["name"]))

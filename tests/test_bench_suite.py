@@ -236,7 +236,7 @@ def test_peers():
         rows
     )
     assert all(row["exact"] for (_, name), row in rows.items() if name == "flatops")
-    assert not rows["RWP", tables.SEEDS]["exact"]  # w + e - e is not w
+    assert not rows["RWP", tables.PAPERS]["exact"]  # w + e - e is not w
     assert rows["RWP", "flatops"]["host_reads"] == rows["SAM", "flatops"]["host_reads"] == 0
 
 
