@@ -242,7 +242,7 @@ class Trainer:
             yield step
 
     def _batches(self) -> Iterator[tuple[data.Batch, ...]]:
-        """This process's batches of each step that is left in the epoch, one from each shuffle that the method draws from."""
+        """This process's batches of each step that is left in the epoch: one from each of the method's shuffles."""
         streams = (data.CLEAN, data.PERTURBED)[: self.form.batches]
         batches = self.data.steps(
             streams,
