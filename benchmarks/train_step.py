@@ -117,7 +117,8 @@ def build_contenders(config: Config) -> list[Contender]:
         method = METHODS[name]
         options |= method.fixed | base
         model, params, optimizer, backward = network_with(lambda p: method.optimizer(p, torch.optim.SGD, **options))
-        mixes, clean_pass = method.batches == 2, method.passes == 2
+        mixes = method.batches == 2
+        clean_pass = mixes or method.ascends
 
         def step() -> None:
             if clean_pass:

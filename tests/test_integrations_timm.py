@@ -36,7 +36,8 @@ def make_data(i):
 
 def test_every_name_makes_its_optimizer():
     """With timm's groups, its defaults of the base and its way of passing options."""
-    assert set(NAMES) <= set(list_optimizers()) and len(NAMES) == 3 * sum(method.timm is not None for method in METHODS.values())
+    assert set(NAMES) <= set(list_optimizers())
+    assert len(NAMES) == 3 * sum(method.timm is not None for method in METHODS.values())
     for name in NAMES:
         optimizer = create_optimizer_v2(make_model(), name, lr=0.1, weight_decay=0.1)
         method = METHODS[next(m for m in sorted(METHODS, key=len, reverse=True) if name.startswith(m))]

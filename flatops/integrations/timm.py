@@ -19,8 +19,8 @@ from flatops.optim.passes import passes
 def register(*bases: str) -> list[str]:
     """Puts flatops optimizers into timm's registry, for `timm.optim.create_optimizer_v2` and its scripts' `--opt`.
 
-    The names are method + base, such as 'samsgd', 'rwpadamw', 'ssamsgd' (a dynamic mask, moved every 1000 steps). There is no
-    underscore between the two, because timm reads what stands before one as the name of a wrapper.
+    The names are method + base, such as 'samsgd', 'rwpadamw', 'ssamsgd' (a dynamic mask, moved every 1000 steps). They
+    have no underscore, because timm reads what stands before one as the name of a wrapper.
 
     Args:
         *bases: names of optimizers that timm knows; default 'sgd', 'momentum' and 'adamw'.

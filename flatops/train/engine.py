@@ -244,7 +244,7 @@ class Trainer:
             yield step
 
     def _batches(self) -> Iterator[tuple[Batch, ...]]:
-        """This process's batches of each step that is left in the epoch, one from each shuffle that the method draws from."""
+        """This process's batches of each step that is left in the epoch: one from each of the method's shuffles."""
         streams = (CLEAN, PERTURBED)[: self.form.batches]
         which = {"seed": self.config.seed, "epoch": self.epoch, "start": self.step} | self._share()
         batches = self.data.steps(streams, self.config.batch_size, **which)

@@ -1,7 +1,7 @@
 """A run's optimizer, and the gradient of one step.
 
-A function that takes a batch leaves the step's gradient in `p.grad`; the engine then calls `optimizer.step()`, whatever the
-method. Each pass is one call of a `Gradient`, which handles mixed precision, accumulation and several processes.
+A function that takes a batch leaves the step's gradient in `p.grad`; the engine then calls `optimizer.step()`. Each pass
+is one call of a `Gradient`, which handles mixed precision, accumulation and several processes.
 """
 
 from __future__ import annotations
