@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -101,11 +102,12 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         if self.step == 0 and "fisher_samples" in self.options:
             self.update_mask()
-        for batches in self._clocked(self._batches()):
+        for batches in self._batches():
             self._train_step(*batches)
             self.seconds = time.perf_counter() - started
             on_step(self)
-        train_loss, train_accuracy = self._train_means()  # waits for the device
+        images = self.steps_per_epoch * self.config.batch_size
+        train_loss, train_accuracy = (self._summed() / images).tolist()  # waits for the device
         self.seconds = time.perf_counter() - started
         parts = self.clock.read(wait=True)
         figures = {f"test_{name}": value for name, value in self.evaluate().items()}
@@ -124,7 +126,7 @@ class Trainer:
             **({"bad_images": len(self.bad)} if self.bad else {}),
             "seconds": self.seconds,
             **{f"{part}_seconds": seconds for part, seconds in parts.items()},
-            "images_per_second": self.steps_per_epoch * self.config.batch_size / self.seconds,
+            "images_per_second": images / self.seconds,
         }
         self.history.append(row)
         self._begin_epoch()
@@ -234,22 +236,18 @@ class Trainer:
         process = (self.world.rank, *step) if step or not self.world.first else ()
         seed_everything(self.config.seed, self.epoch, *process)
 
-    def _clocked(self, batches: Iterator[tuple[Batch, ...]]) -> Iterator[tuple[Batch, ...]]:
-        """The same, counting the time that a step waits for them."""
-        while True:
-            with self.clock("data"):
-                step = next(batches, None)
-            if step is None:
-                return
-            yield step
-
     def _batches(self) -> Iterator[tuple[Batch, ...]]:
         """This process's batches of each step that is left in the epoch: one from each of the method's shuffles."""
         streams = (CLEAN, PERTURBED)[: self.form.batches]
         which = {"seed": self.config.seed, "epoch": self.epoch, "start": self.step} | self._share()
-        batches = self.data.steps(streams, self.config.batch_size, **which)
-        for number, step in enumerate(batches, self.step):
-            yield tuple(self._prepared(stream, number, *batch) for stream, batch in zip(streams, step))
+        loaded = self.data.steps(streams, self.config.batch_size, **which)
+        for number in itertools.count(self.step):
+            with self.clock("data"):
+                step = next(loaded, None)
+                if step is None:
+                    return
+                batches = tuple(self._prepared(stream, number, *batch) for stream, batch in zip(streams, step))
+            yield batches
 
     def _prepared(self, stream: int, number: int, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         """A batch in its memory format, mixed if the run asks for it."""
@@ -295,9 +293,6 @@ class Trainer:
         self.step += 1
         if self.average:
             self.average.update(self.model, self.steps_done)
-
-    def _train_means(self) -> list[float]:
-        return (self._summed() / (self.steps_per_epoch * self.config.batch_size)).tolist()
 
     def _summed(self) -> torch.Tensor:
         """The sums of all processes."""
