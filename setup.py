@@ -135,8 +135,8 @@ wants_core = any(
 )
 setup(
     packages=[
-        *("flatops", "flatops.integrations", "flatops.landscape", "flatops.optim", "flatops.train", "flatops.train.presets"),
-        *("flatops.benchmarks", "flatops.kernels"),
+        *("flatops", "flatops.benchmarks", "flatops.integrations", "flatops.kernels", "flatops.landscape"),
+        *("flatops.optim", "flatops.train", "flatops.train.datasets", "flatops.train.presets"),
     ],
     package_data={"flatops": ["py.typed"], "flatops.train.presets": ["*.toml"], "flatops.benchmarks": ["results/tuning.json"]},
     package_dir={"flatops": "flatops", "flatops.benchmarks": "benchmarks", "flatops.kernels": "kernels"},

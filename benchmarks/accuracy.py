@@ -13,10 +13,8 @@ from typing import Any
 from flatops.benchmarks import tuning
 from flatops.benchmarks.measure import provenance
 from flatops.train.compare import Run, run_seed
-from flatops.train.config import TrainConfig
-from flatops.train.methods import used_options
+from flatops.train.config import TrainConfig, used_options
 
-METHODS = tuning.METHODS
 FIXED: dict[str, Any] = {"epochs": 40}
 SEEDS = {"fixed": 5, "tuned": 10}
 MARGIN = 0.005  # of accuracy: less does not count as worse
@@ -32,7 +30,7 @@ def tuned() -> dict[str, tuning.Options]:
 
 def options_of(schedule: str) -> dict[str, dict[str, Any]]:
     """Method to its options in one of the two tables; on the fixed schedule a method has its own defaults."""
-    return tuned() if schedule == "tuned" else dict.fromkeys(METHODS, FIXED)
+    return tuned() if schedule == "tuned" else dict.fromkeys(tuning.RADII, FIXED)
 
 
 def runs_of(job: tuple[str, int]) -> list[Run]:

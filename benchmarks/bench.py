@@ -1,7 +1,8 @@
 """How many floors does each operator cost? The table of `flatops bench`.
 
 A floor is one read and one write of every weight, by torch's own in-place add on one flat tensor, there and then.
-This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU, `suite.py` all questions at once.
+This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU, `suite.py` every question
+at once, and `command.py` chooses between them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +23,14 @@ from torch import Tensor
 
 from flatops import ops, terminal
 from flatops.backend import _C, operators
-from flatops.benchmarks import foreach, seeds, step
+from flatops.benchmarks import foreach, papers, step
 from flatops.benchmarks.measure import best_of_processes, best_times, count, provenance
 from flatops.train import models
 
 
 @dataclass(kw_only=True)
 class Config:
-    """Measure the operators on this machine, in floors, beside the research scripts' way of doing the same."""
+    """Measure the operators on this machine, in floors, beside the papers' code for the same."""
 
     model: str = "resnet50"
     """Whose list of parameters: any name of timm's."""
@@ -47,7 +48,7 @@ class Config:
     """Measure nothing: show which ratios differ between two files of rows, or two folders of them."""
 
 
-# Floors, at most. What a CPU must do depends on the width of its registers.
+# Limits in floors. A CPU's depend on the width of its registers.
 MUST = {
     "avx512": {
         "perturb_": 3.0,
@@ -181,9 +182,9 @@ def operator_rows(
         ops.perturb_(b.params, sigma, seed=0, draw=draw, backup=b.backup, scales=b.scales, backend=backend)
         ops.restore_(b.params, backup=b.backup, backend=backend)
 
-    def seeds_perturb_restore():
+    def papers_perturb_restore():
         b = next(turn)
-        seeds.remove(b.params, seeds.perturb(b.params, sigma))
+        papers.remove(b.params, papers.perturb(b.params, sigma))
 
     def foreach_perturb_restore():
         b = next(turn)
@@ -203,9 +204,9 @@ def operator_rows(
         ops.ascend_(b.params, b.grads, rho, norm=norm, backup=b.backup, backend=backend)
         ops.restore_(b.params, backup=b.backup, backend=backend)
 
-    def seeds_ascend_restore():
+    def papers_ascend_restore():
         b = next(turn)
-        seeds.copy_back(b.params, seeds.ascend(b.params, b.grads, rho, peer_norm))
+        papers.copy_back(b.params, papers.ascend(b.params, b.grads, rho, peer_norm))
 
     def foreach_ascend_restore():
         b = next(turn)
@@ -241,24 +242,24 @@ def operator_rows(
         Row("floor", floor, 2 * size),
         Row("perturb_", perturb, 2 * size),
         Row("perturb_, backup, restore_", perturb_restore, 5 * size),
-        Row("the seeds' way", seeds_perturb_restore, peer=True),
+        Row("the papers' code", papers_perturb_restore, peer=True),
         Row("torch's foreach", foreach_perturb_restore, peer=True),
         Row("restore_, regenerating", regenerate, 2 * size),
         Row("filter_norms", lambda: ops.filter_norms(next(turn).params, backend=backend), size),
         Row("filter_fisher_", filter_fisher, size),
         Row("grad_norm", lambda: ops.grad_norm(next(turn).grads, backend=backend), size),
         Row("torch's foreach", lambda: foreach.grad_norm(next(turn).grads), peer=True),
-        Row("the seeds' way", lambda: seeds.grad_norm(next(turn).grads), peer=True),
+        Row("the papers' code", lambda: papers.grad_norm(next(turn).grads), peer=True),
         Row("ascend_, backup", ascend, 4 * size),
         Row("ascend_, backup, restore_", ascend_restore, 6 * size),
-        Row("the seeds' way", seeds_ascend_restore, peer=True),
+        Row("the papers' code", papers_ascend_restore, peer=True),
         Row("torch's foreach", foreach_ascend_restore, peer=True),
         Row("normals alone", lambda: namespace.normal_(next(turn).noise, key, draw, 0), 4),
         Row("torch.Tensor.normal_", lambda: next(turn).noise.normal_(), peer=True),
         Row("topk_mask, half", topk("some", weights // 2), 4),
         Row(
-            "the seeds' way",
-            lambda: seeds.mask(next(turn).scores["some"], weights // 2),
+            "the papers' code",
+            lambda: papers.mask(next(turn).scores["some"], weights // 2),
             peer=True,
             slow=True,
         ),
@@ -298,11 +299,11 @@ def measure(config: Config = Config(), processes: int = 2) -> dict[str, Any]:
         row["must"] = MUST.get(row["simd"], MUST["avx2"]).get(row["name"])
         row["floors_by_bytes"] = row["bytes_per_weight"] / 8 if row["bytes_per_weight"] else None
     by_name = {row["name"]: row["ms"] for row in table if row["simd"] == _C.simd()}
-    seeds_mask = next(row["ms"] for row in reversed(table) if row["name"] == "the seeds' way")
+    papers_mask = next(row["ms"] for row in reversed(table) if row["name"] == "the papers' code")
     gain = [("perturb_, two threads against one", "≥", 1.7, wall[1] / wall[2])] if wall else []
     checks = [
         ("normals, times faster than torch.Tensor.normal_", "≥", 6.0, by_name["torch.Tensor.normal_"] / by_name["normals alone"]),
-        ("topk_mask, half, times faster than the seeds' way", "≥", 150.0, seeds_mask / by_name["topk_mask, half"]),
+        ("topk_mask, half, times faster than the papers' code", "≥", 150.0, papers_mask / by_name["topk_mask, half"]),
         *[
             (f"{name}: flatops' share of a step, digits CNN", "≤", 0.10, steps[f"{name}, own"] / steps[name])
             for name in ("RWP", "SAM")
@@ -403,11 +404,11 @@ def show(result: dict[str, Any]) -> None:
         title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
         f"one thread of {result['machine']}, {result['simd']}, torch {result['torch']}",
         caption="floor: one read and one write of every weight by torch, here and now. by bytes: floors, if nothing "
-        "but the bytes that must move cost time. must: at most. ops, reads: what PyTorch dispatches, numbers that the host waits for.",
+        "but the bytes that must move cost time. limit: floors, at most. ops, syncs: operations dispatched by PyTorch, host syncs.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("operator", no_wrap=True)
-    for column in ("ms", "floors", "must", "by bytes", "ops", "reads"):
+    for column in ("ms", "floors", "limit", "by bytes", "ops", "syncs"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
         met = row["must"] is None or row["floors"] <= row["must"]
@@ -425,47 +426,8 @@ def show(result: dict[str, Any]) -> None:
     console = terminal.console()
     terminal.say(console, table)
     for check in result["checks"]:
-        told = f"{check['name']}: {check['value']:.2f}, must be {check['sign']} {check['must']:g}: "
+        told = f"{check['name']}: {check['value']:.2f}, limit {check['sign']} {check['must']:g}: "
         terminal.say(console, Text.assemble(told, ("met", "green") if check["met"] else ("missed", "red")))
-
-
-def main(config: Config) -> int:
-    """Measures and prints; writes JSON if asked. Returns 1 if what is compared differs.
-
-    Raises:
-        ValueError: options that mean nothing together, no GPU, or no compiled core.
-    """
-    check_options(config)
-    if config.compare:
-        from flatops.benchmarks import compare
-
-        return compare.main(*config.compare)
-    if config.device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("there is no GPU that torch can use: see nvidia-smi, and torch.version.cuda")
-        from flatops.benchmarks import bench_gpu
-
-        return bench_gpu.main(config)
-    if _C is None:
-        raise ValueError("there is no compiled core to measure: see flatops info")
-    if config.suite == "full":
-        from flatops.benchmarks import suite
-
-        return suite.main(config)
-    result = measure(config, processes=1)
-    show(result)
-    if config.json:
-        write(result, config.json)
-    return 0
-
-
-def check_options(config: Config) -> None:
-    """Raises ValueError for an option that would be ignored."""
-    mode = "compare" if config.compare else "suite full" if config.suite == "full" else None
-    allowed = {"compare": {"compare"}, "suite full": {"suite", "results"}, None: {"model", "rounds", "device", "json"}}[mode]
-    given = {each.name for each in fields(Config) if getattr(config, each.name) != each.default}
-    if foreign := sorted(given - allowed):
-        raise ValueError(f"{', '.join(foreign)}: means nothing {f'with {mode}' if mode else 'without suite full'}; leave it out")
 
 
 def write(result: dict[str, Any], path: Path) -> None:

@@ -165,7 +165,7 @@ def show(result: dict[str, Any]) -> None:
         title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
         f"{result.get('gpu', result['machine'])}, torch {result['torch']}",
         caption="floor: one read and one write of every weight by torch, here and now. by bytes: floors, if nothing but "
-        "the bytes that must move cost time. must: at most. host: until the call returns. wall: call after call. "
+        "the bytes that must move cost time. limit: floors, at most. host: until the call returns. wall: call after call. "
         "graph: inside a CUDA graph. launches, syncs: kernels, and waits of the host.\n~: the host is part of the time.",
         box=box.SIMPLE_HEAD,
     )
@@ -173,7 +173,7 @@ def show(result: dict[str, Any]) -> None:
     columns = (
         "µs",
         "floors",
-        "must",
+        "limit",
         "by bytes",
         "GB/s",
         "host µs",

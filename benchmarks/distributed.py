@@ -86,7 +86,7 @@ def sam_local(model: nn.Module, optimizer: Any) -> Step:
     return sam(model, optimizer, local=True)
 
 
-METHODS: dict[str, tuple[type | None, dict[str, Any], Callable[[nn.Module, Any], Step]]] = {
+FORMS: dict[str, tuple[type | None, dict[str, Any], Callable[[nn.Module, Any], Step]]] = {
     "SGD": (None, {}, sgd),
     "RWP": (flatops.RWP, {"sigma": 1e-3}, rwp),
     "m-RWP, serial": (flatops.RWP, {"sigma": 1e-3, "lam": 0.5}, rwp),
@@ -94,7 +94,7 @@ METHODS: dict[str, tuple[type | None, dict[str, Any], Callable[[nn.Module, Any],
     "SAM, synced ascent": (flatops.SAM, {"rho": 1e-3}, sam),
     "SAM, local ascent": (flatops.SAM, {"rho": 1e-3}, sam_local),
 }
-SHARDED = {name: METHODS[name] for name in ("SGD", "RWP", "m-RWP, serial", "SAM, synced ascent")}
+SHARDED = {name: FORMS[name] for name in ("SGD", "RWP", "m-RWP, serial", "SAM, synced ascent")}
 
 
 def make(config: Config, parallel: str, name: str) -> tuple[Callable[[], None], Any]:
@@ -107,7 +107,7 @@ def make(config: Config, parallel: str, name: str) -> tuple[Callable[[], None], 
         fully_shard(model)
     else:
         model = nn.parallel.DistributedDataParallel(model)
-    flat, options, of = METHODS[name]
+    flat, options, of = FORMS[name]
     base = {"lr": 1e-3, "momentum": 0.9}
     if flat is None:
         optimizer = torch.optim.SGD(model.parameters(), **base)
@@ -141,7 +141,7 @@ def work(rank: int, config: Config, parallel: str, store: str, report: str) -> N
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=config.processes)
     try:
-        chosen = METHODS if parallel == "ddp" else SHARDED
+        chosen = FORMS if parallel == "ddp" else SHARDED
         contenders = {name: make(config, parallel, name) for name in chosen}
 
         def turn(step: Callable[[], None]) -> Callable[[], float]:

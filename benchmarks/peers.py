@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import flatops
-from flatops.benchmarks import foreach, seeds
+from flatops.benchmarks import foreach, papers
 from flatops.benchmarks.bench import Buffers, parameter_shapes
 from flatops.benchmarks.measure import best_of_processes, best_times, count, provenance
 
@@ -82,21 +82,21 @@ def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
     masks = [(g > 0).float() for g in grads]
 
     @torch.no_grad()
-    def seeds_asam() -> None:
-        norm = seeds.grad_norm([p.abs() * g for p, g in zip(params, grads)])
-        seeds.copy_back(
-            params, seeds.ascend(params, [p.square() * g for p, g in zip(params, grads)], RHO, norm)
+    def papers_asam() -> None:
+        norm = papers.grad_norm([p.abs() * g for p, g in zip(params, grads)])
+        papers.copy_back(
+            params, papers.ascend(params, [p.square() * g for p, g in zip(params, grads)], RHO, norm)
         )
 
-    def seeds_sam() -> None:
-        seeds.copy_back(params, seeds.ascend(params, grads, RHO, seeds.grad_norm(grads)))
+    def papers_sam() -> None:
+        papers.copy_back(params, papers.ascend(params, grads, RHO, papers.grad_norm(grads)))
 
-    def seeds_ssam() -> None:
+    def papers_ssam() -> None:
         sparse = [g * m for g, m in zip(grads, masks)]
-        seeds.copy_back(params, seeds.ascend(params, sparse, RHO, seeds.grad_norm(grads)))
+        papers.copy_back(params, papers.ascend(params, sparse, RHO, papers.grad_norm(grads)))
 
-    def seeds_rwp() -> None:
-        seeds.remove(params, seeds.perturb(params, SIGMA))
+    def papers_rwp() -> None:
+        papers.remove(params, papers.perturb(params, SIGMA))
 
     library = "pytorch_optimizer"
     return {
@@ -104,19 +104,19 @@ def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
         ("SAM", library): theirs("SAM"),
         ("SAM", f"{library}, foreach"): theirs("SAM", foreach=True),
         ("SAM", "torch's foreach"): foreach_sam,
-        ("SAM", "the seeds' way"): seeds_sam,
+        ("SAM", "the papers' code"): papers_sam,
         ("SAM", f"{library}'s LookSAM"): theirs("LookSAM", k=1),
         ("SAM", f"{library}'s FriendlySAM"): theirs("FriendlySAM"),
         ("SAM", f"{library}'s WSAM"): theirs("WSAM", None, lr=0.0),
         ("ASAM", "flatops"): two_steps(flatops.SAM(params, Idle, rho=RHO, adaptive=True)),
         ("ASAM", library): theirs("SAM", adaptive=True),
         ("ASAM", f"{library}, foreach"): theirs("SAM", adaptive=True, foreach=True),
-        ("ASAM", "the seeds' way"): seeds_asam,
+        ("ASAM", "the papers' code"): papers_asam,
         ("SSAM", "flatops"): sparse(),
-        ("SSAM", "the seeds' way"): seeds_ssam,
+        ("SSAM", "the papers' code"): papers_ssam,
         ("RWP", "flatops"): two_steps(flatops.RWP(params, Idle, sigma=SIGMA)),
         ("RWP", "torch's foreach"): foreach_rwp,
-        ("RWP", "the seeds' way"): seeds_rwp,
+        ("RWP", "the papers' code"): papers_rwp,
         (PLAIN, "SGD, fused"): plain(torch.optim.SGD(params, lr=0.0, momentum=0.9, fused=True)),
         (PLAIN, "AdamW, fused"): plain(torch.optim.AdamW(params, lr=0.0, fused=True)),
         (PLAIN, "AdamW, foreach"): plain(torch.optim.AdamW(params, lr=0.0, foreach=True)),

@@ -11,9 +11,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flatops.benchmarks.tables import FOREACH, SEEDS, named
-from flatops.train.methods import METHODS
-from flatops.train.plots import COLOURS
+from flatops.benchmarks.tables import FOREACH, PAPERS, named
+from flatops.methods import METHODS
 
 
 def digest(result: dict[str, Any]) -> str:
@@ -43,15 +42,15 @@ def axes_of(width: float, height: float):
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars: what a perturbed pass costs beside plain training, in passes over the weights; ours and the seeds' way."""
+    """Bars: what a perturbed pass costs beside plain training, in passes over the weights; ours and the papers' code."""
     rows = result["rows"]
 
     def pair(label: str, name: str, other: str) -> tuple[str, float, float]:
         return label, named(rows, of=name, name=other)["floors"], named(rows, name=name)["floors"]
 
     pairs = [
-        pair("RWP\nperturb, restore", "perturb_, backup, restore_", SEEDS),
-        pair("SAM\nascend, restore", "ascend_, backup, restore_", SEEDS),
+        pair("RWP\nperturb, restore", "perturb_, backup, restore_", PAPERS),
+        pair("SAM\nascend, restore", "ascend_, backup, restore_", PAPERS),
         pair("noise alone", "normals alone", "torch.Tensor.normal_"),
     ]
     figure, axes = axes_of(8, 2.8)
@@ -87,7 +86,7 @@ def draw_peers(result: dict[str, Any], path: Path) -> None:
     """Bars: a perturbed pass of each optimizer, in floors."""
     rows = [row for row in result["rows"] if row["model"] == "resnet50"]
     figure, axes = axes_of(8, 4.6)
-    colors = {"flatops": "tab:blue", FOREACH: "0.6", SEEDS: "0.85"}
+    colors = {"flatops": "tab:blue", FOREACH: "0.6", PAPERS: "0.85"}
     for i, row in enumerate(rows):
         axes.barh(i, row["floors"], 0.75, color=colors.get(row["name"], "0.75"))
         axes.text(row["floors"], i, f" {row['floors']:.1f}", va="center", fontsize=8)
@@ -114,9 +113,9 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
         for row in rows:
             accuracies, seconds = zip(*row["curve"])
             times = [each / epoch for each in accumulate(seconds)]
-            label = METHODS[row["method"]].label
-            axes.plot(times, accuracies, color=COLOURS[row["method"]], lw=1.6, label=label)
-            axes.plot(times[-1], accuracies[-1], "o", color=COLOURS[row["method"]])
+            method = METHODS[row["method"]]
+            axes.plot(times, accuracies, color=method.colour, lw=1.6, label=method.label)
+            axes.plot(times[-1], accuracies[-1], "o", color=method.colour)
         axes.set(title=f"{title}, {result['seeds'][schedule]} seeds", xlabel="training time, epochs of SGD", ylim=(0.6, 1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")

@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from flatops.benchmarks.machine_code import MODELS, microseconds
-from flatops.train.methods import METHODS
+from flatops.methods import METHODS
 from flatops.train.report import describe_options
 
 Results = dict[str, dict[str, Any]]  # of suite.QUESTIONS, by name
 PAGES = ("README.md", *(f"docs/{page}.md" for page in ("performance", "evidence", "landscape", "distributed")))
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HALF = 0.55  # of a time, at most, is half of it
-SEEDS, FOREACH = "the seeds' way", "torch's foreach"
+PAPERS, FOREACH = "the papers' code", "torch's foreach"
 
 # What keeps an operator from moving its bytes and nothing else.
 BETWEEN = {
-    "perturb_": "arithmetic: Philox and Box–Muller",
-    "perturb_, backup, restore_": "arithmetic, which the backup's stores hide only in part",
-    "grad_norm": "one core reads less than it reads and writes together",
-    "ascend_, backup": "memory",
-    "normals alone": "arithmetic",
-    "topk_mask, half": "one pass, its candidates, the sample",
+    "perturb_": "compute-bound: Philox and Box–Muller",
+    "perturb_, backup, restore_": "compute-bound, only partly hidden behind the backup's stores",
+    "grad_norm": "a core reads alone at a lower bandwidth than it reads and writes",
+    "ascend_, backup": "memory-bound",
+    "normals alone": "compute-bound",
+    "topk_mask, half": "one pass, selection among candidates, the sample",
     "topk_mask, 5 %": "the same with fewer candidates",
-    "topk_mask, 80 % zeros": "a second pass over a part, no candidates",
+    "topk_mask, 80 % zeros": "a second pass over part of the scores, no candidates",
     "topk_mask, all equal": "the same",
     "ascend_, half masked, backup": "compressing the backup",
     "regrow_mask_, a tenth": "two selections; Philox words for all weights",
@@ -74,16 +74,16 @@ def speed(results: Results) -> str:
         rows = [row for row in peers["rows"] if row["model"] == "resnet50" and row["method"] == name]
         of = lambda *who: min((row["floors"] for row in rows if row["name"] in who), default=None)
         ours = of("flatops")
-        theirs = [of("pytorch_optimizer", "pytorch_optimizer, foreach"), of(FOREACH), of(SEEDS)]
+        theirs = [of("pytorch_optimizer", "pytorch_optimizer, foreach"), of(FOREACH), of(PAPERS)]
         return [name, *map(number, [ours, *theirs, min(filter(None, theirs)) / ours])]
 
     columns = ["flatops", "pytorch_optimizer", FOREACH, "research scripts", "the fastest of these to flatops"]
     mask, noise = (named(rows, name=name) for name in ("topk_mask, half", "normals alone"))
-    seeds_mask, torchs = named(rows, of=mask["name"], name=SEEDS), named(rows, of=noise["name"], peer=True)
+    papers_mask, torchs = named(rows, of=mask["name"], name=PAPERS), named(rows, of=noise["name"], peer=True)
     body = [method(name) for name in ("SAM", "ASAM", "SSAM", "RWP")]
     body += [
-        ["SSAM: a mask of half the weights", number(mask["floors"]), "", "", number(seeds_mask["floors"]),
-         number(seeds_mask["floors"] / mask["floors"])],
+        ["SSAM: a mask of half the weights", number(mask["floors"]), "", "", number(papers_mask["floors"]),
+         number(papers_mask["floors"] / mask["floors"])],
         ["noise alone", number(noise["floors"]), "", f"{number(torchs['floors'])} (`normal_`)", "",
          number(torchs["floors"] / noise["floors"])],
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def speed(results: Results) -> str:
 
 
 def operators(results: Results) -> str:
-    """Every operator, its bytes, what it must reach and what it reaches."""
+    """Every operator: its bytes, its limit and what it takes."""
     cpu = results["cpu"]
     body = []
     for row in cpu["rows"][1:]:
@@ -106,22 +106,13 @@ def operators(results: Results) -> str:
         label = f"`{row['name']}`" if not row["peer"] else f"{row['name']}: `{row['of']}`"
         level = ", AVX2 forced" if row["simd"] != cpu["simd"] else ""
         note = (
-            f"{number(row['floors'] / ours['floors'])} times" if row["peer"] else BETWEEN.get(row["name"], "")
+            f"{number(row['floors'] / ours['floors'])} × flatops" if row["peer"] else BETWEEN.get(row["name"], "")
         )
         figures = [row["bytes_per_weight"], row["floors_by_bytes"], row["must"], row["floors"]]
         counts = [str(row["operations"]), str(row["host_reads"])]
         body.append([label + level, *map(number, figures), *counts, note])
-    head = [
-        "operator",
-        "bytes a weight",
-        "floors by bytes",
-        "must",
-        "measured",
-        "operations",
-        "host reads",
-        "",
-    ]
-    also = [f"- {c['name']}: {number(c['value'])}, must be {c['sign']} {c['must']:g}." for c in cpu["checks"]]
+    head = ["operator", "bytes per weight", "floors by bytes", "limit", "floors measured", "operations", "host syncs", "notes"]
+    also = [f"- {c['name']}: {number(c['value'])} (limit: {c['sign']} {c['must']:g})." for c in cpu["checks"]]
     return "\n\n".join([table(head, body), "\n".join(also), where(cpu)])
 
 
@@ -144,7 +135,7 @@ def models(results: Results) -> str:
     gain = ", ".join(
         f"`{row['name']}` {number(row['times'])}" for row in result["gain"] if row["name"] != "floor"
     )
-    more = f"{result['threads']} threads against one, ResNet-50, by the wall clock: {gain}." if gain else ""
+    more = f"{result['threads']} threads against one, ResNet-50, wall-clock time: {gain}." if gain else ""
     skipped = f"Not enough memory for: {'; '.join(result['skipped'])}." if result["skipped"] else ""
     return "\n\n".join(filter(None, [table(["", *head], body), more, skipped, where(result)]))
 
@@ -166,8 +157,8 @@ def peers(results: Results) -> str:
                     number(tiny["times_ours"]),
                 ]
             )
-    head = ["method", "whose", "floors", "times ours", "weights back to the bit", "operations", "host reads"]
-    return "\n\n".join([table([*head, "small CNN, µs", "times ours"], body), where(result)])
+    head = ["method", "implementation", "floors", "× flatops", "restored bit for bit", "operations", "host syncs"]
+    return "\n\n".join([table([*head, "small CNN, µs", "small CNN, × flatops"], body), where(result)])
 
 
 def memory(results: Results) -> str:
@@ -177,7 +168,7 @@ def memory(results: Results) -> str:
         [row["method"], row["name"], *(f"{row[k]:.1f}" for k in ("peak", "kept", "allocated"))]
         for row in result["rows"]
     ]
-    head = ["method", "whose", "at most", "kept", "allocated by each later pass"]
+    head = ["method", "implementation", "peak", "kept between passes", "allocated by each later pass"]
     return "\n\n".join([table(head, body), where(result)])
 
 
@@ -190,8 +181,8 @@ def growth(results: Results) -> str:
         + [number(row["us_per_call"]), number(row["us_per_tensor"])]
         for row in result["rows"]
     ]
-    head = ["", "b, ns a weight", "b, floors", "farthest from the line, 10 million on"]
-    head += ["100,000 to 10 million, to fixed + b·n", "fixed: µs a call", "and a tensor"]
+    head = ["", "b, ns per weight", "b, floors", "largest deviation from the line, from 10 million on"]
+    head += ["100,000 to 10 million, relative to fixed + b·n", "fixed cost, µs per call", "µs per tensor"]
     sizes = f"{min(result['sizes']):,} to {max(result['sizes']):,} weights."
     return "\n\n".join([table(head, body), f"{sizes} {where(result)}"])
 
@@ -278,7 +269,7 @@ def machine_code(results: Results) -> str:
         + [microseconds(pair) for pair in row["us"].values()]
         for row in result["rows"]
     ]
-    head = ["operator", "registers", "loads", "stores", "instructions a weight"]
+    head = ["operator", "registers", "loads", "stores", "instructions per weight"]
     head += [f"{model}: arithmetic, memory (µs)" for model in MODELS]
     return "\n\n".join([table(head, body) if body else "This build has no code for sm_90.", where(result)])
 
@@ -295,7 +286,7 @@ def verdicts(results: Results) -> str:
         for row in (row for row in found if row["claim"] == claim):
             label = f"{claim} ({arxiv(row['paper'])})" if row["schedule"] == "fixed" else ""
             body.append([label, f"{row['schedule']}: {between(row)}", f"**{row['verdict']}**"])
-    return "\n\n".join([table(["claim", "measured; accuracies: difference, paired, 95 %", "verdict"], body), where(results["accuracy"])])
+    return "\n\n".join([table(["claim", "measured (accuracies: paired difference, 95 % interval)", "verdict"], body), where(results["accuracy"])])
 
 
 def flatness(results: Results) -> str:
@@ -308,7 +299,7 @@ def flatness(results: Results) -> str:
         + [number(row["worst_rise"][-2]), number(row["eigenvalue"])]
         for row in result["rows"]
     ]
-    head = ["", "test accuracy", "loss", "a whole norm away, on either side", f"average rise, σ {sigma:g}"]
+    head = ["", "test accuracy", "loss", "loss at a = −1 and 1", f"average rise, σ {sigma:g}"]
     return "\n\n".join([table([*head, f"worst rise, ρ {rho:g}", "top eigenvalue"], body), where(result)])
 
 

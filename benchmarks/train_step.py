@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import flatops
 from flatops import terminal
-from flatops.benchmarks import seeds
+from flatops.benchmarks import papers
 from flatops.benchmarks.measure import (
     Batch,
     in_turn,
@@ -31,6 +31,7 @@ from flatops.benchmarks.measure import (
     traced,
     waits,
 )
+from flatops.methods import METHODS
 from flatops.train import models
 
 
@@ -55,8 +56,8 @@ class Config:
 
 
 @dataclass
-class Method:
-    """One contender."""
+class Contender:
+    """A method in one implementation."""
 
     name: str
     step: Callable[[], Any]
@@ -67,8 +68,8 @@ class Method:
     seconds: list[float] = field(default_factory=list)  # a step
 
 
-def methods(config: Config) -> list[Method]:
-    """SGD first, then ours, then the seeds' way."""
+def build_contenders(config: Config) -> list[Contender]:
+    """SGD first, then ours, then the papers' code."""
     device = torch.device(config.device)
     torch.backends.cudnn.benchmark = True
     generator = torch.Generator(device).manual_seed(0)
@@ -83,7 +84,7 @@ def methods(config: Config) -> list[Method]:
     first, second = batch(), batch()
     base: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "fused": True}
 
-    def contender(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[Any, list[Tensor], Any, Callable]:
+    def network_with(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[Any, list[Tensor], Any, Callable]:
         torch.manual_seed(0)
         model = models.create(config.model, classes=1000, channels=3)
         model = model.to(device, memory_format=torch.channels_last).train()
@@ -103,19 +104,21 @@ def methods(config: Config) -> list[Method]:
         optimizer.step()
         optimizer.zero_grad()
 
-    def plain() -> Method:
-        _, _, optimizer, backward = contender(sgd)
+    def plain() -> Contender:
+        _, _, optimizer, backward = network_with(sgd)
 
         def step() -> None:
             backward(first)
             end(optimizer)
 
-        return Method("SGD", step)
+        return Contender("SGD", step)
 
-    def ours(name: str, make: Callable[[Any], Any], must: float | None = None) -> Method:
-        model, params, optimizer, backward = contender(make)
-        mixes = name == "m-RWP"
-        clean_pass = name != "RWP"
+    def ours(name: str, must: float | None = None, **options: float) -> Contender:
+        method = METHODS[name]
+        options |= method.fixed | base
+        model, params, optimizer, backward = network_with(lambda p: method.optimizer(p, torch.optim.SGD, **options))
+        mixes = method.batches == 2
+        clean_pass = mixes or method.ascends
 
         def step() -> None:
             if clean_pass:
@@ -134,24 +137,24 @@ def methods(config: Config) -> list[Method]:
         backward(first)
         grads = [p.grad for p in params]
         optimizer.zero_grad()
-        return Method(name, step, own, must)
+        return Contender(method.label, step, own, must)
 
-    def seeds_rwp() -> Method:
-        _, params, optimizer, backward = contender(sgd)
+    def papers_rwp() -> Contender:
+        _, params, optimizer, backward = network_with(sgd)
 
         def step() -> None:
-            noise = seeds.perturb(params, 0.005)
+            noise = papers.perturb(params, 0.005)
             backward(first)
-            seeds.remove(params, noise)
+            papers.remove(params, noise)
             end(optimizer)
 
-        return Method("RWP, the seeds' way", step, lambda: seeds.remove(params, seeds.perturb(params, 0.005)))
+        return Contender("RWP, the papers' code", step, lambda: papers.remove(params, papers.perturb(params, 0.005)))
 
-    def seeds_sam() -> Method:
-        model, params, optimizer, backward = contender(sgd)
+    def papers_sam() -> Contender:
+        model, params, optimizer, backward = network_with(sgd)
 
         def climb(grads: list[Tensor]) -> list[Tensor]:
-            return seeds.ascend(params, grads, 0.05, seeds.grad_norm(grads))
+            return papers.ascend(params, grads, 0.05, papers.grad_norm(grads))
 
         def step() -> None:
             backward(first)
@@ -159,31 +162,30 @@ def methods(config: Config) -> list[Method]:
             optimizer.zero_grad()
             with flatops.freeze_batchnorm_stats(model):
                 backward(first)
-            seeds.copy_back(params, kept)
+            papers.copy_back(params, kept)
             end(optimizer)
 
         backward(first)
         grads = [p.grad for p in params]
         optimizer.zero_grad()
-        return Method("SAM, the seeds' way", step, lambda: seeds.copy_back(params, climb(grads)))
+        return Contender("SAM, the papers' code", step, lambda: papers.copy_back(params, climb(grads)))
 
-    sgd_class = torch.optim.SGD
     return [
         plain(),
-        ours("RWP", lambda p: flatops.RWP(p, sgd_class, sigma=0.005, **base), must=1.01),
-        ours("m-RWP", lambda p: flatops.RWP(p, sgd_class, sigma=0.005, lam=0.5, **base)),
-        ours("SAM", lambda p: flatops.SAM(p, sgd_class, rho=0.05, **base)),
-        seeds_rwp(),
-        seeds_sam(),
+        ours("rwp", must=1.01, sigma=0.005),
+        ours("mrwp", sigma=0.005, lam=0.5),
+        ours("sam", rho=0.05),
+        papers_rwp(),
+        papers_sam(),
     ]
 
 
 def measure(config: Config) -> dict[str, Any]:
     """Times and counts of every method's step."""
     device = torch.device(config.device)
-    contenders = methods(config)
+    contenders = build_contenders(config)
 
-    def turn(method: Method) -> Callable[[], float]:
+    def turn(method: Contender) -> Callable[[], float]:
         def run() -> float:
             synchronize(device)
             start = time.perf_counter()
@@ -247,7 +249,7 @@ def show(result: dict[str, Any]) -> None:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("method", no_wrap=True)
-    columns = ("ms a step", "images/s", "to SGD", "must", "own ms", "host ms", "own launches", "own syncs")
+    columns = ("ms a step", "images/s", "to SGD", "limit", "own ms", "host ms", "own launches", "own syncs")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
@@ -277,4 +279,4 @@ def main(config: Config) -> int:
     show(result)
     if config.json:
         config.json.write_text(json.dumps(result, indent=2) + "\n")
-    return int(any(row.get("own_waits") for row in result["rows"] if "seeds" not in row["name"]))
+    return int(any(row.get("own_waits") for row in result["rows"] if "papers' code" not in row["name"]))

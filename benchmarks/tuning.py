@@ -41,7 +41,6 @@ RADII: dict[str, dict[str, tuple[float, ...]]] = {
     "sam": RHO,
     "ssam": RHO,
 }
-METHODS = tuple(RADII)
 Options = dict[str, float]
 
 
@@ -97,7 +96,7 @@ def search(method: str, count: int = TRIALS, seeds: Iterable[int] = SEEDS, more:
 def main() -> int:
     """Searches for all methods; prints each one's best."""
     result = {**provenance(), "label_noise": LABEL_NOISE, "schedule": SCHEDULE, "radii": RADII, "rows": []}
-    for method in METHODS:
+    for method in RADII:
         rows = search(method)
         print(f"{method}: {fmean(rows[0]['accuracies']):.1%} with {rows[0]['options']}", flush=True)
         result["rows"] += rows

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from flatops import terminal
+from flatops import distributed, terminal
+from flatops.methods import METHODS
 
 C = TypeVar("C")
 # Which of pip's extras has what may be missing.
@@ -39,13 +40,8 @@ def parse(config_type: type[C], command: str, arguments: list[str], default: C |
         args=arguments,
         default=default,
         config=style,
-        console_outputs=process() == 0,
+        console_outputs=distributed.launched()[0] == 0,
     )
-
-
-def process() -> int:
-    """This process's number among those that torchrun has started."""
-    return int(os.environ.get("RANK", 0))
 
 
 def info(arguments: list[str]) -> int:
@@ -62,8 +58,8 @@ def info(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """train a network with SGD, RWP, m-RWP, ARWP, m-ARWP, SAM, ASAM or SSAM"""
-    from flatops.train import TrainCommand, TrainConfig, checkpoint, methods, presets, profile, train
+    from flatops.train import TrainCommand, TrainConfig, checkpoint, presets, profile, train
+    from flatops.train.config import with_method
 
     default = TrainConfig()  # where options come from that the command line does not give
     resume, preset, method = (given(arguments, name) for name in ("resume", "preset", "method"))
@@ -73,12 +69,16 @@ def train(arguments: list[str]) -> int:
         default = checkpoint.unpack_config(checkpoint.read(Path(resume)), Path(resume))
     elif preset:
         default = presets.recipe(preset)
-        if method in methods.METHODS:  # options of the preset's own method mean nothing to another
-            default = methods.with_method(default, method)
+        if method in METHODS:  # options of the preset's own method may not apply to another
+            default = with_method(default, method)
     command = parse(TrainCommand, "train", arguments, TrainCommand(**vars(default)))
     config = TrainConfig(**{name: getattr(command, name) for name in vars(default)})
     profile(config) if command.profile else train(config)
     return 0
+
+
+*_labels, _last = (method.label for method in METHODS.values())
+train.__doc__ = f"train a network with {', '.join(_labels)} or {_last}"
 
 
 def given(arguments: list[str], option: str) -> str | None:
@@ -109,9 +109,9 @@ def landscape(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """measure the kernels on this machine"""
-    from flatops.benchmarks import bench
+    from flatops.benchmarks import bench, command
 
-    return bench.main(parse(bench.Config, "bench", arguments))
+    return command.main(parse(bench.Config, "bench", arguments))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -145,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         message = f"{error.name} is missing; install it with: pip install 'flatops[{EXTRA[package]}]'"
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         message = str(error)
-    where = f" (rank {process()})" if process() else ""
+    rank, *_ = distributed.launched()
+    where = f" (rank {rank})" if rank else ""
     print(f"flatops {command}{where}: {message}", file=sys.stderr)
     return 2
 

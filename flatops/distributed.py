@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 import weakref
 import zlib
@@ -22,6 +23,12 @@ from torch import Tensor, nn
 M = TypeVar("M", bound="nn.Module | None")
 
 # --- processes -----------------------------------------------------------------------------------------------------------
+
+
+def launched() -> tuple[int, int, int]:
+    """This process's rank, the world size and its local rank, from torchrun's environment; (0, 1, 0) without it."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ.get("RANK", 0)), size, int(os.environ.get("LOCAL_RANK", 0))) if size > 1 else (0, 1, 0)
 
 
 def world() -> tuple[int, int]:

@@ -16,7 +16,8 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 from torch.amp import GradScaler
 
 import flatops
-from flatops.integrations.timm import METHODS, FlatScaler, register
+from flatops.integrations.timm import FlatScaler, register
+from flatops.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = register()
@@ -35,12 +36,13 @@ def make_data(i):
 
 def test_every_name_makes_its_optimizer():
     """With timm's groups, its defaults of the base and its way of passing options."""
-    assert set(NAMES) <= set(list_optimizers()) and len(NAMES) == 18
+    assert set(NAMES) <= set(list_optimizers())
+    assert len(NAMES) == 3 * sum(method.timm is not None for method in METHODS.values())
     for name in NAMES:
         optimizer = create_optimizer_v2(make_model(), name, lr=0.1, weight_decay=0.1)
-        method = next(m for m in sorted(METHODS, key=len, reverse=True) if name.startswith(m))
-        flat, options = METHODS[method]
-        assert isinstance(optimizer, flat)
+        method = METHODS[next(m for m in sorted(METHODS, key=len, reverse=True) if name.startswith(m))]
+        options = method.fixed | method.timm
+        assert isinstance(optimizer, method.optimizer)
         assert isinstance(optimizer, torch.optim.AdamW if name.endswith("adamw") else torch.optim.SGD)
         assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.1]
         for group in optimizer.param_groups:

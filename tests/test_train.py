@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from flatops import cli
+from flatops.methods import METHODS
 from flatops.train import (
     CompareConfig,
     TrainConfig,
@@ -26,13 +27,15 @@ from flatops.train import (
     checkpoint,
     compare,
     data,
-    methods,
     models,
+    steps,
     train,
 )
+from flatops.train.config import used_options
+from flatops.train.memory import InMemory
+from flatops.train.order import CLEAN, PERTURBED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-METHODS = sorted(methods.METHODS)
 
 
 def quiet() -> Console:
@@ -50,7 +53,7 @@ def assert_same_weights(left: dict, right: dict) -> None:
 # Methods
 
 
-@pytest.mark.parametrize("method, amp", [*((m, "none") for m in METHODS), ("mrwp", "bf16"), ("sam", "bf16")])
+@pytest.mark.parametrize("method, amp", [*((m, "none") for m in sorted(METHODS)), ("mrwp", "bf16"), ("sam", "bf16")])
 def test_two_epochs_teach_every_method_the_digits(method, amp):
     trainer = Trainer(TrainConfig(method=method, epochs=2, amp=amp))
     first, second = trainer.run_epoch(), trainer.run_epoch()
@@ -58,14 +61,14 @@ def test_two_epochs_teach_every_method_the_digits(method, amp):
     assert second["test_accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_defaults_and_given_options_reach_the_optimizer(method):
     config = TrainConfig(method=method)
-    defaults = methods.used_options(config)
+    defaults = used_options(config)
     others = {"mask": "dynamic", "pattern": "layer"}
     given = {name: others.get(name, 0.25) for name in defaults if name != "fisher_samples"}
     for options in (defaults, given):
-        optimizer = methods.create_optimizer(nn.Linear(2, 2).parameters(), replace(config, **options))
+        optimizer = steps.create_optimizer(nn.Linear(2, 2).parameters(), replace(config, **options))
         assert isinstance(optimizer, torch.optim.SGD)
         wanted = {name: value for name, value in options.items() if name != "fisher_samples"}
         assert {name: optimizer.param_groups[0][name] for name in wanted} == wanted
@@ -102,7 +105,7 @@ def test_patterns_that_fix_the_sparsity_and_masks_without_samples():
     trainer = Trainer(TrainConfig(method="ssam", pattern="1:4", epochs=1, batch_size=512))
     trainer.run_epoch()
     assert "sparsity" not in trainer.options and trainer.optimizer.param_groups[0]["sparsity"] == 0.75
-    assert "fisher_samples" not in methods.used_options(TrainConfig(method="ssam", mask="dynamic"))
+    assert "fisher_samples" not in used_options(TrainConfig(method="ssam", mask="dynamic"))
 
 
 def test_the_mixed_step_is_the_weighted_sum_of_two_gradients():
@@ -112,7 +115,7 @@ def test_the_mixed_step_is_the_weighted_sum_of_two_gradients():
     losses = [nn.functional.cross_entropy(twin(images), labels) for images, labels in batches]
     wanted = torch.autograd.grad(0.75 * losses[0] + 0.25 * losses[1], list(twin.parameters()))
     trainer.model.train()
-    methods.mrwp(trainer.model, trainer.optimizer, trainer.gradient, *batches)
+    steps.mixed(trainer.model, trainer.optimizer, trainer.gradient, *batches)
     torch.testing.assert_close([p.grad for p in trainer.model.parameters()], list(wanted))
 
 
@@ -144,7 +147,7 @@ def test_channels_last_and_timm_models_train():
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 def test_label_noise_replaces_the_exact_share_always_by_another_class(fraction):
-    clean, noisy = data.digits(), data.load(TrainConfig(label_noise=fraction))
+    clean, noisy = data.load(TrainConfig()), data.load(TrainConfig(label_noise=fraction))
     changed = noisy.train[1] != clean.train[1]
     assert changed.sum() == noisy.wrong == round(fraction * len(changed))
     assert torch.equal(noisy.test[1], clean.test[1])
@@ -157,19 +160,19 @@ def test_label_noise_follows_the_seed():
 
 
 def test_batches_cover_an_epoch_once_and_streams_are_independent():
-    digits = data.digits()
-    numbered = data.Data((torch.arange(1347.0).reshape(-1, 1, 1, 1), digits.train[1]), digits.test, 10)
+    digits = data.load(TrainConfig())
+    numbered = InMemory((torch.arange(1347.0).reshape(-1, 1, 1, 1), digits.train[1]), digits.test, 10)
     order = {}
-    for stream in (data.CLEAN, data.PERTURBED):
+    for stream in (CLEAN, PERTURBED):
         order[stream] = torch.cat(
             [x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=stream)]
         )
         assert len(order[stream]) == 1344 == len(order[stream].unique())
-    assert (order[data.CLEAN] == order[data.PERTURBED]).float().mean() < 0.02
+    assert (order[CLEAN] == order[PERTURBED]).float().mean() < 0.02
     late = torch.cat(
-        [x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=data.CLEAN, start=20)]
+        [x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=CLEAN, start=20)]
     )
-    assert torch.equal(late, order[data.CLEAN][20 * 64 :])
+    assert torch.equal(late, order[CLEAN][20 * 64 :])
 
 
 # Checkpoints and resume
@@ -350,7 +353,7 @@ def test_a_checkpoint_of_before_an_option_was_there_has_its_default():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"data": "mnist"}, "unknown data 'mnist'; choose from digits"),
+        ({"data": "mnist"}, "unknown data 'mnist'; choose from .*digits"),
         ({"model": "resnet19"}, "unknown model 'resnet19'; did you mean resnet18"),
         ({"method": "adam"}, "unknown method 'adam'; choose from sgd"),
         ({"device": "tpu"}, "no device 'tpu'"),
@@ -474,7 +477,7 @@ def test_the_command_trains_and_resumes(tmp_path):
     assert {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"} == {path.name for path in run.iterdir()}
     [row] = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert f"{row['test_accuracy']:.1%}" in done.stdout
-    assert json.loads((run / "config.json").read_text())["sigma"] == methods.METHODS["mrwp"].options["sigma"]
+    assert json.loads((run / "config.json").read_text())["sigma"] == METHODS["mrwp"].options["sigma"]
     assert cli.main(["train", "--resume", str(run)]) == 0  # method and epochs come from the checkpoint
 
 

@@ -15,10 +15,11 @@ from flatops.train import data, train
 from flatops.train.augment import drawing_from
 from flatops.train.config import TrainConfig
 from flatops.train.dali import central_window, random_window, upright
+from flatops.train.order import CLEAN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WHERE = {"seed": 7, "epoch": 3, "stream": data.CLEAN}
+WHERE = {"seed": 7, "epoch": 3, "stream": CLEAN}
 
 
 @pytest.fixture
@@ -68,14 +69,14 @@ def test_pixels_are_those_of_pil(tree):
     for number, kind in ((7, "PNG"), (9, "TIFF"), (11, "PPM")):
         (tree / "train/ant" / f"{number:03}.png").write_bytes(encoded(deep, kind))
     images = loaded(tree, 0)
-    keys = [[(data.CLEAN, 0, index) for index in range(16)], [(-1, 0, index) for index in range(10)]]
+    keys = [[(CLEAN, 0, index) for index in range(16)], [(-1, 0, index) for index in range(10)]]
     for plan, source, transform in zip(keys, (images.images.train, images.images.test), images.images.transforms):
         [(pixels, indices)] = images._read(iter([plan]))
         assert indices.tolist() == [index for *_, index in plan]
         assert pixels.dtype == torch.uint8 and pixels.is_contiguous(memory_format=torch.channels_last)
         for (stream, epoch, index), ours in zip(plan, pixels.cpu()):
             image = source.open(index)
-            with drawing_from(images.images.seed, abs(stream), epoch, index):
+            with drawing_from(images.images.config.seed, abs(stream), epoch, index):
                 top, left, height, width, mirrored = transform(image)
             image = image.crop((left, top, left + width, top + height)).resize((16, 16), Image.Resampling.BILINEAR)
             wanted = np.asarray(image)[:, :: -1 if mirrored else 1].transpose(2, 0, 1).astype(int)

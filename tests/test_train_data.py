@@ -28,8 +28,13 @@ from rich.console import Console
 from torchvision import datasets
 
 from flatops import cli
-from flatops.train import TrainConfig, Trainer, augment, checkpoint, data, images, stream, train
+from flatops.train import TrainConfig, Trainer, augment, checkpoint, data, train
+from flatops.train.dataset import DATASETS, reading, register
+from flatops.train.datasets import folder
 from flatops.train.decode import decoded
+from flatops.train.memory import InMemory
+from flatops.train.order import CLEAN, FISHER, IGNORED, PERTURBED
+from flatops.train.workers import FromWorkers
 
 WHERE = {"seed": 1, "epoch": 2}
 
@@ -37,8 +42,8 @@ WHERE = {"seed": 1, "epoch": 2}
 @pytest.fixture(autouse=True)
 def no_worker_outlives_its_test(one_thread, monkeypatch):
     streams = []
-    to = stream.Stream.to
-    monkeypatch.setattr(stream.Stream, "to", lambda self, *where: streams.append(self) or to(self, *where))
+    to = FromWorkers.to
+    monkeypatch.setattr(FromWorkers, "to", lambda self, *where: streams.append(self) or to(self, *where))
     yield
     for each in streams:
         each.close()
@@ -75,7 +80,7 @@ def assert_same(left, right) -> None:
 def test_any_number_of_workers_gives_the_same_batches(tree):
     """Random crops, flips, RandAugment and erasing included; and so does every start in the epoch."""
     options = {"randaugment": "rand-m9-mstd0.5", "erasing": 0.5, "cutout": 4}
-    streams = [data.CLEAN, data.PERTURBED]
+    streams = [CLEAN, PERTURBED]
     alone = list(loaded(tree, **options).steps(streams, 16, **WHERE))
     assert len(alone) == 72 // 16 and alone[0][0][0].shape == (16, 3, 16, 16)
     for workers in (1, 2):
@@ -88,17 +93,17 @@ def test_any_number_of_workers_gives_the_same_batches(tree):
 
 def test_processes_share_out_every_batch(tree):
     images = loaded(tree, erasing=0.5)
-    whole = list(images.batches(16, stream=data.CLEAN, **WHERE))
-    parts = [list(images.batches(16, stream=data.CLEAN, part=p, parts=2, **WHERE)) for p in range(2)]
+    whole = list(images.batches(16, stream=CLEAN, **WHERE))
+    parts = [list(images.batches(16, stream=CLEAN, rank=p, world_size=2, **WHERE)) for p in range(2)]
     for batch, *pieces in zip(whole, *parts):
         assert_same(batch, tuple(map(torch.cat, zip(*pieces))))
 
 
 def test_a_pass_that_is_given_up_leaves_nothing_to_the_next(tree):
     images = loaded(tree, workers=2)
-    wanted = list(images.batches(16, stream=data.CLEAN, **WHERE))
-    next(images.batches(8, stream=data.FISHER, **WHERE))
-    assert_same(list(images.batches(16, stream=data.CLEAN, **WHERE)), wanted)
+    wanted = list(images.batches(16, stream=CLEAN, **WHERE))
+    next(images.batches(8, stream=FISHER, **WHERE))
+    assert_same(list(images.batches(16, stream=CLEAN, **WHERE)), wanted)
     tests = [labels for _, labels in images.test_batches(10, range(3))]
     assert torch.cat(tests).tolist() == [0] * 8 + [1] * 8 + [2] * 8
 
@@ -106,14 +111,14 @@ def test_a_pass_that_is_given_up_leaves_nothing_to_the_next(tree):
 def test_reading_draws_nothing_from_the_generators(tree):
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     for workers in (0, 1):
-        list(loaded(tree, workers=workers, randaugment="rand-m5").batches(16, stream=data.CLEAN, **WHERE))
+        list(loaded(tree, workers=workers, randaugment="rand-m5").batches(16, stream=CLEAN, **WHERE))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
 
 
 def test_images_are_uint8_until_they_are_on_the_device(tree):
     images = loaded(tree, augment="none")
-    pixels, number, bad = images.images[data.CLEAN, 0, 5]
+    pixels, number, bad = images.images[CLEAN, 0, 5]
     assert pixels.dtype == np.uint8 and pixels.shape == (3, 16, 16) and number == 5 and not bad
     [(batch, labels), *_] = images.test_batches(24, [0])
     assert batch.dtype == torch.float32 and labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
@@ -204,7 +209,7 @@ def test_twelve_bits_are_scaled_by_their_range():
 )
 def test_numbers_without_a_range_are_bad_images(own_tree, file, kind):
     (own_tree / "train" / "ant" / "002.jpg").write_bytes(file)
-    [(name, reason)] = loaded(own_tree).images[data.CLEAN, 0, 2][2]
+    [(name, reason)] = loaded(own_tree).images[CLEAN, 0, 2][2]
     assert name.endswith("ant/002.jpg") and kind in reason and "8 or 16 bits a channel" in reason
 
 
@@ -230,7 +235,7 @@ def test_damaged_exif_is_no_damaged_image():
 
 def found(root: Path, split: str = "train") -> list[str]:
     """The names of a split's images, and what is left out."""
-    return [os.fsdecode(name) for name in images.find_images(root / split, images.find_classes(root / split))[0]]
+    return [os.fsdecode(name) for name in folder.find_images(root / split, folder.find_classes(root / split))[0]]
 
 
 def test_hidden_files_and_folders_are_no_images(own_tree):
@@ -334,15 +339,15 @@ def test_bad_images_are_counted_named_and_passed_by(own_tree, workers, tmp_path)
 def test_others_drawn_by_the_key_take_the_place_of_bad_images(own_tree):
     spoil(own_tree)
     images = loaded(own_tree, bad_images="skip", augment="none")
-    _, number, [(name, reason)] = images.images[data.CLEAN, 0, 2]
+    _, number, [(name, reason)] = images.images[CLEAN, 0, 2]
     assert name.endswith("ant/002.jpg") and "runcated" in reason
-    assert images.images[data.CLEAN, 0, 2][1] == number != 2
-    taken = {images.images[data.CLEAN, epoch, index][1] for epoch in range(10) for index in (2, 25, 48)}
+    assert images.images[CLEAN, 0, 2][1] == number != 2
+    taken = {images.images[CLEAN, epoch, index][1] for epoch in range(10) for index in (2, 25, 48)}
     assert len(taken) > 15 and not taken & {2, 25, 48}  # not always the same, nor another bad one
-    batches = list(images.batches(8, stream=data.CLEAN, **WHERE))
+    batches = list(images.batches(8, stream=CLEAN, **WHERE))
     assert len(batches) == 9 and all(len(labels) == 8 for _, labels in batches)
     [(_, labels)] = images.test_batches(24, [0])
-    assert labels[3] == data.IGNORED and (labels == data.IGNORED).sum() == 1
+    assert labels[3] == IGNORED and (labels == IGNORED).sum() == 1
 
 
 def test_names_that_are_no_utf_8_are_listed_byte_by_byte_and_remembered(own_tree, tmp_path):
@@ -362,11 +367,11 @@ def test_a_folder_without_a_single_good_image_is_refused(tmp_path):
         path.write_bytes(b"")
     for workers in (0, 2):
         with pytest.raises(ValueError, match="^6 training images in a row cannot be read, the first .*/train/"):
-            list(loaded(root, bad_images="skip", batch_size=2, workers=workers).batches(2, stream=data.CLEAN, **WHERE))
+            list(loaded(root, bad_images="skip", batch_size=2, workers=workers).batches(2, stream=CLEAN, **WHERE))
         stopping = loaded(root, batch_size=2, workers=workers)
-        assert len(stopping.images[data.CLEAN, 0, 2][2]) == 1  # it has not tried all of them
+        assert len(stopping.images[CLEAN, 0, 2][2]) == 1  # it has not tried all of them
         with pytest.raises(ValueError, match="cannot read .*; bad_images skip would"):
-            list(stopping.batches(2, stream=data.CLEAN, **WHERE))
+            list(stopping.batches(2, stream=CLEAN, **WHERE))
 
 
 def test_test_images_none_of_which_can_be_read_are_refused(own_tree, capsys):
@@ -411,9 +416,9 @@ def test_a_full_shared_memory_is_named(tree, monkeypatch):
     def poor(worker):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
-    monkeypatch.setattr(stream, "deaf_to_signals", poor)
+    monkeypatch.setattr("flatops.train.workers.ignore_signals", poor)
     with pytest.raises(ConnectionError, match="/dev/shm is full.*--workers 0"):
-        list(loaded(tree, workers=1, timeout=60).batches(16, stream=data.CLEAN, **WHERE))
+        list(loaded(tree, workers=1, timeout=60).batches(16, stream=CLEAN, **WHERE))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's loader when it is half made
@@ -423,13 +428,13 @@ def test_processes_that_cannot_be_started_are_said(tree, monkeypatch):
 
     monkeypatch.setattr(torch.multiprocessing, "Queue", full)
     with pytest.raises(ConnectionError, match="cannot start .*No space left.*/dev/shm.*--workers 0"):
-        list(loaded(tree, workers=1).batches(16, stream=data.CLEAN, **WHERE))
+        list(loaded(tree, workers=1).batches(16, stream=CLEAN, **WHERE))
 
 
 @pytest.fixture
 def stuck(monkeypatch):
     """Reading never ends, and hears no SIGTERM in a worker, at some images of the split that is named; `killing`, the run has SIGTERM."""
-    opened, how, run = images.Files.open, {"split": "train", "killing": False}, os.getpid()
+    opened, how, run = folder.Files.open, {"split": "train", "killing": False}, os.getpid()
 
     def hang(self, index):
         if self.labels[index] == 2 and os.path.basename(self.root) == how["split"]:
@@ -440,14 +445,14 @@ def stuck(monkeypatch):
             time.sleep(1000)
         return opened(self, index)
 
-    monkeypatch.setattr(images.Files, "open", hang)
-    monkeypatch.setattr(stream, "PATIENCE", 0.1)
+    monkeypatch.setattr(folder.Files, "open", hang)
+    monkeypatch.setattr("flatops.train.workers.PATIENCE", 0.1)
     return how
 
 
 def test_readers_that_are_stuck_are_given_up(tree, stuck, tmp_path):
     trainer = Trainer(config(tree, workers=2, timeout=1))
-    with pytest.raises(ConnectionError, match="sent nothing for 1 s .timeout.*--workers 0"), data.reading(trainer.data):
+    with pytest.raises(ConnectionError, match="sent nothing for 1 s .timeout.*--workers 0"), reading(trainer.data):
         try:
             trainer.run_epoch()
         finally:
@@ -547,7 +552,7 @@ def test_crops_and_flips_are_those_of_a_loop():
         assert torch.equal(made[i], crop.flip(2) if mirrored[i] else crop)
 
 
-def test_cutout_and_erasing_blot_out_the_mean_colour():
+def test_cutout_and_erasing_leave_the_mean_colour():
     images = torch.full((64, 3, 32, 32), 200, dtype=torch.uint8)
     how = {"mean": (100.0,) * 3, "std": (50.0,) * 3}
     cut = augment.Augment(cutout=16, **how)(images, [0], 64, slice(0, 64))
@@ -567,6 +572,22 @@ def test_synthetic_images_have_the_asked_size_and_classes():
     images, _ = next(trainer._batches())[0]
     assert images.dtype == torch.float32 and abs(images.mean()) < 0.05 and abs(images.std() - 1) < 0.05
     assert trainer.run_epoch()["train_loss"] > 0
+
+
+def test_a_dataset_is_a_function_that_registers_its_name(monkeypatch):
+    monkeypatch.setitem(DATASETS, "stripes", None)
+
+    @register("stripes")
+    def stripes(config: TrainConfig) -> InMemory:
+        labels = torch.arange(100) % 2
+        images = labels.float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8) * torch.tensor([1.0, -1.0] * 4)
+        return InMemory((images, labels), (images, labels), classes=2)
+
+    trainer = Trainer(TrainConfig(data="stripes", epochs=1, batch_size=10, validation=0.2, label_noise=0.1))
+    assert (trainer.data.train_size, trainer.data.test_size, trainer.data.wrong) == (80, 20, 8)
+    assert trainer.run_epoch()["test_accuracy"] > 0.5
+    with pytest.raises(ValueError, match="randaugment is for photographs, not for stripes"):
+        data.load(TrainConfig(data="stripes", randaugment="rand-m9"))
 
 
 # CIFAR
@@ -632,17 +653,17 @@ def cifar_config(root, **options) -> TrainConfig:
 def test_cifar_from_a_local_folder(cifar):
     data_in_memory = data.load(cifar_config(cifar.parent, cutout=8))
     assert data_in_memory.train[0].shape == (40, 3, 32, 32) and data_in_memory.train[0].dtype == torch.uint8
-    whole = list(data_in_memory.batches(16, stream=data.CLEAN, **WHERE))
-    parts = [list(data_in_memory.batches(16, stream=data.CLEAN, part=p, parts=2, **WHERE)) for p in range(2)]
+    whole = list(data_in_memory.batches(16, stream=CLEAN, **WHERE))
+    parts = [list(data_in_memory.batches(16, stream=CLEAN, rank=p, world_size=2, **WHERE)) for p in range(2)]
     for batch, *pieces in zip(whole, *parts):
         assert_same(batch, tuple(map(torch.cat, zip(*pieces))))
-    late = list(data_in_memory.batches(16, stream=data.CLEAN, start=1, **WHERE))
+    late = list(data_in_memory.batches(16, stream=CLEAN, start=1, **WHERE))
     assert_same(late, whole[1:])
 
 
 def test_cifar_with_randaugment_comes_from_workers(cifar):
     trainer = Trainer(cifar_config(cifar.parent, randaugment="rand-m9-mstd0.5", cutout=8))
-    assert isinstance(trainer.data, stream.Stream)
+    assert isinstance(trainer.data, FromWorkers)
     assert trainer.run_epoch()["train_loss"] > 0
 
 
@@ -674,7 +695,7 @@ def test_a_download_without_a_network_is_said(cifar, monkeypatch, tmp_path, caps
 
 
 def test_held_out_images_take_the_test_images_place():
-    whole, one = data.digits(), data.load(TrainConfig(validation=0.25, label_noise=0.3, seed=1))
+    whole, one = data.load(TrainConfig()), data.load(TrainConfig(validation=0.25, label_noise=0.3, seed=1))
     images, labels = one.test
     assert (one.train_size, one.test_size) == (1010, 337) and one.wrong == 303
     key = {image.numpy().tobytes(): int(label) for image, label in zip(*whole.train)}

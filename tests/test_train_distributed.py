@@ -17,6 +17,7 @@ from torchrun import torchrun
 
 from flatops import cli
 from flatops.train import TrainConfig, Trainer, checkpoint, data, engine, models
+from flatops.train.order import CLEAN
 from flatops.train.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,17 +146,17 @@ def test_one_process_mixes_the_gradients_of_two_halves():
     losses = [F.cross_entropy(twin(images), labels) for images, labels in halves]
     wanted = torch.autograd.grad(0.75 * losses[0] + 0.25 * losses[1], list(twin.parameters()))
     trainer.model.train()
-    output = trainer.method.step(trainer.model, trainer.optimizer, trainer.gradient, batch)
+    output = trainer.form.take(trainer.model, trainer.optimizer, trainer.gradient, batch)
     torch.testing.assert_close([p.grad for p in trainer.model.parameters()], list(wanted))
     torch.testing.assert_close(output.loss, sum(losses) / 2)
     assert len(output.logits) == 64
 
 
 def test_processes_share_out_every_batch():
-    digits = data.digits()
-    where = {"seed": 1, "epoch": 2, "stream": data.CLEAN}
+    digits = data.load(TrainConfig())
+    where = {"seed": 1, "epoch": 2, "stream": CLEAN}
     for whole, *parts in zip(
-        digits.batches(64, **where), *(digits.batches(64, part=p, parts=4, **where) for p in range(4))
+        digits.batches(64, **where), *(digits.batches(64, rank=p, world_size=4, **where) for p in range(4))
     ):
         assert torch.equal(whole[1], torch.cat([labels for _, labels in parts]))
 

@@ -20,13 +20,15 @@ from torch import nn
 from torch.amp import GradScaler
 
 from flatops import cli
-from flatops.train import TrainConfig, Trainer, checkpoint, methods, models, presets, profile, train
+from flatops.methods import METHODS
+from flatops.train import TrainConfig, Trainer, checkpoint, models, presets, profile, train
+from flatops.train.config import used_options, with_method
 from flatops.train.metrics import Metrics
 from flatops.train.run import best
+from flatops.train.steps import choose
 from flatops.train.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-METHODS = sorted(methods.METHODS)
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def config(method: str = "sgd", **options) -> TrainConfig:
 # Precision, accumulation, clipping
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_pieces_of_a_batch_make_the_same_step(method, perceptron):
     results = []
     for accumulate in (1, 4):
@@ -73,7 +75,7 @@ def test_pieces_of_a_batch_make_the_same_step(method, perceptron):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_loss_scale_makes_no_difference_with_accumulation_and_clipping(method):
     """To the bit, F of m-ARWP included, in which the scale would show."""
     results = []
@@ -87,7 +89,7 @@ def test_a_loss_scale_makes_no_difference_with_accumulation_and_clipping(method)
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_float16_skips_overflows_and_goes_on(method, perceptron):
     trainer = Trainer(config(method, amp="fp16", accumulate=2, clip_norm=1.0, batch_size=128))
     trainer.gradient.scaler = GradScaler("cpu", init_scale=2.0**40)  # far too much: the first steps overflow
@@ -201,7 +203,7 @@ def test_measures_are_their_definitions():
     for part in range(0, 1000, 300):
         some = slice(part, part + 300)
         metrics.add(F.cross_entropy(logits[some], labels[some]), logits[some], labels[some])
-    found = metrics.result(World())
+    found = metrics.result()
     logits, labels = logits[labels >= 0], labels[labels >= 0]
     confidence, guess = logits.softmax(1).max(1)
     right = (guess == labels).float()
@@ -216,9 +218,9 @@ def test_measures_are_their_definitions():
     assert found["ece"] == pytest.approx(gap.item() / len(labels), rel=1e-4)
     few = Metrics(torch.device("cpu"), 5)
     few.add(torch.tensor(1.0), torch.eye(5), torch.arange(5))
-    assert few.result(World()).keys() == {"loss", "accuracy", "ece"}
+    assert few.result().keys() == {"loss", "accuracy", "ece"}
     with pytest.raises(ValueError, match="not one of the test images"):
-        Metrics(torch.device("cpu"), 5).result(World())
+        Metrics(torch.device("cpu"), 5).result()
 
 
 def test_the_best_checkpoint_stays_while_the_last_goes_on(tmp_path, monkeypatch):
@@ -304,11 +306,11 @@ def test_tensorboard_gets_every_row_once(tmp_path, monkeypatch, capsys):
 def test_presets_are_runs_with_their_source(name):
     settings = presets.recipe(name, epochs=50)
     assert settings.epochs == 50
-    for method in methods.METHODS:  # its own, and the baselines that it is compared with
-        other = methods.with_method(settings, method)
-        methods.choose(other)
-        methods.used_options(other)
-    assert methods.with_method(settings, settings.method) == settings
+    for method in METHODS:  # its own, and the baselines that it is compared with
+        other = with_method(settings, method)
+        choose(other)
+        used_options(other)
+    assert with_method(settings, settings.method) == settings
     text = (Path(presets.__file__).parent / f"{name}.toml").read_text()
     assert text.startswith("#") and "arXiv" in text
     models.create(settings.model, 10, 3, 224) if "vit" in name or "cifar" in name else None
@@ -446,7 +448,7 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(size, saved, tmp_path):
 def test_profile_times_every_method_beside_sgd(capsys):
     settings = TrainConfig(data="synthetic", image_size=8, batch_size=32, fisher_samples=None)
     rows = profile(settings, quiet(), rounds=2)
-    assert [row["method"] for row in rows] == list(methods.METHODS) and rows[0]["ratio"] == 1
+    assert [row["method"] for row in rows] == list(METHODS) and rows[0]["ratio"] == 1
     for row in rows:
         assert row["milliseconds"] > 0
         assert sum(row[part] for part in ("passes", "flatops", "optimizer")) == pytest.approx(1)

@@ -18,7 +18,8 @@ from torch import nn
 from torch.amp import GradScaler
 
 from flatops import cli
-from flatops.train import TrainConfig, Trainer, checkpoint, engine, methods, models, parallel
+from flatops.methods import METHODS
+from flatops.train import TrainConfig, Trainer, checkpoint, engine, models, parallel
 from flatops.train.world import World, joined
 
 
@@ -97,7 +98,7 @@ def run_all(world: World, file: Path) -> None:
         use(model)
         trainer = Trainer(settings, world)
         result[name] = {"state": finish(trainer)}
-        result[name]["weights"] = parallel.whole(trainer.model.state_dict())
+        result[name]["weights"] = parallel.full_state(trainer.model.state_dict())
         if name in RESUMED:
             stopped = file.with_name(f"{name}.pt")
             state = finish(Trainer(settings, world), STOP)
@@ -114,7 +115,7 @@ def combined(world: World, file: Path) -> None:
     """A few steps of every method, plain and in pieces under a loss scale: this process's weights."""
     use("perceptron")
     result = {}
-    for method in methods.METHODS:
+    for method in METHODS:
         forms = [{}] + [{"ascent": "local"}] * (method == "sam") + [{"rwp_parallel": True}] * (method == "mrwp")
         for form in forms:
             some = {"fisher_samples": 16} if method == "ssam" else {}

@@ -12,25 +12,15 @@ from timm.optim._optim_factory import default_registry
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import nn
 
-import flatops
+from flatops.methods import METHODS
 from flatops.optim.passes import passes
-
-# prefix -> (optimizer, what it differs in from its defaults). A training script calls no update_mask().
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "sam": (flatops.SAM, {}),
-    "asam": (flatops.SAM, {"adaptive": True, "rho": 0.5}),
-    "ssam": (flatops.SSAM, {"mask": "dynamic", "update_every": 1000}),
-    "rwp": (flatops.RWP, {}),
-    "mrwp": (flatops.RWP, {"lam": 0.5}),
-    "arwp": (flatops.RWP, {"eta": 0.1}),
-}
 
 
 def register(*bases: str) -> list[str]:
     """Puts flatops optimizers into timm's registry, for `timm.optim.create_optimizer_v2` and its scripts' `--opt`.
 
-    The names are method + base, such as 'samsgd', 'ssamsgd', 'rwpadamw': sam, asam, ssam (dynamic masks, new every 1000 steps),
-    rwp, mrwp and arwp, before each base. timm takes what precedes an underscore for something else, hence none.
+    The names are method + base, such as 'samsgd', 'rwpadamw', 'ssamsgd' (a dynamic mask, moved every 1000 steps). They
+    have no underscore, because timm reads what stands before one as the name of a wrapper.
 
     Args:
         *bases: names of optimizers that timm knows; default 'sgd', 'momentum' and 'adamw'.
@@ -49,15 +39,17 @@ def register(*bases: str) -> list[str]:
     for name in bases or ("sgd", "momentum", "adamw"):
         info = default_registry.get_optimizer_info(name)
         base = default_registry.get_optimizer_class(info, bind_defaults=False)
-        for method, (flat, options) in METHODS.items():
-            names.append(method + name)
+        for prefix, method in METHODS.items():
+            if method.timm is None:
+                continue
+            names.append(prefix + name)
             default_registry.register(
                 dataclasses.replace(
                     info,
                     name=names[-1],
-                    opt_class=functools.partial(flat, base=base),
-                    description=f"flatops: {flat.__name__} over {info.description}",
-                    defaults={**(info.defaults or {}), **options},
+                    opt_class=functools.partial(method.optimizer, base=base),
+                    description=f"flatops: {method.optimizer.__name__} over {info.description}",
+                    defaults={**(info.defaults or {}), **method.fixed, **method.timm},
                 )
             )
     return names

@@ -19,10 +19,12 @@ from rich.table import Table
 from torch import nn
 
 from flatops import info, terminal
+from flatops.methods import METHODS
 from flatops.train import TrainConfig, checkpoint, data, models
+from flatops.train.config import used_options
+from flatops.train.dataset import Dataset, reading
 from flatops.train.engine import choose_device, set_threads
-from flatops.train.methods import METHODS, used_options
-from flatops.train.plots import COLOURS
+from flatops.train.order import CLEAN, Batch
 from flatops.train.report import write_json
 
 from . import page, plots
@@ -31,7 +33,7 @@ from .hessian import top_eigenvalues
 from .sharpness import sharpness
 from .surface import surface
 
-Splits = dict[str, list[data.Batch]]  # training and test: batches on the device
+Splits = dict[str, list[Batch]]  # training and test: batches on the device
 STEPS = 5  # of the ascent after SAM's
 
 
@@ -64,7 +66,7 @@ def landscape(config: LandscapeConfig, console: Console | None = None) -> dict[s
     if config.output.exists() and not config.output.is_dir():
         raise ValueError(f"output {config.output} is not a folder")
     config.output.mkdir(parents=True, exist_ok=True)
-    with data.reading(data.load(plain_images(configs[0], config.batch_size))) as images:
+    with reading(data.load(plain_images(configs[0], config.batch_size))) as images:
         if images.fingerprint != states[0]["data"]:
             raise ValueError(f"{config.runs[0]} was trained on {states[0]['data']}; here are {images.fingerprint}")
         splits = choose_batches(images.to(device, torch.contiguous_format), config)
@@ -98,7 +100,7 @@ def measure(
     radii = {"sigmas": config.sigmas, "draws": config.draws, "rhos": config.rhos, "steps": STEPS}
     asked = {"count": config.eigenvalues, "iterations": config.iterations}
 
-    def of(batches: list[data.Batch]) -> dict[str, Any]:
+    def of(batches: list[Batch]) -> dict[str, Any]:
         told = (model, F.cross_entropy, batches)
         return {
             "line": asdict(surface(*told, draws=[0], **grid, **common)),
@@ -138,14 +140,14 @@ def averaged(state: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def plain_images(config: TrainConfig, batch_size: int) -> TrainConfig:
-    """The run with its data as they are: no image is cropped, flipped or blotted at random."""
+    """The run without random augmentation."""
     plain = {"augment": "none", "randaugment": None, "cutout": 0, "erasing": 0.0}
     return replace(config, batch_size=batch_size, **plain)
 
 
-def choose_batches(images: data.Data, config: LandscapeConfig) -> Splits:
+def choose_batches(images: Dataset, config: LandscapeConfig) -> Splits:
     """The first batches of a shuffle of the training images, and of the test images in their order."""
-    training = images.batches(config.batch_size, seed=config.seed, epoch=0, stream=data.CLEAN)
+    training = images.batches(config.batch_size, seed=config.seed, epoch=0, stream=CLEAN)
     count = min(config.batches, ceil(images.test_size / config.batch_size))
     return {
         "training": list(islice(training, config.batches)),
@@ -173,7 +175,7 @@ def describe_networks(
     return [
         {
             "name": label if several[label] == 1 else f"{label} ({terminal.readable(run.name)})",
-            "colour": COLOURS[config.method] if own else plots.PALETTE[number % len(plots.PALETTE)],
+            "colour": METHODS[config.method].colour if own else plots.PALETTE[number % len(plots.PALETTE)],
             "checkpoint": str(run),
             "epoch": state["epoch"],
             "test_accuracy": state["history"][-1]["test_accuracy"] if state["history"] else None,

@@ -1,13 +1,13 @@
-"""What happens to whole batches on the device: normalisation, random crops and flips, blotting out, mixup and CutMix.
+"""What happens to whole batches on the device: normalisation, random crops and flips, cutout, erasing; and RandAugment.
 
-Everything random follows from a path of integers such as (seed, stream, epoch, batch), drawn for the whole batch, of which a
-process takes its piece: any number of processes sees the same images.
+Everything random follows from a path of integers such as (seed, stream, epoch, step) and is drawn for the whole batch,
+of which a process takes its share: any number of processes sees the same images.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from .config import TrainConfig
 
-AUGMENT, MIX, REPLACE = 1001, 1002, 1003  # keep these draws apart from those of the shuffles
+AUGMENT, MIX, REPLACE = 1001, 1002, 1003  # keep these draws apart from the shuffles'
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Augment:
     Args:
         padding: pixels on every side, out of which a random crop of the old size is taken.
         flip: mirror half of the images.
-        cutout: side in pixels of a square that is blotted out (DeVries and Taylor, arXiv 1708.04552).
-        cutout_probability: with which an image has one.
-        erasing: probability of blotting out a rectangle (Zhong et al., arXiv 1708.04896).
-        mean, std: of every channel, in units of uint8; images of float32 are normalised already.
+        cutout: side in pixels of the square that is erased (DeVries and Taylor, arXiv 1708.04552).
+        cutout_probability: share of the images that have one.
+        erasing: probability of erasing a rectangle (Zhong et al., arXiv 1708.04896).
+        mean, std: of every channel, in units of uint8; float32 images are normalised already.
     """
 
     padding: int = 0
@@ -45,35 +46,35 @@ class Augment:
 
     @classmethod
     def of(cls, config: TrainConfig, **more: Any) -> Augment:
-        """What a run blots out; `more` are the other arguments."""
+        """With cutout and erasing as a run asks for them; `more` are the other arguments."""
         return cls(
             cutout=config.cutout, cutout_probability=config.cutout_probability, erasing=config.erasing, **more
         )
 
-    def __call__(self, images: Tensor, path: Sequence[int], size: int, mine: slice) -> Tensor:
+    def __call__(self, images: Tensor, path: Sequence[int], size: int, share: slice) -> Tensor:
         """Training images.
 
         Args:
-            images: this process's piece of a batch, (B, C, H, W).
+            images: this process's share of a batch, (B, C, H, W).
             path: what the random draws follow from.
             size: images in the whole batch.
-            mine: which of them these are.
+            share: which of them these are.
         """
         rng = np.random.default_rng([AUGMENT, *path])
         height, width = images.shape[2:]
         if self.padding or self.flip:
             shifts = rng.integers(2 * self.padding + 1, size=(2, size))
             mirrored = rng.random(size) < 0.5 if self.flip else np.zeros(size, dtype=bool)
-            images = moved(F.pad(images, (self.padding,) * 4), *shifts[:, mine], mirrored[mine], height, width)
+            images = moved(F.pad(images, (self.padding,) * 4), *shifts[:, share], mirrored[share], height, width)
         images = self.prepare(images)
         if self.cutout:
             centres = rng.integers((height, width), size=(size, 2))
             low = centres - self.cutout // 2
             sides = self.cutout * (rng.random((size, 1)) < self.cutout_probability)
-            images = blotted(images, low[mine], (low + sides)[mine])
+            images = erased(images, low[share], (low + sides)[share])
         if self.erasing:
             low, high = rectangles(rng, self.erasing, size, height, width)
-            images = blotted(images, low[mine], high[mine])
+            images = erased(images, low[share], high[share])
         return images
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def moved(images: Tensor, down: np.ndarray, right: np.ndarray, mirrored: np.ndar
     return images[which, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def blotted(images: Tensor, low: np.ndarray, high: np.ndarray) -> Tensor:
+def erased(images: Tensor, low: np.ndarray, high: np.ndarray) -> Tensor:
     """Images with 0, the mean colour, in the rectangle from `low` (row, column) up to `high`, each (B, 2)."""
     inside = []
     for axis, length in enumerate(images.shape[2:]):
@@ -108,7 +109,7 @@ def blotted(images: Tensor, low: np.ndarray, high: np.ndarray) -> Tensor:
 def rectangles(
     rng: np.random.Generator, probability: float, size: int, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where random erasing blots out: the corners of `size` rectangles, empty ones for images that are spared."""
+    """What random erasing erases: the corners of `size` rectangles, empty for images that it leaves alone."""
     area = rng.uniform(0.02, 1 / 3, size) * height * width * (rng.random(size) < probability)
     ratio = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3), size))
     sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1).round().astype(np.int64)
@@ -119,7 +120,7 @@ def rectangles(
 
 @contextmanager
 def drawing_from(*path: int) -> Iterator[None]:
-    """Seeds the generators of torch (CPU), numpy and Python within, for augmentations of others; leaves them as they were."""
+    """Seed torch's (CPU), numpy's and Python's generators within, for other libraries' augmentation; then restore them."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     word = int(np.random.SeedSequence(path).generate_state(1)[0])
     torch.random.default_generator.manual_seed(word)
@@ -131,3 +132,24 @@ def drawing_from(*path: int) -> Iterator[None]:
         torch.set_rng_state(before[0])
         np.random.set_state(before[1])
         random.setstate(before[2])
+
+
+def randaugment(config: TrainConfig, size: int, mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment of single images.
+
+    Args:
+        config: the run, whose option `randaugment` describes it.
+        size: side of an image in pixels.
+        mean: mean colour in units of uint8, which fills what an image is moved away from.
+
+    Raises:
+        ValueError: timm cannot read the description.
+    """
+    from timm.data.auto_augment import rand_augment_transform  # slow to import
+
+    how = {"translate_const": round(0.45 * size), "img_mean": tuple(map(round, mean))}
+    try:
+        return rand_augment_transform(config.randaugment, how)
+    except (AssertionError, KeyError, ValueError) as error:
+        message = f"randaugment {config.randaugment!r} is none that timm knows, such as rand-m9-mstd0.5"
+        raise ValueError(message) from error

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read with care, and the random states that they hold."""
+"""Checkpoints: written whole or not at all, read with care, checked against the run that resumes; and random states."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # torch.save closes its archive on a full disk too, and what it raises then hides why.
+        # On a full disk torch.save fails again when it closes its archive, and hides the first error.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             kept = "; the last one is intact" if path.exists() else ""
@@ -43,9 +43,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def keep_best(folder: Path) -> None:
-    """Make the last checkpoint of a folder also its best one, at no cost where the file system knows links.
+    """Make the last checkpoint of a folder also its best one, by a hard link where the file system has them.
 
-    A new last checkpoint takes the old one's name and never its bytes, so the link stays what it is.
+    Saving replaces the last checkpoint and never writes into it, so the link keeps its content.
     """
     temporary = folder / f".{BEST}.{os.getpid()}"
     try:
@@ -83,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
             state = torch.load(opened, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # whatever the zip reader or the unpickler met, OSError too where it looked beyond the end
+        except Exception as error:  # the zip reader and the unpickler raise many, also OSError
             raise ValueError(f"{file} is damaged or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{file} is not a checkpoint of flatops train")
@@ -107,6 +107,31 @@ def unpack_config(state: dict[str, Any], resume: Path) -> TrainConfig:
     return TrainConfig(**config | {"resume": resume, "output": None})
 
 
+# Options that a resumed run may change. All others decide the weights, to the bit for the same number of processes.
+MAY_DIFFER = {
+    *("output", "resume", "checkpoint_every", "device", "threads", "parallel", "timeout", "accumulate"),
+    *("data_dir", "workers", "bad_images", "tensorboard"),
+}
+
+
+def check_same_run(saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise ValueError naming every option in which a checkpoint's run and the one asked for differ."""
+    saved = {**asdict(TrainConfig()), **saved}  # options newer than the checkpoint have their defaults
+    differ = [name for name in asked if name not in MAY_DIFFER and saved[name] != asked[name]]
+    if differ:
+        parts = ", ".join(f"{name} {saved[name]} (asked for: {asked[name]})" for name in differ)
+        raise ValueError(f"cannot resume: the checkpoint's run has {parts}")
+
+
+def check_same_weights(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError naming the weights whose shapes differ between a checkpoint's network and this one."""
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (saved, ours)]
+    differ = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
+    if differ:
+        which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
+        raise ValueError(f"cannot resume: the checkpoint is of another network, with other weights {which}")
+
+
 def random_state() -> dict[str, Any]:
     """The states of the generators of torch, numpy and Python, as tensors and plain values."""
     numpy = np.random.get_state(legacy=False)
@@ -120,7 +145,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what random_state() returned; a machine with fewer or no CUDA devices takes what it can."""
+    """Put back what random_state() returned; states of CUDA devices that are not here are ignored."""
     torch.set_rng_state(state["torch"])
     for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"]):
         torch.cuda.set_rng_state(cuda, device)

@@ -14,15 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from flatops import info, terminal
+from flatops import distributed, info, terminal
+from flatops.methods import METHODS, OPTIONS, find
 
 from . import plots
-from .config import METHOD_OPTIONS, CompareConfig, Recipe, TrainConfig
-from .data import reading
+from .config import CompareConfig, Recipe, TrainConfig, used_options
+from .dataset import reading
 from .engine import Row, Trainer
-from .methods import METHODS, known_options, used_options
 from .report import describe_options, write_json
-from .world import launched
 
 Run = dict[str, Any]  # method, seed and history of one training
 
@@ -40,9 +39,9 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
         What compare.json holds: config, machine, summary (a row per method), runs (one per method and seed).
 
     Raises:
-        ValueError: an option out of range, or one that none of the methods knows; also under torchrun.
+        ValueError: an option out of range, or one that applies to none of the methods; also under torchrun.
     """
-    if launched().size > 1:
+    if distributed.launched()[1] > 1:
         raise ValueError("compare runs in one process: start it without torchrun")
     console = console or terminal.console()
     configs = {method: method_config(config, method) for method in config.methods}
@@ -57,8 +56,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     }
     title = describe(config)
     write_json(config.output / "compare.json", result)
-    labels = {method: METHODS[method].label for method in config.methods}
-    plots.comparison(runs, labels, title, config.output / "compare.png")
+    plots.comparison(runs, config.methods, title, config.output / "compare.png")
     terminal.say(console, f"\n{title}", style="bold")
     terminal.say(console, table(result["summary"]), Text(caveat(config)))
     terminal.say(console, f"\nWritten to {config.output / 'compare.json'} and compare.png")
@@ -66,16 +64,16 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
 
 
 def method_config(config: CompareConfig, method: str) -> TrainConfig:
-    """One method's training, with the comparison's options as far as they mean something to it."""
-    foreign = set(METHOD_OPTIONS) - known_options(method)
+    """One method's training, with those of the comparison's options that apply to it."""
+    foreign = set(OPTIONS).difference(find(method).accepts)
     shared = {field.name for field in fields(Recipe)} - foreign
     return TrainConfig(method=method, **{name: getattr(config, name) for name in shared})
 
 
 def check_options(config: CompareConfig) -> None:
-    """Raise ValueError for an option that was given but that none of the methods knows."""
-    known = set().union(*(known_options(method) for method in config.methods))
-    unused = [name for name in METHOD_OPTIONS if getattr(config, name) is not None and name not in known]
+    """Raise ValueError for an option that was given and applies to none of the methods."""
+    accepted = {name for method in config.methods for name in find(method).accepts}
+    unused = [name for name in OPTIONS if getattr(config, name) is not None and name not in accepted]
     if unused:
         raise ValueError(f"none of {', '.join(config.methods)} has the option {', '.join(unused)}")
 

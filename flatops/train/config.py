@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-MethodName = Literal["sgd", "rwp", "mrwp", "arwp", "marwp", "sam", "asam", "ssam"]
+import tyro
+
+from flatops.methods import METHODS, OPTIONS, find
+
+MethodName = Literal[tuple(METHODS)]
+_SUMMARIES = ((summary, ", ".join(names)) for summary, names in groupby(METHODS, lambda name: METHODS[name].summary))
+METHOD_HELP = "; ".join(f"{names}: {summary}" for summary, names in _SUMMARIES if summary) + "."
 
 
 @dataclass(kw_only=True)
@@ -20,10 +27,11 @@ class Recipe:
 
     data: str = "digits"
     """Data set: digits (scikit-learn's handwritten digits, 8×8, nothing to download), cifar10, cifar100, folder (any tree of
-    images by class: ImageNet's train/ and val/), or synthetic (noise, made on the device, for timing)."""
+    images by class: ImageNet's train/ and val/), or synthetic (noise, for timing). A wrong name lists them all."""
     data_dir: Path | None = None
-    """folder: the tree that has train/ and val/, each with a folder of images per class. Hidden files and folders are passed by,
-    what is no image by its name is said. cifar10, cifar100: where the data lies or is downloaded to (left out: data)."""
+    """folder: the tree that has train/ and val/, each with a folder of images per class. Hidden files and folders are
+    ignored, files that are no images by their names are counted. cifar10, cifar100: where the data is or is downloaded
+    to (left out: data)."""
     image_size: int | None = None
     """Side of the square images that the network sees, of folder (left out: 224) and synthetic (left out: 32)."""
     classes: int | None = None
@@ -38,8 +46,8 @@ class Recipe:
     batch_size: int = 64
     """Images in a batch, over all processes; m-RWP draws two batches of this size for every step."""
     accumulate: int = 1
-    """Pieces in which every process takes its part of a batch, one after the other: less memory, the same step (but for
-    BatchNorm, which normalises each piece on its own)."""
+    """Micro-batches into which every process splits its share of a batch: less memory, the same step (but for
+    BatchNorm, which normalises each of them on its own)."""
     base: Literal["sgd", "adamw"] = "sgd"
     """Optimizer under the method."""
     lr: float = 0.05
@@ -59,9 +67,9 @@ class Recipe:
     label_noise: float = 0.0
     """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay right."""
     validation: float = 0.0
-    """Share of the training images, 0 to less than 1, to hold out and evaluate in place of the test images, wherever these are
-    spoken of: options are chosen by it, so that the test images are looked at once. The seed draws them; their labels stay
-    right. Not for folder, whose val/ may hold what you like."""
+    """Share of the training images, 0 to less than 1, to hold out and evaluate in place of the test images: choose
+    options by these, and look at the test images once. The seed draws them; their labels stay right. Not for folder:
+    put images into its val/ yourself."""
 
     augment: Literal["standard", "none"] = "standard"
     """standard: random flips, and random crops out of 4 pixels of padding (CIFAR) or of 8 to 100 % of the area (folder);
@@ -69,11 +77,11 @@ class Recipe:
     randaugment: str | None = None
     """RandAugment for CIFAR and folder, as timm writes it, such as rand-m9-mstd0.5."""
     cutout: int = 0
-    """Side in pixels of the square that is blotted out at a random place of every image (CIFAR: 16)."""
+    """Side in pixels of a square to erase at a random place of every image (CIFAR: 16)."""
     cutout_probability: float = 1.0
     """Share of the images that cutout reaches (in the code of the RWP and SSAM papers: 0.5)."""
     erasing: float = 0.0
-    """Probability with which a random rectangle of 2 to 33 % of an image is blotted out."""
+    """Probability of erasing a random rectangle of 2 to 33 % of an image."""
     mixup: float = 0.0
     """Parameter of mixup's Beta distribution (ImageNet: 0.2; with cutmix: 0.8). With cutmix, batches get either, by chance."""
     cutmix: float = 0.0
@@ -112,13 +120,13 @@ class Recipe:
     threads: int | None = None
     """CPU threads. Left out: 1 for the built-in cnn, too small to share out, else PyTorch's choice."""
     workers: int | None = None
-    """Processes that read images for each training process; 0 reads in between steps. Left out: its share of the CPUs, 16 at
-    most. How many there are makes no difference to the result."""
+    """Worker processes that read images, for each training process; 0 reads between steps. Left out: its share of the
+    CPUs, 16 at most. The number makes no difference to the result."""
     decoder: Literal["pil", "dali"] = "pil"
     """folder: what decodes, crops and resizes the images: PIL in the worker processes, or NVIDIA DALI (nvidia-dali-cuda130), on
     the GPU where there is one. Their pixels differ by some steps of 255."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read: stop, or name it and take another one, which the seed draws, in its place."""
+    """What to do about an image that cannot be read: stop, or name it and use another, drawn by the seed, instead."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Run forward passes in bfloat16 or float16 autocast; weights stay float32. fp16 scales the loss."""
     channels_last: bool = False
@@ -165,9 +173,7 @@ class Recipe:
 class TrainConfig(Recipe):
     """Train an image classifier with one method."""
 
-    method: MethodName = "sgd"
-    """rwp: random weight perturbation; mrwp: mixed with the clean gradient; arwp, marwp: adapted to the
-    Fisher information; sam: sharpness-aware minimisation; asam: adaptive SAM; ssam: sparse SAM."""
+    method: Annotated[MethodName, tyro.conf.arg(help=METHOD_HELP)] = "sgd"
     seed: int = 0
     """Seed of the weights, the order of the data, the wrong labels and the noise."""
     output: Path | None = None
@@ -245,19 +251,33 @@ class CompareConfig(Recipe):
         )
 
 
-METHOD_OPTIONS = (
-    "sigma",
-    "sigma_end",
-    "lam",
-    "eta",
-    "beta",
-    "rho",
-    "rho_end",
-    "sparsity",
-    "mask",
-    "pattern",
-    "fisher_samples",
-)
+def used_options(config: TrainConfig) -> dict[str, float | str]:
+    """The options of a run that apply to its method, those left out with the method's defaults.
+
+    Raises:
+        ValueError: unknown method, or an option that does not apply to it.
+    """
+    method = find(config.method)
+    given = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None}
+    foreign = sorted(set(given).difference(method.accepts))
+    if foreign:
+        raise ValueError(f"{config.method} has no option {', '.join(foreign)}")
+    options = method.options | given
+    mask, pattern = options.get("mask"), options.get("pattern", "")
+    for name in ["sparsity"] * (":" in pattern) + ["fisher_samples"] * (mask == "dynamic"):
+        if name in given:
+            raise ValueError(f"mask {mask} with pattern {pattern} has no option {name}")
+        del options[name]
+    return options
+
+
+def with_method(config: TrainConfig, name: str) -> TrainConfig:
+    """The same run with another method; options that do not apply to that one are left out."""
+    method = find(name)
+    foreign = set(OPTIONS).difference(method.accepts)
+    rwp_parallel = config.rwp_parallel and method.batches == 2
+    ascent = config.ascent if method.ascends else "synced"
+    return replace(config, method=name, rwp_parallel=rwp_parallel, ascent=ascent, **dict.fromkeys(foreign))
 
 
 def check(right: bool, message: str) -> None:

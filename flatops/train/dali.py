@@ -1,7 +1,7 @@
-"""Folders of images that NVIDIA DALI decodes, crops and resizes: all of it on the GPU where there is one.
+"""Folders of images that NVIDIA DALI decodes, crops and resizes, on the GPU where there is one.
 
-Worker processes read the files and draw the crops, by the keys that `stream` has: here too neither the number of workers nor an
-interruption makes a difference to the batches.
+Worker processes read the files and draw the crops by the keys of `workers`: neither the number of workers nor an
+interruption changes the batches.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .augment import drawing_from
 from .decode import opened
-from .stream import TEST, Images, Key, Stream, attempt, sent
+from .workers import TEST, FromWorkers, Images, Key, attempt, shared
 
 Encoded = tuple[Tensor, list[int], np.ndarray]  # a batch's files end to end, their lengths, and their Windows (B, 5)
-WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tags of TIFF, the last of EXIF too
+WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tags of TIFF; the last is one of EXIF too
 
 
 def check_installed() -> None:
@@ -36,10 +36,10 @@ def check_installed() -> None:
 
 
 class Windows(Images):
-    """Single image files by key, not decoded, and what to cut out of each."""
+    """Single image files by key, not decoded, and the window to cut out of each."""
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, tuple[int, ...], int, list[tuple[str, str]]]:
-        """The file, its window (top, left, height, width, mirrored), its number, and why its header could not be read."""
+        """The file, its window (top, left, height, width, mirrored), its index, and why it could not be read."""
         stream, epoch, index = key
         source, transform = (self.test if stream == TEST else self.train), self.transforms[stream == TEST]
         bad: list[tuple[str, str]] = []
@@ -47,19 +47,19 @@ class Windows(Images):
         image = None if bad else attempt(lambda _: upright(raw), source, index, bad)
         if bad:
             return np.zeros(0, dtype=np.uint8), (0,) * 5, index, bad
-        with nullcontext() if stream == TEST else drawing_from(self.seed, stream, epoch, index):
+        with nullcontext() if stream == TEST else drawing_from(self.config.seed, stream, epoch, index):
             return np.frombuffer(raw, dtype=np.uint8), transform(image), index, bad
 
     @staticmethod
     def collate(items: list[tuple]) -> tuple[Encoded, list[int], list[tuple[str, str]]]:
-        """A batch, whose files travel as one tensor: one for each would use up the file descriptors."""
-        files, windows, numbers, bad = zip(*items)
-        encoded = sent(np.concatenate(files)), [len(file) for file in files], np.array(windows)
-        return encoded, list(numbers), [entry for some in bad for entry in some]
+        """A batch, whose files travel as one tensor: a tensor for each would use up the file descriptors."""
+        files, windows, indices, bad = zip(*items)
+        encoded = shared(np.concatenate(files)), [len(file) for file in files], np.array(windows)
+        return encoded, list(indices), [entry for some in bad for entry in some]
 
 
 def upright(raw: bytes) -> Image.Image:
-    """An image of the size that DALI's has, which follows EXIF.
+    """An image of the size that DALI decodes it to: DALI follows EXIF.
 
     Raises:
         ValueError: DALI does not decode it, or not as PIL does.
@@ -81,31 +81,31 @@ def upright(raw: bytes) -> Image.Image:
 
 def random_window(image: Image.Image) -> tuple[int, ...]:
     """8 to 100 % of the area with sides of 3:4 to 4:3, mirrored or not."""
-    from torchvision.transforms import RandomResizedCrop
+    from torchvision.transforms import RandomResizedCrop  # slow to import
 
     window = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
     return *window, int(torch.rand(()) < 0.5)
 
 
 def central_window(image: Image.Image) -> tuple[int, ...]:
-    """The middle, of 7/8 of the shorter side."""
+    """The middle 7/8 of the shorter side."""
     width, height = image.size
     side = max(1, round(0.875 * min(width, height)))
     return (height - side) // 2, (width - side) // 2, side, side, 0
 
 
 @dataclass
-class DaliStream(Stream):
-    """See Stream; `images` are Windows."""
+class FromDali(FromWorkers):
+    """See FromWorkers; `images` are Windows."""
 
-    def _read(self, plan: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
         planned: deque[list[Key]] = deque()  # batches that are on their way
-        given: deque[Tensor] = deque()  # numbers of those that DALI has been given
+        given: deque[Tensor] = deque()  # indices of those that DALI has been given
 
         def noted() -> Iterator[list[Key]]:
-            for keys in plan:
-                planned.append(keys)
-                yield keys
+            for batch in keys:
+                planned.append(batch)
+                yield batch
 
         def inputs() -> Iterator[tuple[Any, ...]]:
             for (files, lengths, windows), indices in itertools.chain([first], loaded):
@@ -137,7 +137,7 @@ class DaliStream(Stream):
 
     def _pipeline(self, inputs: Iterator[tuple[Any, ...]], batch_size: int) -> Any:
         """From files, windows and flags to uint8 images (B, size, size, 3)."""
-        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali import fn, pipeline_def, types  # optional
 
         cuda = self.device.type == "cuda"
 
@@ -161,7 +161,7 @@ class DaliStream(Stream):
         return decoded()
 
     def _unreadable(self, planned: Iterable[list[Key]], error: Exception) -> str:
-        """Which image DALI could not decode: it does not say itself, and may be ahead of the batch that is asked for."""
+        """Which image DALI could not decode: it does not say which, and may be ahead of the batch that is asked for."""
         for stream, _, index in itertools.chain(*planned):
             source, bad = (self.images.test if stream == TEST else self.images.train), []
             if attempt(source.open, source, index, bad) is None:

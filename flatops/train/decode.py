@@ -1,4 +1,4 @@
-"""Image files as the network sees them: upright, in RGB, 8 bits a channel."""
+"""Image files as the network sees them: upright, in RGB, 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -44,3 +44,8 @@ def decoded(raw: bytes) -> Image.Image:
         [bits] = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, [16])
         image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
     return image.convert("RGB")
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """A PIL image as uint8 (3, H, W)."""
+    return np.asarray(image).transpose(2, 0, 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,16 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import flatops
+from flatops import distributed
 
-from . import checkpoint, data, methods, models, parallel
+from . import checkpoint, data, models, parallel, steps
 from .augment import MIX, drawing_from
 from .clock import Clock
-from .config import TrainConfig
+from .config import TrainConfig, used_options
+from .dataset import Dataset
 from .gradient import Gradient, Output
 from .metrics import Metrics
+from .order import CLEAN, FISHER, PERTURBED, Batch
 from .world import World
 
 # One epoch, a line of the log. The training figures are means over its steps and all processes, at the weights of
@@ -33,12 +36,13 @@ EVALUATION_BATCH = 512
 
 
 class Trainer:
-    """One run at one point of its training, and the means to go on.
+    """One run at one point of its training.
 
     Everything random follows from the seed, the epoch and the step, so that two runs may take turns in one
-    process and a resumed one equals an uninterrupted one to the bit.
+    process and a resumed run equals an uninterrupted one to the bit.
 
-    Several processes train one network: each has a trainer, takes its part of every batch, and calls what the others call.
+    Of several processes that train one network each has a trainer, takes its share of every batch, and makes the same
+    calls as the others.
 
     Args:
         config: what to train, on what, how.
@@ -50,13 +54,12 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World = World()) -> None:
         self.config, self.world = config, world
-        self.method, self.options = methods.choose(config, world.size), methods.used_options(config)
+        self.form, self.options = steps.choose(config, world.size), used_options(config)
         self.device = choose_device(config.device, world)
         set_threads(config)
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        loaded = data.load(config, world)
-        self.fingerprint = loaded.fingerprint
-        self.data = loaded.to(self.device, self.layout)
+        self.data = data.load(config).to(self.device, self.layout)
+        self.fingerprint = self.data.fingerprint
         seed_everything(config.seed)
         self.model = models.create(config.model, self.data.classes, self.data.channels, self.data.size)
         self.model.to(self.device, memory_format=self.layout)
@@ -70,16 +73,14 @@ class Trainer:
         self.gradient = Gradient(self.network, self.model, self.device, config, self.clock)
         self.mix = mixing(config, self.data.classes) if config.mixup or config.cutmix else None
         self.steps_per_epoch = self.data.train_size // config.batch_size
-        self.optimizer = methods.create_optimizer(
-            self.model.parameters(), config, self.steps_per_epoch, world.size
-        )
+        self.optimizer = steps.create_optimizer(self.model.parameters(), config, self.steps_per_epoch, world.size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.schedules = self._schedules()
-        if config.amp == "fp16":  # the first steps are skipped, until the loss scale fits: the schedule goes on by the data
+        if config.amp == "fp16":  # while the loss scale is too large, steps are skipped and schedules go on
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
         if config.compile:
             self.model.compile()  # in place: the names in the state_dict stay
-        self.bad: dict[str, str] = {}  # images that could not be read on any process, and why; the first one knows
+        self.bad: dict[str, str] = {}  # images that could not be read on any process, and why
         self.epoch = 0  # epochs done
         self.history: list[Row] = []
         self._begin_epoch()
@@ -93,7 +94,7 @@ class Trainer:
         """Train to the end of the epoch, evaluate, and return the epoch's row.
 
         Args:
-            on_step: called after every step; the state is whole there, to be saved or left for good.
+            on_step: called after every step; the run may be saved, or abandoned, there.
         """
         if self.step == 0:
             self._seed()
@@ -101,17 +102,18 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         if self.step == 0 and "fisher_samples" in self.options:
             self.update_mask()
-        for batches in self._clocked(self._batches()):
+        for batches in self._batches():
             self._train_step(*batches)
             self.seconds = time.perf_counter() - started
             on_step(self)
-        train_loss, train_accuracy = self._train_means()  # waits for the device
+        images = self.steps_per_epoch * self.config.batch_size
+        train_loss, train_accuracy = (self._summed() / images).tolist()  # waits for the device
         self.seconds = time.perf_counter() - started
         parts = self.clock.read(wait=True)
         figures = {f"test_{name}": value for name, value in self.evaluate().items()}
         if self.average:
             figures |= {f"ema_{name}": value for name, value in self.evaluate(self.average.module).items()}
-        for bad in self.world.gather(self.data.bad):
+        for bad in distributed.gather_objects(self.data.bad):
             self.bad |= bad
         group = self.optimizer.param_groups[0]
         self.epoch += 1
@@ -124,7 +126,7 @@ class Trainer:
             **({"bad_images": len(self.bad)} if self.bad else {}),
             "seconds": self.seconds,
             **{f"{part}_seconds": seconds for part, seconds in parts.items()},
-            "images_per_second": self.steps_per_epoch * self.config.batch_size / self.seconds,
+            "images_per_second": images / self.seconds,
         }
         self.history.append(row)
         self._begin_epoch()
@@ -138,24 +140,24 @@ class Trainer:
             model: the network to evaluate; by default the one that trains.
         """
         self.network.eval()
-        self.world.broadcast((model or self.model).buffers())
+        distributed.broadcast((model or self.model).buffers())
         metrics = Metrics(self.device, self.data.classes)
         count = math.ceil(self.data.test_size / EVALUATION_BATCH)
-        # All take as many turns, for the others may gather weights from this one's shards; what is in surplus does not count.
+        # All take equally many turns, for their forward passes gather each other's shards; surplus ones do not count.
         turns = range(self.world.rank, count + self.world.rank, self.world.size)
         batches = self.data.test_batches(EVALUATION_BATCH, [min(turn, count - 1) for turn in turns])
         for turn, batch in zip(turns, batches):
             output = self.gradient.forward(batch, model)
             if turn < count:
                 metrics.add(*output, batch[1])
-        return metrics.result(self.world)
+        return metrics.result()
 
     def is_finite(self) -> bool:
-        """Whether the loss has been a finite number in all steps of this epoch so far, on all processes. Waits for the device."""
-        return bool(self.world.sum(self.sums.clone()).isfinite().all())
+        """Whether the loss was finite in all of this epoch's steps so far. Collective; waits for the device."""
+        return bool(self._summed().isfinite().all())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on, whole on the first process; the same for any number of them."""
+        """Everything that the rest of the run depends on, in the same form for any number of processes. Collective."""
         return {
             "config": checkpoint.pack_config(self.config),
             "data": self.fingerprint,
@@ -164,27 +166,27 @@ class Trainer:
             "seconds": {"epoch": self.seconds, **self.clock.read()},
             "history": self.history,
             "bad": self.bad,
-            "model": parallel.whole(self.model.state_dict()),
+            "model": parallel.full_state(self.model.state_dict()),
             "ema": self.average.module.state_dict() if self.average else None,
             "scaler": self.gradient.scaler.state_dict(),
-            "optimizer": parallel.whole(self.optimizer.state_dict()),
+            "optimizer": parallel.full_state(self.optimizer.state_dict()),
             "schedules": [schedule.state_dict() for schedule in self.schedules],
-            "processes": self.world.gather({"sums": self.sums.cpu(), "random": checkpoint.random_state()}),
+            "processes": distributed.gather_objects({"sums": self.sums.cpu(), "random": checkpoint.random_state()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state_dict() of a run with the same configuration.
 
-        With as many processes as that run had, to the same bits as if it had never stopped. With another number the sums are
-        rounded otherwise, and the random states are new ones, which follow from the seed, the step and the process.
+        With as many processes as that run had, to the same bits as if it had never stopped. With another number sums
+        are rounded differently, and random states are new, drawn from the seed, the step and the rank.
 
         Raises:
             ValueError: that run's data, model, method or schedule is another; nothing has changed then.
         """
-        check_same_run(state["config"], checkpoint.pack_config(self.config))
+        checkpoint.check_same_run(state["config"], checkpoint.pack_config(self.config))
         if state["data"] != self.fingerprint:
             raise ValueError(f"cannot resume: the checkpoint's run has {state['data']}; here are {self.fingerprint}")
-        check_same_weights(state["model"], self.model.state_dict())
+        checkpoint.check_same_weights(state["model"], self.model.state_dict())
         parallel.load_model(self.model, state["model"])
         if self.average:
             self.average.module.load_state_dict(state["ema"])
@@ -208,7 +210,7 @@ class Trainer:
             self._seed(self.step)
 
     def _schedules(self) -> list[LambdaLR | flatops.CosineRamp]:
-        """The learning rate, and sigma and rho where they move; all of them step with the optimizer."""
+        """The schedules of the learning rate, and of sigma and rho where they change; all step with the optimizer."""
         warmup = round(self.config.warmup_epochs * self.steps_per_epoch)
 
         def factor(step: int) -> float:
@@ -230,69 +232,53 @@ class Trainer:
         self.sums = torch.zeros(2, device=self.device)  # their summed losses and right answers
 
     def _seed(self, *step: int) -> None:
-        """Seed this process for the epoch, or for what is left of it after a step; the first one's epoch as one alone would."""
+        """Seed this process for the epoch, or for its rest after a step; the first is seeded as a single process is."""
         process = (self.world.rank, *step) if step or not self.world.first else ()
         seed_everything(self.config.seed, self.epoch, *process)
 
-    def _clocked(self, batches: Iterator[tuple[data.Batch, ...]]) -> Iterator[tuple[data.Batch, ...]]:
-        """The same, with the time that a step waits for them counted."""
-        while True:
+    def _batches(self) -> Iterator[tuple[Batch, ...]]:
+        """This process's batches of each step that is left in the epoch: one from each of the method's shuffles."""
+        streams = (CLEAN, PERTURBED)[: self.form.batches]
+        which = {"seed": self.config.seed, "epoch": self.epoch, "start": self.step} | self._share()
+        loaded = self.data.steps(streams, self.config.batch_size, **which)
+        for number in itertools.count(self.step):
             with self.clock("data"):
-                step = next(batches, None)
-            if step is None:
-                return
-            yield step
+                step = next(loaded, None)
+                if step is None:
+                    return
+                batches = tuple(self._prepared(stream, number, *batch) for stream, batch in zip(streams, step))
+            yield batches
 
-    def _batches(self) -> Iterator[tuple[data.Batch, ...]]:
-        """This process's batches of each step that is left in the epoch, one per shuffle that the method draws from."""
-        streams = (data.CLEAN, data.PERTURBED)[: self.method.batches]
-        steps = self.data.steps(
-            streams,
-            self.config.batch_size,
-            seed=self.config.seed,
-            epoch=self.epoch,
-            start=self.step,
-            **self._part(),
-        )
-        for number, step in enumerate(steps, self.step):
-            yield tuple(self._prepared(stream, number, *batch) for stream, batch in zip(streams, step))
-
-    def _prepared(self, stream: int, number: int, images: torch.Tensor, labels: torch.Tensor) -> data.Batch:
-        """A batch in its layout, and mixed."""
+    def _prepared(self, stream: int, number: int, images: torch.Tensor, labels: torch.Tensor) -> Batch:
+        """A batch in its memory format, mixed if the run asks for it."""
         if self.config.channels_last:
             images = images.contiguous(memory_format=self.layout)
         if self.mix:
-            # All processes mix in the same proportion, each within its own images.
+            # All processes mix in the same proportion, each within its share of the batch.
             with drawing_from(MIX, self.config.seed, stream, self.epoch, number):
                 images, labels = self.mix(images, labels)
         return images, labels
 
-    def _part(self) -> dict[str, int]:
-        """Which piece of a batch is this process's."""
-        return {"part": self.world.rank, "parts": self.world.size}
+    def _share(self) -> dict[str, int]:
+        """Which share of every batch this process takes."""
+        return {"rank": self.world.rank, "world_size": self.world.size}
 
     def update_mask(self) -> None:
         """Make SSAM's next mask from samples."""
-        samples, part, processes = self.options["fisher_samples"], {}, self.world.size
-        # Replicas have a share each, which the optimizer sums; shards take every sample together.
+        samples, share, processes = self.options["fisher_samples"], {}, self.world.size
+        # Replicas take a share each, which the optimizer sums; shards take every sample together.
         if self.parallel == "ddp":
             least, more = divmod(samples, processes)
             if not least:
                 raise ValueError(f"fisher_samples {samples} is not one for each of {processes} processes")
-            samples, part = least + (self.world.rank < more), self._part()
-        self.optimizer.update_mask(
-            self.model,
-            F.cross_entropy,
-            self.data.batches(
-                self.config.batch_size, seed=self.config.seed, epoch=self.epoch, stream=data.FISHER, **part
-            ),
-            samples=samples,
-            progress=False,
-        )
+            samples, share = least + (self.world.rank < more), self._share()
+        which = {"stream": FISHER, "seed": self.config.seed, "epoch": self.epoch} | share
+        batches = self.data.batches(self.config.batch_size, **which)
+        self.optimizer.update_mask(self.model, F.cross_entropy, batches, samples=samples, progress=False)
 
-    def _train_step(self, *batches: data.Batch) -> None:
-        with self.clock("flatops"):  # all that is not the passes themselves
-            output = self.method.step(self.network, self.optimizer, self.gradient, *batches)
+    def _train_step(self, *batches: Batch) -> None:
+        with self.clock("flatops"):  # all but the passes themselves
+            output = self.form.take(self.network, self.optimizer, self.gradient, *batches)
         with self.clock("optimizer"):
             scaler = self.gradient.scaler
             if self.config.clip_norm is not None:
@@ -308,13 +294,15 @@ class Trainer:
         if self.average:
             self.average.update(self.model, self.steps_done)
 
-    def _train_means(self) -> list[float]:
-        sums = self.world.sum(self.sums.clone())
-        return (sums / (self.steps_per_epoch * self.config.batch_size)).tolist()
+    def _summed(self) -> torch.Tensor:
+        """The sums of all processes."""
+        sums = self.sums.clone()
+        distributed.all_reduce([sums])
+        return sums
 
 
 @torch.no_grad()
-def count(sums: torch.Tensor, output: Output, batch: data.Batch) -> None:
+def count(sums: torch.Tensor, output: Output, batch: Batch) -> None:
     """Add a batch's summed loss and right answers to `sums` (2,), without waiting for the device."""
     labels = batch[1] if batch[1].dim() == 1 else batch[1].argmax(1)  # of mixed images, the larger part's
     sums += torch.stack([output.loss * len(labels), (output.logits.argmax(1) == labels).sum()])
@@ -327,7 +315,7 @@ def average_of(model: nn.Module, decay: float) -> nn.Module:
     return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
-def mixing(config: TrainConfig, classes: int) -> Callable[..., data.Batch]:
+def mixing(config: TrainConfig, classes: int) -> Callable[..., Batch]:
     """Mixup (Zhang et al., arXiv 1710.09412), CutMix (Yun et al., arXiv 1905.04899), or either, batch by batch."""
     from timm.data import Mixup
 
@@ -357,7 +345,7 @@ def choose_device(name: str, world: World = World()) -> torch.device:
 
 
 def set_threads(config: TrainConfig) -> None:
-    """Give PyTorch its CPU threads; more than one slows the built-in cnn down."""
+    """Set PyTorch's CPU threads; more than one would slow the built-in cnn down."""
     if config.threads is not None or config.model == "cnn":
         torch.set_num_threads(config.threads or 1)
 
@@ -371,39 +359,14 @@ def seed_everything(seed: int, *path: int) -> None:
 
 
 @torch.no_grad()
-def check_takes_images(model: nn.Module, name: str, images: data.Data, device: torch.device) -> None:
-    """Raise ValueError where a network cannot take images of that size: each has an error of its own for it."""
+def check_takes_images(model: nn.Module, name: str, dataset: Dataset, device: torch.device) -> None:
+    """Raise ValueError if a network cannot take images of that size; networks raise different errors for it."""
     model.eval()
     try:
-        model(torch.zeros(1, images.channels, images.size, images.size, device=device))
+        model(torch.zeros(1, dataset.channels, dataset.size, dataset.size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model {name} does not take images of {images.size}×{images.size}: {reason}") from error
+        raise ValueError(f"model {name} does not take images of {dataset.size}×{dataset.size}: {reason}") from error
     model.train()
-
-
-# All else decides the weights, to the bit but for how many processes round them.
-MAY_DIFFER = {
-    *("output", "resume", "checkpoint_every", "device", "threads", "parallel", "timeout", "accumulate"),
-    *("data_dir", "workers", "bad_images", "tensorboard"),
-}
-
-
-def check_same_run(saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise ValueError naming every option in which a checkpoint's run and the one asked for differ."""
-    saved = {**asdict(TrainConfig()), **saved}  # a run of before an option was there has its default
-    differ = [name for name in asked if name not in MAY_DIFFER and saved[name] != asked[name]]
-    if differ:
-        parts = ", ".join(f"{name} {saved[name]} (asked for: {asked[name]})" for name in differ)
-        raise ValueError(f"cannot resume: the checkpoint's run has {parts}")
-
-
-def check_same_weights(saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise ValueError naming the weights in which a checkpoint's network is another."""
-    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (saved, ours)]
-    differ = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
-    if differ:
-        which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
-        raise ValueError(f"cannot resume: the checkpoint is of another network, with other weights {which}")

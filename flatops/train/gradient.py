@@ -1,4 +1,4 @@
-"""A forward and backward pass as mixed precision, accumulation and several processes want it, so that methods are their formulas."""
+"""A forward and backward pass with mixed precision, accumulation and several processes: methods are just formulas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 from .clock import Clock
 from .config import TrainConfig
-from .data import Batch
+from .order import Batch
 
 
 class Output(NamedTuple):
@@ -25,14 +25,14 @@ class Output(NamedTuple):
 class Gradient:
     """Calling it adds a batch's gradient to `p.grad`, under the loss scale if there is one.
 
-    With `accumulate` it takes the batch in so many pieces; replicas exchange gradients with the last one alone.
+    With `accumulate` it splits the batch into so many micro-batches; replicas all-reduce gradients with the last only.
 
     Args:
         network: what runs in training, such as a DistributedDataParallel.
         model: what runs in evaluation, with the weights of `network`.
         device: where both are.
         config: amp, accumulate, label_smoothing.
-        clock: counts the time.
+        clock: measures the time.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Gradient:
         self.scaler = GradScaler(device.type, enabled=config.amp == "fp16")
 
     def __call__(self, batch: Batch, weight: float = 1.0) -> Output:
-        """Add the gradient of weight · (mean loss of the batch); the output is that of the whole batch, unweighed."""
+        """Add the gradient of weight · (mean loss of the batch); the output is the whole batch's, not weighted."""
         with self.clock("passes"):
             count = self.config.accumulate
-            pieces = list(zip(*(tensor.chunk(count) for tensor in batch)))
+            micro_batches = list(zip(*(tensor.chunk(count) for tensor in batch)))
             outputs = []
-            for number, part in enumerate(pieces, 1):
-                with self._exchanging(number == len(pieces)):
+            for number, part in enumerate(micro_batches, 1):
+                with self._exchanging(number == len(micro_batches)):
                     output = self.forward(part)
                     self.scaler.scale(output.loss * (weight / count)).backward()
                 outputs.append(Output(output.loss.detach(), output.logits.detach()))
@@ -60,7 +60,7 @@ class Gradient:
     def forward(self, batch: Batch, model: nn.Module | None = None) -> Output:
         """Loss and logits, by another network than the one that trains if `model` is given."""
         images, labels = batch
-        # DistributedDataParallel would hand on buffers in every evaluation batch too, of which processes have unlike numbers.
+        # DistributedDataParallel would broadcast buffers in every batch, and processes evaluate unequal numbers.
         network = model or (self.network if self.model.training else self.model)
         dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none"):
@@ -70,7 +70,7 @@ class Gradient:
         return Output(F.cross_entropy(logits.float(), labels, label_smoothing=smoothing), logits)
 
     def loss_scale(self, weight: float) -> Tensor | None:
-        """What a loss of that weight is multiplied by, for m-ARWP's F; None where that is the weight itself."""
+        """The factor of a loss with that weight, for m-ARWP's F; None where it is the weight itself."""
         if not self.scaler.is_enabled() or weight == 0:
             return None
         return self.scaler.scale(torch.tensor(weight, device=self.device))

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import IGNORED
-from .world import World
+from flatops import distributed
+
+from .order import IGNORED
 
 BINS = 15  # of confidence, as in Guo et al., arXiv 1706.04599
 
@@ -26,7 +27,7 @@ class Metrics:
         self.gaps = torch.zeros(BINS, device=device)  # of each bin, confidence minus right answers
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch with its mean loss. Nobody waits for the device."""
+        """Count a batch with its mean loss, without waiting for the device."""
         valid = labels != IGNORED
         count = valid.sum()
         confidence, best = logits.float().softmax(1).max(1)
@@ -39,15 +40,16 @@ class Metrics:
         # A product, since sums by index have no fixed order on a GPU.
         self.gaps += ((confidence - right.float()) * valid) @ F.one_hot(bins, BINS).float()
 
-    def result(self, world: World) -> dict[str, float]:
-        """Mean loss, accuracy, top-5 accuracy and expected calibration error over all processes.
+    def result(self) -> dict[str, float]:
+        """Mean loss, accuracy, top-5 accuracy and expected calibration error over all processes. Collective.
 
         Raises:
             ValueError: there was no image that could be read.
         """
-        sums, gaps = world.sum(self.sums), world.sum(self.gaps)
-        if not sums[3]:
+        distributed.all_reduce([self.sums, self.gaps])
+        count = self.sums[3]
+        if not count:
             raise ValueError("not one of the test images can be read")
-        loss, accuracy, top5, _ = (sums / sums[3]).tolist()
+        loss, accuracy, top5, _ = (self.sums / count).tolist()
         more = {"top5": top5} if self.top5 else {}
-        return {"loss": loss, "accuracy": accuracy, **more, "ece": float(gaps.abs().sum() / sums[3])}
+        return {"loss": loss, "accuracy": accuracy, **more, "ece": float(self.gaps.abs().sum() / count)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .engine import Row
+from flatops.methods import METHODS
 
-COLOURS = {  # one colour per method, in every plot; told apart by the colour-blind too
-    "sgd": "#7f7f7f",
-    "rwp": "#56b4e9",
-    "mrwp": "#0072b2",
-    "arwp": "#cc79a7",
-    "marwp": "#8a3e6b",
-    "sam": "#d55e00",
-    "asam": "#e69f00",
-    "ssam": "#009e73",
-}
+from .engine import Row
 
 
 def learning_curves(history: list[Row], title: str, path: Path) -> None:
@@ -30,7 +22,7 @@ def learning_curves(history: list[Row], title: str, path: Path) -> None:
     figure, (losses, accuracies) = panels(title)
     epochs = [row["epoch"] for row in history]
     for axes, quantity in ((losses, "loss"), (accuracies, "accuracy")):
-        for split, colour in (("train", COLOURS["sgd"]), ("test", COLOURS["sam"])):
+        for split, colour in (("train", METHODS["sgd"].colour), ("test", METHODS["sam"].colour)):
             values = [row[f"{split}_{quantity}"] for row in history]
             axes.plot(
                 epochs, values, color=colour, lw=2, marker="o" if len(history) == 1 else None, label=split
@@ -42,19 +34,18 @@ def learning_curves(history: list[Row], title: str, path: Path) -> None:
     save(figure, path)
 
 
-def comparison(runs: list[dict[str, Any]], labels: dict[str, str], title: str, path: Path) -> None:
+def comparison(runs: list[dict[str, Any]], methods: Sequence[str], title: str, path: Path) -> None:
     """Draw test accuracy over the epochs (mean and deviation over seeds) and every seed's last value.
 
     Args:
         runs: one entry per run, with its `method`, `seed` and `history`.
-        labels: method to its name in the plot, in the order to draw.
+        methods: whose runs to draw, in this order.
         title: what was compared.
         path: PNG to write.
     """
     figure, (curves, finals) = panels(title, widths=(3, 2))
     ticks = []
-    for position, (method, label) in enumerate(labels.items()):
-        colour = COLOURS[method]
+    for position, (method, label, colour) in enumerate((m, METHODS[m].label, METHODS[m].colour) for m in methods):
         histories = [run["history"] for run in runs if run["method"] == method]
         accuracy = np.array([[row["test_accuracy"] for row in history] for history in histories])
         seeds, epochs = accuracy.shape
@@ -70,8 +61,8 @@ def comparison(runs: list[dict[str, Any]], labels: dict[str, str], title: str, p
     curves.set(xlabel="epoch", ylabel="test accuracy", title="mean and standard deviation over seeds")
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.legend(frameon=False, loc="lower right")
-    finals.set(title="last epoch: mean, and every seed", xlim=(-0.5, len(labels) - 0.5))
-    finals.set_xticks(range(len(labels)), ticks)
+    finals.set(title="last epoch: mean, and every seed", xlim=(-0.5, len(methods) - 0.5))
+    finals.set_xticks(range(len(methods)), ticks)
     for axes in (curves, finals):
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     save(figure, path)

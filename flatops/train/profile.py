@@ -12,15 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flatops import terminal
+from flatops import distributed, terminal
+from flatops.methods import METHODS
 
 from .clock import PARTS
-from .config import TrainConfig
-from .data import reading
+from .config import TrainConfig, with_method
+from .dataset import reading
 from .engine import Trainer, choose_device
-from .methods import METHODS, with_method
 from .run import memory_advice
-from .world import launched
 
 ROUNDS, WARMUP = 16, 2
 # What is timed where no data and no network are asked for: digits are too small to tell anything.
@@ -46,7 +45,7 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
     Raises:
         ValueError: an option out of range; also under torchrun.
     """
-    if launched().size > 1:
+    if distributed.launched()[1] > 1:
         raise ValueError("profile runs in one process: start it without torchrun")
     console = console or terminal.console()
     default = TrainConfig()
@@ -87,7 +86,7 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
 
 
 class Contender:
-    """A run of which single steps are taken, over the same images again and again: readers that wait for their turn would be ahead."""
+    """A run of which single steps are timed, always on the same batches: workers would read ahead in others' turns."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.trainer = Trainer(config)

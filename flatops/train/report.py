@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flatops import terminal
+from flatops.methods import METHODS
 
 from .config import TrainConfig
-from .data import listed
+from .dataset import listed
 from .engine import Row, Trainer
-from .methods import Options
 
 AMP = {"none": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast with a loss scale"}
 DISTORTIONS = ("randaugment", "cutout", "erasing", "mixup", "cutmix")
@@ -39,7 +39,7 @@ COLUMNS = {  # title: (key of the row, width, format)
 
 
 def plain(value: Any) -> Any:
-    """A value that JSON knows: paths become text, numbers that are not finite become null."""
+    """A value for JSON: paths become text, numbers that are not finite become null."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -52,7 +52,7 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON file."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
-    # A file name that is no UTF-8 has surrogates, whose backslashed form is JSON's own.
+    # A file name that is not UTF-8 has surrogates, and JSON escapes them as Python does.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -91,7 +91,7 @@ class ImagesPerSecond(ProgressColumn):
 
 
 class Shares(ProgressColumn):
-    """What the steps of the epoch spend their time on."""
+    """The shares of time that the parts of the epoch's steps take."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Screen:
         """Print images that could not be read, each once."""
         for name in sorted(bad.keys() - self.named):
             self.named.add(name)
-            terminal.say(self.console, f"passed by: cannot read {name}: {bad[name]}", style="yellow")
+            terminal.say(self.console, f"skipped: cannot read {name}: {bad[name]}", style="yellow")
 
     def epoch(self, row: Row) -> None:
         """Print an epoch's line."""
@@ -226,7 +226,7 @@ def header(trainer: Trainer) -> Panel:
 
 
 def describe_data(trainer: Trainer) -> str:
-    """Sizes of the data, and how much of it is wrong."""
+    """The numbers of images, wrong labels and classes."""
     data = trainer.data
     wrong = f" ({data.wrong:,} labels wrong)" if data.wrong else ""
     return (
@@ -238,10 +238,10 @@ def describe_data(trainer: Trainer) -> str:
 def describe_method(trainer: Trainer) -> str:
     """The method's name and options."""
     forms = ["parallel"] * trainer.config.rwp_parallel + ["local ascent"] * (trainer.config.ascent == "local")
-    return "  ".join([trainer.method.label, describe_options(trainer.options), *forms]).strip()
+    return "  ".join([METHODS[trainer.config.method].label, describe_options(trainer.options), *forms]).strip()
 
 
-def describe_options(options: Options) -> str:
+def describe_options(options: dict[str, float | str]) -> str:
     """Options and their values, such as `sigma 0.05  lam 0.5`."""
     return "  ".join(
         f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
@@ -250,7 +250,7 @@ def describe_options(options: Options) -> str:
 
 
 def describe_schedule(config: TrainConfig) -> str:
-    """The learning rate's way and the rest of SGD."""
+    """The learning rate's schedule, and the base optimizer's other options."""
     warmup = f"up over {config.warmup_epochs:g} epochs, then " if config.warmup_epochs else ""
     momentum = f"{'Nesterov ' * config.nesterov}momentum {config.momentum:g}, " if config.base == "sgd" else ""
     more = {"clip norm": config.clip_norm, "label smoothing": config.label_smoothing, "ema": config.ema}
@@ -261,6 +261,6 @@ def describe_schedule(config: TrainConfig) -> str:
 
 
 def describe_shares(seconds: dict[str, float]) -> str:
-    """What share of the time went where, such as `data 1 %  passes 93 %  flatops 4 %  optimizer 2 %`."""
+    """Each part's share of the time, such as `data 1 %  passes 93 %  flatops 4 %  optimizer 2 %`."""
     total = sum(seconds.values())
     return "  ".join(f"{part} {value / total:.0%}" for part, value in seconds.items()) if total else ""

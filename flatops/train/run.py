@@ -16,13 +16,14 @@ import torch
 from rich.console import Console
 
 from flatops import terminal
+from flatops.methods import METHODS
 
 from . import checkpoint, plots
 from .config import TrainConfig
-from .data import reading
+from .dataset import reading
 from .engine import Row, Trainer
 from .report import Board, Log, Screen, write_json
-from .world import joined, peer_errors
+from .world import from_first, joined, peer_errors
 
 
 def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
@@ -31,7 +32,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
     best.pt is the checkpoint of the epoch of the highest test accuracy, with `ema` of the averaged weights. Both checkpoints hold
     the network as `model` and its average as `ema`, and `resume` continues from either.
 
-    Ctrl-C and SIGTERM finish the step, save, say how to resume, and stop; a second one stops at once.
+    After Ctrl-C or SIGTERM it finishes the step, saves, says how to resume, and stops; after a second one at once.
 
     Under torchrun the processes train one network together; the first one prints and writes. A checkpoint resumes with any
     number of processes: with as many as before to the same bits, otherwise with other rounding and other random states.
@@ -59,13 +60,13 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
             trainer = Trainer(config, world)
         if state:
             trainer.load_state_dict(state)
-        folder = world.from_first(lambda: make_folder(config))
+        folder = from_first(lambda: make_folder(config))
         if world.first:
             write_json(folder / "config.json", checkpoint.pack_config(config) | trainer.options)
         with resumable(folder), memory_advice(config, folder), reading(trainer.data):
             run_epochs(trainer, folder, console)
         if world.first:
-            title = f"{trainer.method.label} on {config.data}"
+            title = f"{METHODS[config.method].label} on {config.data}"
             plots.learning_curves(trainer.history, title, folder / "curves.png")
         seconds = sum(row["seconds"] for row in trainer.history)
         terminal.say(
@@ -78,7 +79,7 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
 
 
 def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
-    """Train to the end; show, log and save every epoch; save and stop where a signal asks for it."""
+    """Train to the end; show, log and save every epoch; save and stop after a signal."""
     config, world = trainer.config, trainer.world
     log = Log(folder / "log.jsonl" if world.first else None, trainer.history)
     board = Board(folder if world.first and config.tensorboard else None, trainer.history)
@@ -94,7 +95,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
                 checkpoint.keep_best(folder)
 
     def stop_if_asked() -> None:
-        # Signals reach processes in different steps, or only one of them: they agree in every step, which costs 0.1 ms.
+        # Signals reach processes in different steps, or reach only one: so all agree in every step, which costs 0.1 ms.
         number = world.largest(signals[0] if signals else 0)
         if not number:
             return
@@ -104,7 +105,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
             f"Stopped after {trainer.steps_done} of {trainer.total_steps} steps; continue with\n"
             f"  flatops train --resume {folder}",
         )
-        world.wait()  # one that left now would have torchrun end the first in the middle of its writing
+        world.wait()  # if one left now, torchrun would end the first while it writes
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def on_step(trainer: Trainer) -> None:
@@ -114,7 +115,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
         stop_if_asked()
 
     def may_interrupt() -> bool:
-        return world.size == 1 and trainer.data.waiting  # several processes agree, after a step
+        return world.size == 1 and trainer.data.waiting  # several processes agree after a step instead
 
     with Screen(trainer, console) as screen, deferred_signals(may_interrupt) as signals:
         while trainer.epoch < config.epochs:
@@ -128,7 +129,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
             screen.epoch(row)
             if trainer.bad and world.first:
                 lines = (f"{name}: {reason}\n" for name, reason in sorted(trainer.bad.items()))
-                # Names that are no UTF-8 too, byte by byte.
+                # Names that are not UTF-8 are written byte by byte.
                 (folder / "bad_images.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
             if not math.isfinite(row["train_loss"]):
                 raise FloatingPointError(f"the loss became {row['train_loss']}: lower lr, sigma or rho")
@@ -145,7 +146,7 @@ def best(history: list[Row], accuracy: str) -> bool:
 
 @contextmanager
 def memory_advice(config: TrainConfig, folder: Path | None = None) -> Iterator[None]:
-    """Say which option to change where memory runs out; PyTorch has an error for the GPU and several for the CPU."""
+    """Say which option to change when memory runs out; PyTorch raises one error for the GPU and several for the CPU."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -162,7 +163,7 @@ def memory_advice(config: TrainConfig, folder: Path | None = None) -> Iterator[N
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Say how to go on, where another process is lost, one that reads images included."""
+    """Say how to continue when another process is lost, worker processes included."""
     try:
         with peer_errors():
             yield
@@ -195,7 +196,7 @@ def make_folder(config: TrainConfig) -> Path:
 
 
 def new_folder(folder: Path) -> Path:
-    """A folder that nobody else has: of that name, or with a number behind it where runs start in the same second."""
+    """A new folder of that name, with a number appended where runs start in the same second."""
     for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         try:
@@ -206,7 +207,7 @@ def new_folder(folder: Path) -> Path:
 
 
 class Interrupted(BaseException):
-    """A signal came where it may interrupt."""
+    """A signal arrived at a moment when it may interrupt."""
 
 
 @contextmanager
@@ -214,7 +215,7 @@ def deferred_signals(may_interrupt: Callable[[], bool] = lambda: False) -> Itera
     """Collect SIGINT and SIGTERM in a list instead of acting on them; the second one acts as usual.
 
     Args:
-        may_interrupt: whether the first one raises Interrupted at this moment: images that are waited for may never come.
+        may_interrupt: whether the first one may raise Interrupted now, as while waiting for images that may never come.
     """
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals

@@ -1,4 +1,4 @@
-"""The seeds' way: what research scripts for RWP and SAM do, written afresh. Loops over tensors, noise and copies kept."""
+"""The papers' code: the research scripts for RWP and SAM, rewritten. They loop over tensors and keep noise and copies."""
 
 from __future__ import annotations
 

@@ -1,0 +1,80 @@
+"""Datasets that fit into the memory of the device that trains."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .augment import Augment
+from .dataset import Dataset
+from .order import VALIDATION, Batch, Planned, shuffled
+
+
+@dataclass
+class InMemory(Dataset):
+    """Images and labels as tensors.
+
+    Args:
+        train: images (N, C, H, W), float32 ready to use or uint8, and labels (N,) int64 to train on.
+        test: the same to evaluate on.
+        classes: number of classes.
+        wrong: number of training labels that were replaced by a wrong class.
+        augment: what happens to batches of training images, None for nothing; makes uint8 images float32.
+    """
+
+    train: Batch
+    test: Batch
+    classes: int
+    wrong: int = 0
+    augment: Augment | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.train[0].shape[1]
+
+    @property
+    def size(self) -> int:
+        return self.train[0].shape[-1]
+
+    @property
+    def test_size(self) -> int:
+        return len(self.test[1])
+
+    @property
+    def order_device(self) -> torch.device:
+        return self.train[1].device
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.train[1].cpu().numpy().tobytes()).hexdigest()[:16]
+        return f"{self.train_size} images of {self.classes} classes, {digest}"
+
+    def _batches(self, planned: Iterator[Planned]) -> Iterator[Batch]:
+        images, labels = self.train
+        for indices, *where in planned:
+            chosen = images[indices]
+            yield (self.augment(chosen, *where) if self.augment else chosen), labels[indices]
+
+    def test_batches(self, size: int, which: Sequence[int]) -> Iterator[Batch]:
+        """See Dataset.test_batches."""
+        images, labels = (tensor.split(size) for tensor in self.test)
+        for number in which:
+            chosen = images[number]
+            yield (self.augment.prepare(chosen) if self.augment else chosen), labels[number]
+
+    def held_out(self, fraction: float, seed: int) -> InMemory:
+        """See Dataset.held_out."""
+        images, labels = self.train
+        order = torch.from_numpy(shuffled(len(labels), seed=seed, epoch=0, stream=VALIDATION))
+        held, kept = order.tensor_split([round(fraction * len(order))])
+        if not len(held):
+            raise ValueError(f"validation {fraction} of {len(order)} training images is none: raise it")
+        return replace(self, train=(images[kept], labels[kept]), test=(images[held], labels[held]))
+
+    def to(self, device: torch.device, memory_format: torch.memory_format) -> InMemory:
+        """See Dataset.to."""
+        train, test = ((x.to(device, memory_format=memory_format), y.to(device)) for x, y in (self.train, self.test))
+        return replace(self, train=train, test=test)

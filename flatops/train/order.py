@@ -1,0 +1,59 @@
+"""The order in which a run sees its images, a pure function of (seed, epoch, stream).
+
+Nothing has to be saved to resume it, and two streams of an epoch are two independent shuffles of the same images. What
+augmentation draws depends on (seed, stream, epoch, step), or on the image in place of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64; or (B, classes) float32 after mixup
+
+# Streams: the clean and the perturbed pass, wrong labels, samples for SSAM's masks, images held out for validation.
+CLEAN, PERTURBED, LABELS, FISHER, VALIDATION = range(5)
+IGNORED = -100  # the label of a test image that cannot be read; cross-entropy ignores it
+
+
+def shuffled(count: int, *, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """The order of an epoch: a permutation of `count` images."""
+    return np.random.default_rng([seed, stream, epoch]).permutation(count)
+
+
+def share(size: int, rank: int, world_size: int) -> slice:
+    """Which images of a batch a process takes: one of `world_size` equal parts."""
+    return slice(rank * size // world_size, (rank + 1) * size // world_size)
+
+
+class Planned(NamedTuple):
+    """A process's share of one batch, before its images are there."""
+
+    indices: Tensor  # of the images, int64
+    path: list[int]  # what augmentation draws from: seed, stream, epoch, step
+    size: int  # images in the whole batch
+    share: slice  # which of them are this process's
+
+
+def plan(
+    count: int,
+    size: int,
+    streams: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[Planned]:
+    """An epoch's batches from step `start` on, one per stream in every step; leftover images wait for the next."""
+    orders = [torch.from_numpy(shuffled(count, seed=seed, epoch=epoch, stream=s)).to(device) for s in streams]
+    own = share(size, rank, world_size)
+    for step in range(start, count // size):
+        for stream, order in zip(streams, orders):
+            yield Planned(order[step * size : (step + 1) * size][own], [seed, stream, epoch, step], size, own)

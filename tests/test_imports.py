@@ -1,0 +1,60 @@
+"""Modules of flatops import one another in one direction, also inside functions."""
+
+from __future__ import annotations
+
+import ast
+import glob
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+FLATOPS = Path(__file__).parent.parent / "flatops"
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """The modules of the package that each of its modules imports, at its top or in a function."""
+    files = [Path(file) for file in glob.glob(f"{package}/**/*.py", recursive=True)]  # through links, unlike rglob
+    parts = {file: file.relative_to(package.parent).with_suffix("").parts for file in files}
+    names = {file: ".".join(p for p in parts[file] if p != "__init__") for file in files}
+    graph: dict[str, set[str]] = {name: set() for name in names.values()}
+    for file, name in names.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & graph.keys()
+            elif isinstance(node, ast.ImportFrom):
+                above = parts[file][: -node.level] if node.level else ()
+                base = ".".join([*above, *filter(None, [node.module])])
+                found = {f"{base}.{alias.name}" for alias in node.names} & graph.keys()
+                # A name that is no module is one in the base itself.
+                graph[name] |= found | ({base} & graph.keys() if len(found) < len(node.names) else set())
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of imports, or an empty list."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = import_graph(FLATOPS)
+    assert "flatops.train.order" in graph["flatops.train.dataset"] and "flatops.benchmarks.bench" in graph
+    # These are imported by name, where no import statement shows it.
+    graph["flatops.backend"] |= {"flatops.kernels"}
+    graph["flatops.train.datasets"] |= {name for name in graph if name.startswith("flatops.train.datasets.")}
+    assert not circle(graph)
+
+
+@pytest.mark.parametrize(
+    "hidden", ["from . import a", "from .a import x", "import p.a", "from p.a import x", "from ..p import a"]
+)
+def test_a_circle_is_found_in_a_function_too(tmp_path, hidden):
+    package = tmp_path / "p"
+    package.mkdir()
+    for name, content in {"__init__": "", "a": "from .b import f", "b": f"def f():\n    {hidden}"}.items():
+        (package / f"{name}.py").write_text(content)
+    assert set(circle(import_graph(package))) == {"p.a", "p.b"}
