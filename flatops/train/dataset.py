@@ -5,6 +5,7 @@ A dataset is a file in `datasets/` with a function that `register` names; it ret
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ class Dataset(ABC):
     classes: int
     channels: int
     size: int  # side of an image in pixels
-    fingerprint: str  # tells these training images from others on resume
+    names: bytes = b""  # of the training images, if they have any
     wrong: int = 0  # training labels that were replaced by a wrong class
     order_device: torch.device | str = "cpu"  # where indices of images are kept
     waiting: bool = False  # whether the trainer is waiting for a batch now
@@ -36,6 +37,12 @@ class Dataset(ABC):
     @property
     def train_size(self) -> int:
         return len(self.train[1])
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these training images from others on resume, by their labels and names."""
+        digest = hashlib.sha256(self.train[1].cpu().numpy().tobytes() + self.names).hexdigest()[:16]
+        return f"{self.train_size} images of {self.classes} classes, {digest}"
 
     def steps(self, streams: Sequence[int], size: int, **which: int) -> Iterator[tuple[Batch, ...]]:
         """The batches of each step, one per stream.

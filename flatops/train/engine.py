@@ -310,14 +310,14 @@ def count(sums: torch.Tensor, output: Output, batch: Batch) -> None:
 
 def average_of(model: nn.Module, decay: float) -> nn.Module:
     """An exponential moving average of a network's weights and BatchNorm statistics; its decay grows over the first steps."""
-    from timm.utils import ModelEmaV3
+    from timm.utils import ModelEmaV3  # slow to import
 
     return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def mixing(config: TrainConfig, classes: int) -> Callable[..., Batch]:
     """Mixup (Zhang et al., arXiv 1710.09412), CutMix (Yun et al., arXiv 1905.04899), or either, batch by batch."""
-    from timm.data import Mixup
+    from timm.data import Mixup  # slow to import
 
     return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,26 +30,10 @@ class InMemory(Dataset):
     wrong: int = 0
     augment: Augment | None = None
 
-    @property
-    def channels(self) -> int:
-        return self.train[0].shape[1]
-
-    @property
-    def size(self) -> int:
-        return self.train[0].shape[-1]
-
-    @property
-    def test_size(self) -> int:
-        return len(self.test[1])
-
-    @property
-    def order_device(self) -> torch.device:
-        return self.train[1].device
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.train[1].cpu().numpy().tobytes()).hexdigest()[:16]
-        return f"{self.train_size} images of {self.classes} classes, {digest}"
+    def __post_init__(self) -> None:
+        images, labels = self.train
+        self.channels, self.size = images.shape[1], images.shape[-1]
+        self.test_size, self.order_device = len(self.test[1]), labels.device
 
     def _batches(self, planned: Iterator[Planned]) -> Iterator[Batch]:
         images, labels = self.train

@@ -36,7 +36,7 @@ def create(name: str, classes: int, channels: int, size: int | None = None) -> n
         return cnn(classes, channels)
     if name.startswith("torchvision:"):
         return from_torchvision(name.removeprefix("torchvision:"), classes, channels)
-    import timm
+    import timm  # slow to import
 
     if name.endswith("_cifar") and timm.is_model(name.removesuffix("_cifar")):
         return for_small_images(create(name.removesuffix("_cifar"), classes, channels, size), name)
@@ -53,7 +53,7 @@ def from_torchvision(name: str, classes: int, channels: int) -> nn.Module:
     Raises:
         ValueError: there is no such name, or the images are not in colour.
     """
-    from torchvision import models
+    from torchvision import models  # slow to import
 
     known = models.list_models(module=models)
     if name not in known:

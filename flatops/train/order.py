@@ -25,11 +25,6 @@ def shuffled(count: int, *, seed: int, epoch: int, stream: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, epoch]).permutation(count)
 
 
-def share(size: int, rank: int, world_size: int) -> slice:
-    """Which images of a batch a process takes: one of `world_size` equal parts."""
-    return slice(rank * size // world_size, (rank + 1) * size // world_size)
-
-
 class Planned(NamedTuple):
     """A process's share of one batch, before its images are there."""
 
@@ -53,7 +48,7 @@ def plan(
 ) -> Iterator[Planned]:
     """An epoch's batches from step `start` on, one per stream in every step; leftover images wait for the next."""
     orders = [torch.from_numpy(shuffled(count, seed=seed, epoch=epoch, stream=s)).to(device) for s in streams]
-    own = share(size, rank, world_size)
+    share = slice(rank * size // world_size, (rank + 1) * size // world_size)
     for step in range(start, count // size):
         for stream, order in zip(streams, orders):
-            yield Planned(order[step * size : (step + 1) * size][own], [seed, stream, epoch, step], size, own)
+            yield Planned(order[step * size : (step + 1) * size][share], [seed, stream, epoch, step], size, share)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flatops.distributed import is_distributed, like_shard, shard_of
+from flatops.distributed import is_distributed, like_shard, shard_of, world
 
 State = dict[str, Any]
 
@@ -21,11 +21,10 @@ def distribute(model: nn.Module, kind: Literal["ddp", "fsdp"], device: torch.dev
     """
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    from torch.distributed import get_world_size
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh  # slow to import
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (get_world_size(),))
+    mesh = init_device_mesh(device.type, (world()[1],))
     for module in [*units(model), model]:
         # The root reshards too: weights perturbed after an evaluation have to be gathered again.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

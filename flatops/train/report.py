@@ -115,7 +115,7 @@ class Board:
     def __init__(self, folder: Path | None, history: list[Row]) -> None:
         self.writer = None
         if folder:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # optional
 
             for old in folder.glob("events.out.tfevents.*"):  # of a run that this one continues; it is in the history
                 old.unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
@@ -165,29 +164,16 @@ class FromWorkers(Dataset):
     channels = 3
 
     def __post_init__(self) -> None:
-        self.train = self.train or (None, torch.from_numpy(self.images.train.labels))
+        train, test = self.images.train, self.images.test
+        self.train = self.train or (None, torch.from_numpy(train.labels))
+        self.size, self.test_size, self.left_out = self.images.size, len(test.labels), train.left_out + test.left_out
         self.workers = default_workers() if self.config.workers is None else self.config.workers
         self.sampler = Sampler()
         self.loader: DataLoader | None = None
 
     @property
-    def left_out(self) -> Counter[str]:
-        return self.images.train.left_out + self.images.test.left_out
-
-    @property
-    def size(self) -> int:
-        return self.images.size
-
-    @property
-    def test_size(self) -> int:
-        return len(self.images.test.labels)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of names and labels."""
-        digest = hashlib.sha256(self.train[1].numpy().tobytes())
-        digest.update(getattr(self.images.train, "names", np.array(())).tobytes())
-        return f"{self.train_size} images of {self.classes} classes, {digest.hexdigest()[:16]}"
+    def names(self) -> bytes:
+        return getattr(self.images.train, "names", np.array(())).tobytes()
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> FromWorkers:
         """See Dataset.to."""
