@@ -96,7 +96,8 @@ class Owner(Protocol):
     def in_pass(self) -> bool:
         """Whether a pass is under way."""
 
-    def _begin(self, **options: Any) -> bool:
+    @property
+    def _begin(self) -> Callable[..., bool]:
         """Changes the weights. False: joins the pass that is under way, which ends after this one."""
 
     def restore(self) -> None:
@@ -177,3 +178,8 @@ class Pass:
             if self.mine:
                 self.owner.restore()
                 self.owner._end(well)
+
+    def __del__(self) -> None:
+        """A pass that nobody can end any more: a debugger's interrupt came between its body and its end."""
+        if self.mine and not self.left:
+            self.leave(KeyboardInterrupt, None, None)

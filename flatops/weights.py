@@ -72,9 +72,9 @@ class Weights:
         **how: Any,
     ) -> None:
         """w <- w + rho d / norm, or ASAM's step: `ops.ascend_`, of which `how` holds norm and adaptive."""
-        mine, undo = all_local(params), {"backup": backup, "mask": mask}
-        self.changes.announce(mine, backup[-1], **undo)
-        ops.ascend_(mine, directions, rho, **undo, **how)
+        mine = all_local(params)
+        self.changes.announce(mine, backup[-1], backup=backup, mask=mask)
+        ops.ascend_(mine, directions, rho, backup=backup, mask=mask, **how)
 
     def add_noise(
         self,
@@ -107,7 +107,7 @@ class Weights:
                 self._add_to_subtract(part, mine, sigma, drawn)
                 continue
             backup = self.backup(part, places, offload=restore == "offload")
-            undo = {"offloaded" if restore == "offload" else "backup": backup}
+            undo: dict[str, Any] = {"offloaded" if restore == "offload" else "backup": backup}
             if one_filter_each:
                 self._add_gathered(part, mine, sigma, backup, undo, drawn)
                 continue
@@ -140,7 +140,7 @@ class Weights:
         torch._foreach_copy_(mine, [distributed.shard_of(p, w) for p, w in zip(params, whole)])
 
 
-def _first_rows(params: list[Tensor]) -> dict[str, list[int]]:
+def _first_rows(params: list[Tensor]) -> dict[str, Any]:
     if not distributed.any_distributed(params):
         return {}
     return {"first_row": [distributed.layout(p).first_row for p in params]}
@@ -213,7 +213,7 @@ class Kept:
         self.weights.claim(self.params)
         self.weights.forget_copies()
         with torch.no_grad():
-            copies = {}
+            copies: dict[int, Tensor] = {}
             for params, index in by_device(self.params).values():
                 copies.update(zip(index, self.weights.keep(params, index)))
         self.pairs = [(w, copies[i]) for i, w in enumerate(all_local(self.params))]
@@ -235,7 +235,7 @@ def check_weights(weights: nn.Module | Tensor | Iterable[Tensor]) -> Mapping[str
     if isinstance(weights, nn.Module):
         if distributed.is_sharded_module(weights):  # gathered weights, which a forward may leave behind, are copies
             distributed.reshard(distributed.sharded_modules())
-        named = dict(weights.named_parameters())
+        named: dict[str, Tensor] = {**dict(weights.named_parameters())}
     else:
         weights = [weights] if isinstance(weights, Tensor) else list(weights)
         named = {f"weights[{i}]": w for i, w in enumerate(weights)}

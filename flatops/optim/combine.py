@@ -10,13 +10,13 @@ import torch
 
 
 @functools.cache
-def combine(flat: type, base: type[torch.optim.Optimizer]) -> Any:
+def combine(flat: type, base: type) -> Any:
     """The class whose instances are both: isinstance, fused steps, GradScaler's attributes and schedulers all work."""
     members = {"base": base, "flat": flat, "__module__": flat.__module__}
     return type(flat.__name__ + base.__name__, (flat, base), members)
 
 
-def rebuild(flat: type, base: type[torch.optim.Optimizer]) -> Any:
+def rebuild(flat: type, base: type) -> Any:
     """For pickle: the class cannot be found by its name."""
     return object.__new__(combine(flat, base))
 

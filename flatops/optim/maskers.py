@@ -62,14 +62,14 @@ class Masker:
         drop, grow = self.options["drop"], self.options["grow"]
         if self.sharded:  # as on one process, in the memory of the first one's host
             live = self._gathered({p: l for mask in current.values() for p, l in mask.live().items()})
-            scores = [s and self._gathered(dict(zip(self.params, s))) for s in self._scores(drop, grow, self.params)]
-            like = scores[0] or scores[1] or [torch.empty(l.shape, device="cpu") for l in live]
-            return self._from_first(lambda: self._move(ops.pack_mask(live), like, self.index, *scores, rate))
+            by = [s and self._gathered(dict(zip(self.params, s))) for s in self._scores(drop, grow, self.params)]
+            like = by[0] or by[1] or [torch.empty(l.shape, device="cpu") for l in live]
+            return self._from_first(lambda: self._move(ops.pack_mask(live), like, self.index, by, rate))
         new = {}
         with distributed.together():
             for device, (params, index) in self.parts.items():
                 by = self._scores(drop, grow, params)
-                new[device] = Mask(params, self._move(current[device].bits, all_local(params), index, *by, rate))
+                new[device] = Mask(params, self._move(current[device].bits, all_local(params), index, by, rate))
         return new
 
     def fits(self, current: Masks) -> bool:
@@ -94,8 +94,11 @@ class Masker:
         return [by(drop), by(grow)]
 
     def _move(
-        self, bits: Tensor, like: list[Tensor], index: list[int], drop: Any, grow: Any, rate: float
+        self, bits: Tensor, like: list[Tensor], index: list[int], scores: list[Any], rate: float
     ) -> Tensor:
+        """A mask over `like`, a share of whose live weights moves, by the scores for dropping and growing."""
+        drop, grow = scores
+
         def move(mask: Tensor, which: slice) -> Tensor:
             ops.regrow_mask_(
                 mask,

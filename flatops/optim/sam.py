@@ -95,9 +95,9 @@ class SAM(Flat):
         self._check_reduced(self.flat.__name__)
         climbing: dict[Any, tuple[list[Tensor], list[int], list[Tensor]]] = {}
         for key, (params, index) in self._trainable(("rho", "adaptive", "maximize")).items():
-            along = zip(params, index, self._direction(params))
-            if has_direction := [(p, i, d) for p, i, d in along if d is not None]:
-                climbing[key] = tuple(map(list, zip(*has_direction)))  # type: ignore[assignment]
+            directions = self._direction(params)
+            if some := [(p, i, d) for p, i, d in zip(params, index, directions) if d is not None]:
+                climbing[key] = [p for p, _, _ in some], [i for _, i, _ in some], [d for _, _, d in some]
         if not climbing:
             raise RuntimeError(
                 "no parameter has a gradient: run a backward at the weights themselves before perturbed()"
