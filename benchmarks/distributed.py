@@ -159,7 +159,7 @@ def work(rank: int, config: Config, parallel: str, store: str, report: str) -> N
         for name, (step, optimizer) in contenders.items():
             ratios = [t / s for t, s in zip(times[name], times["SGD"])]
             weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-            backup = sum(b.nbytes for b in optimizer.run.backup.values()) if name != "SGD" else 0
+            backup = sum(b.nbytes for b in optimizer.run.weights.backups.values()) if name != "SGD" else 0
             shares: list[Any] = [None] * config.processes
             dist.all_gather_object(shares, backup)
             rows.append(

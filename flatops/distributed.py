@@ -150,6 +150,11 @@ def real_shape(p: Tensor) -> tuple[int, ...]:
     return (*p.shape, 2) if p.is_complex() else tuple(p.shape)
 
 
+def own(grad: Tensor) -> Tensor:
+    """A gradient that nobody else writes to: a view is DistributedDataParallel's, into its buckets."""
+    return grad.clone() if grad._is_view() else grad
+
+
 def any_distributed(tensors: Iterable[Tensor]) -> bool:
     """Whether there is a DTensor among them."""
     module = sys.modules.get("torch.distributed.tensor")

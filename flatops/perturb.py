@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatops import distributed, ops
 from flatops.backend import outside_graphs
-from flatops.optim.flat import (
-    DTYPES,
-    Pass,
-    Undo,
-    claim,
-    forget_copies,
-    on,
-    perturbed_pass,
-    plain,
-    release,
-    take_back,
-    while_perturbed,
-)
-from flatops.optim.noise import add_noise, check_regenerate
+from flatops.restore import Pass
+from flatops.scalars import check_integer, on, plain
+from flatops.weights import Weights, by_device, check_regenerate, check_weights
 
 RESTORE = ("exact", "offload", "regenerate")
 
@@ -76,89 +64,39 @@ def perturb(
         Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
         Li et al.: Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape. arXiv 2409.14396.
     """
-    if not (isinstance(position := plain(position), int) and 0 <= position < 2**31):
-        raise ValueError(f"position must be an integer in [0, 2**31), not {position!r}")
-    return _Noisy(weights, sigma, restore, {"seed": seed, "draw": draw, "stream": stream}, position).perturbed()
+    check_integer("position", position, bits=31)
+    return Pass(_Noisy(weights, sigma, restore, plain(position), {"seed": seed, "draw": draw, "stream": stream}))
 
 
 class _Noisy:
-    """Weights while a `perturb` lasts."""
+    """Whose weights the pass of a `perturb` changes."""
 
-    def __init__(self, weights: Any, sigma: float | Tensor, restore: str, noise: dict[str, Any], position: int = 0) -> None:
-        if isinstance(weights, nn.Module):
-            if distributed.is_sharded_module(
-                weights
-            ):  # gathered weights, which a forward may leave behind, are copies
-                distributed.reshard(distributed.sharded_modules())
-            named = dict(weights.named_parameters())
-        else:
-            weights = [weights] if isinstance(weights, Tensor) else list(weights)
-            named = {f"weights[{i}]": w for i, w in enumerate(weights)}
-        if not named:
-            raise ValueError("weights holds no tensor: there is nothing to perturb")
+    def __init__(
+        self, weights: Any, sigma: float | Tensor, restore: str, position: int, noise: dict[str, int | Tensor]
+    ) -> None:
         if restore not in RESTORE:
             raise ValueError(f"restore must be one of {', '.join(map(repr, RESTORE))}, not {restore!r}")
-        for name, w in named.items():
-            if not isinstance(w, Tensor):
-                raise TypeError(f"{name} must be a tensor, not {type(w).__name__}")
-            if w.dtype not in DTYPES:
-                raise TypeError(
-                    f"{name} is {w.dtype}: expected float32, bfloat16, float16, float64 or complex numbers; leave quantised "
-                    "weights out"
-                )
-            # bitsandbytes packs its codes in tensors of any dtype, torchao wraps them.
-            if hasattr(w, "quant_state") or (hasattr(w, "__tensor_flatten__") and not distributed.is_distributed(w)):
-                raise TypeError(f"{name} is quantised or wrapped ({type(w).__name__}): leave it out")
-            if w.is_meta:
-                raise ValueError(f"{name} is on the meta device, offloaded or not loaded yet: there is nothing to perturb")
-            if w.is_inference():
-                raise ValueError(
-                    f"{name} was made under torch.inference_mode(), which allows no change: clone it outside"
-                )
-            distributed.check_layout(w, name)
+        self.params = list(check_weights(weights).values())
         if restore == "regenerate":
-            check_regenerate(named.values())
-        self.weights, self.sigma, self.how, self.noise = list(named.values()), sigma, restore, noise
-        self.position = position
-        self.undo: list[Undo] = []
-        self.modules: list[Any] = []  # under fully_shard
+            check_regenerate(self.params)
+        self.sigma, self.how, self.position, self.noise = sigma, restore, position, noise
+        self.weights = Weights()
 
     @property
     def in_pass(self) -> bool:
-        return bool(self.undo)
+        return bool(self.weights.changes.made)
 
-    @perturbed_pass
-    def perturbed(self) -> Iterator[None]:
-        yield from while_perturbed(self)
-
-    @outside_graphs
-    def _enter(self) -> None:
-        claim(self, self.weights)
-        if distributed.any_distributed(self.weights):
-            self.modules = distributed.sharded_modules()
-        forget_copies(self.modules)
-        devices: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
-        for i, w in enumerate(self.weights, self.position):
-            part = devices.setdefault(w.device, ([], []))
-            part[0].append(w)
-            part[1].append(i)
+    def _begin(self) -> bool:
+        self.weights.claim(self.params)
+        self.weights.forget_copies()
         with torch.no_grad():
-            for device, (weights, index) in devices.items():
+            for device, (params, index) in by_device(self.params, self.position).items():
                 noise = {name: on(device, value) for name, value in self.noise.items()}
-                sigma = on(device, self.sigma)
-                add_noise(weights, index, sigma, self.undo, restore=self.how, room=self._room, **noise)
+                self.weights.add_noise(params, index, on(device, self.sigma), restore=self.how, **noise)
+        return True
 
-    def _room(self, weights: list[Tensor]) -> list[Tensor]:
-        mine = distributed.all_local(weights)
-        with torch.inference_mode(False):  # an inference tensor has no version
-            if self.how == "offload":
-                return [
-                    torch.empty_like(w, device="cpu", pin_memory=w.is_cuda, requires_grad=False) for w in mine
-                ]
-            return ops.new_backup(mine)
-
-    @outside_graphs
     def restore(self) -> None:
-        take_back(self.undo)
-        forget_copies(self.modules)
-        release(self)
+        self.weights.restore()
+
+    def _end(self, well: bool) -> None:
+        pass

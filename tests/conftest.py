@@ -76,7 +76,7 @@ def nothing_is_left():
 def one_default_seed(monkeypatch):
     """Optimizers without a seed draw the same noise: tests compare one with its twin. What the seed is by default has tests of its own,
     which take this away."""
-    monkeypatch.setattr("flatops.optim.flat._default_seed", lambda: 0)
+    monkeypatch.setattr("flatops.optim.groups._default_seed", lambda: 0)
 
 
 @pytest.fixture(params=BACKENDS, ids=str)

@@ -310,7 +310,7 @@ def test_a_step_that_is_left_out(method, accumulate, precision):
     module = Sparse(method)
     trainer = fit(module, batches_of(4), precision, epochs=2, accumulate_grad_batches=accumulate)
     flat = flatops.unwrap(trainer.optimizers[0])
-    assert not flat.is_perturbed and not flat.run.lent
+    assert not flat.is_perturbed and flat.passes_in_step is not False
     assert all(p.isfinite().all() for p in module.parameters())
 
 
@@ -405,7 +405,7 @@ def test_no_callback_sees_or_saves_perturbed_weights(method, kind, at, precision
         saved = torch.load(file, weights_only=False)["state_dict"]
         assert_same_bits([all_bits([saved[f"net.{name}"]])[0] for name, _ in module.net.named_parameters()], looks.weights)
     assert "training_step" not in vars(module.trainer.strategy)
-    assert flatops.unwrap(module.optimizers()).run.ready is (at == "on_after_backward")  # a pass that was broken off is none
+    assert flatops.unwrap(module.optimizers()).run.is_ready is (at == "on_after_backward")  # a pass that was broken off is none
 
 
 def test_what_it_cannot_do_is_refused():

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from workers import run
 
 import flatops
+from flatops.optim.run import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SGD = torch.optim.SGD
@@ -138,7 +139,7 @@ def test_closures_that_would_harm_are_refused(method):
     with optimizer.perturbed() if method == "rwp" else contextlib.nullcontext():
         pass
     loss_of(model, make_batch(0)).backward()
-    optimizer.run.ready = True
+    optimizer.run.stage = Stage.READY
     with pytest.raises(RuntimeError, match="perturbed"):
         optimizer.step(optimizer.first_step)
     optimizer.restore()

@@ -553,7 +553,7 @@ def test_numbers_of_numpys_are_numbers():
 @pytest.fixture
 def real_default_seed(monkeypatch):
     monkeypatch.undo()  # conftest's fixture, which gives every optimizer the same
-    monkeypatch.setattr("flatops.optim.flat._seeded", (-1, 0))
+    monkeypatch.setattr("flatops.optim.groups._seeded", (-1, 0))
 
 
 @pytest.mark.parametrize("make_optimizer", [

@@ -279,7 +279,7 @@ def test_a_mask_has_exactly_k_ones(kind, sparsity):
     assert_same_bits(climbed(optimizer, model), live)
     [mask] = optimizer.masks.values()
     [part] = mask.parts.values()
-    assert [b.shape for b in part.backup] == [(k_of(sparsity),)] and not optimizer.run.backup
+    assert [b.shape for b in part.backup] == [(k_of(sparsity),)] and not optimizer.run.weights.backups
 
 
 @pytest.mark.parametrize("kind", ["fisher", "dynamic"])

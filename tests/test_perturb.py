@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from workers import run
 
 import flatops
-from flatops.perturb import RESTORE, _Noisy
+from flatops.perturb import RESTORE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = ("exact", "offload")
@@ -164,11 +164,18 @@ def test_an_exception_passes_through(error):
 @pytest.mark.parametrize("restore", RESTORE)
 def test_an_interrupt_at_any_moment_leaves_the_weights(restore):
     """Ctrl-C wherever CPython answers it: in the handler already, the weights are back."""
-    wrong = moments_that_go_wrong(
-        lambda params: _Noisy(params, 0.1, restore, {"seed": 0, "draw": 0, "stream": 0}),
-        KeyboardInterrupt,
-        exact=restore != "regenerate",
-    )
+    class Noisy:
+        def __init__(self, params):
+            self.perturbed_pass = flatops.perturb(params, 0.1, restore=restore)
+
+        def perturbed(self):
+            return self.perturbed_pass
+
+        @property
+        def in_pass(self):
+            return self.perturbed_pass.owner.in_pass
+
+    wrong = moments_that_go_wrong(Noisy, KeyboardInterrupt, exact=restore != "regenerate")
     assert not wrong, f"{len(wrong)} places: " + ", ".join(wrong)
 
 

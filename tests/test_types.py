@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import flatops
-from flatops.optim.flat import Flat, Pass
+from flatops.optim.base import Flat
+from flatops.restore import Pass
 
 
 def loss(model: torch.nn.Module) -> Tensor:

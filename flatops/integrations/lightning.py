@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from flatops.optim.flat import Flat, unwrap
-from flatops.optim.passes import passes, two_passes
+from flatops.optim.base import Flat
+from flatops.optim.passes import passes, unwrap
 
 # Their parameters are no longer the model's: filters are flattened away, or the backward is not PyTorch's.
 REFUSED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy", "XLAFSDPStrategy")
@@ -74,7 +74,7 @@ class FlatMinima(Callback):
                 "training_step takes dataloader_iter, and a second pass needs the same batch: let it take batch"
             )
         try:
-            unwrap(trainer.optimizers[0])
+            unwrap(trainer.optimizers[0]).passes_in_step = False
         except TypeError as error:
             message = "FlatMinima is for flatops optimizers: let configure_optimizers return flatops.SAM(...) or another"
             raise TypeError(f"{message}; {error}") from None
@@ -88,16 +88,14 @@ class FlatMinima(Callback):
             return
         flat = unwrap(trainer.optimizers[0])
         if trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward:
-            flat.run.ready = True  # StochasticWeightAveraging looks at the data for BatchNorm's statistics: no pass, by no one
-            return
+            return  # StochasticWeightAveraging computes BatchNorm's statistics, without a backward
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.batch = (batch, batch_idx) if takes_index else (batch,)
         scaler, parts = _scaler(trainer), trainer.accumulate_grad_batches
         self.rest = passes(
             flat, module, loss_scale=lambda: (1 if scaler is None else scaler.get_scale()) / parts
         )
-        if not two_passes(flat):
-            flat.run.lent = True  # its forward comes within step(closure) or before it
+        if not flat.has_clean_pass:
             self._begin_with_forward(trainer.strategy)
 
     def _begin_with_forward(self, strategy: Any) -> None:
@@ -113,13 +111,13 @@ class FlatMinima(Callback):
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: torch.Tensor) -> None:
         # Not earlier: Lightning zeroes gradients between forward and backward.
-        if module.automatic_optimization and two_passes(unwrap(trainer.optimizers[0])):
+        if module.automatic_optimization and unwrap(trainer.optimizers[0]).has_clean_pass:
             self.open.enter_context(next(self.rest))
 
     def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
         if not module.automatic_optimization:
             return
-        self._close(trainer)
+        self.open.close()
         for second in self.rest:
             with second, _muted(module):
                 # The strategy's, so that autocast and DistributedDataParallel are as they were; the module's own backward,
@@ -135,21 +133,12 @@ class FlatMinima(Callback):
                 scaler = _scaler(trainer)
                 module.backward(loss if scaler is None else scaler.scale(loss))
 
-    def _close(self, trainer: Trainer) -> None:
-        try:
-            self.open.close()
-        finally:
-            for flat in filter(None, map(_flat, trainer.optimizers)):
-                flat.run.lent = False
-
     # --- other ways out: training_step returned None, on_train_batch_start returned -1, an exception -----------------------
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
-        self._close(trainer)
+        self.open.close()
         flat = _flat(optimizer)
-        if flat is not None and module.automatic_optimization:
-            flat.run.ready = True  # step(closure) is to run no passes of its own, not even where training_step returned None
-        elif flat is not None and not flat.run.ready:
+        if flat is not None and not (module.automatic_optimization or flat.run.is_ready):
             raise RuntimeError(
                 f"{type(flat).__name__}.step() without a perturbed pass would be a plain step: in manual optimization run "
                 "`for one_pass in flatops.passes(optimizer, self)` or `flatops.unwrap(optimizer).perturbed()` before it"
@@ -157,18 +146,22 @@ class FlatMinima(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         self.batch = ()
-        self._close(trainer)
+        self.open.close()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close(trainer)
+        self.open.close()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        for flat in filter(None, map(_flat, trainer.optimizers)):
+            flat.passes_in_step = True
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         try:
             self.open.__exit__(type(exception), exception, exception.__traceback__)
         finally:
-            self._close(trainer)
             for flat in filter(None, map(_flat, trainer.optimizers)):
                 flat.restore()  # an interrupt may have come before the pass was noted
+                flat.passes_in_step = True
 
 
 class FlatMinimaMixin:

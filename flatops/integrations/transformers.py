@@ -10,8 +10,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from flatops.optim.flat import unwrap
-from flatops.optim.passes import passes
+from flatops.optim.passes import passes, unwrap
 
 REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 

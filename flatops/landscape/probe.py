@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatops import distributed
-from flatops.optim.flat import Pass
 
 LossFn = Callable[[Any, Any], Tensor]
 Pairs = Iterable[tuple[Any, Any]]
@@ -103,13 +102,3 @@ class Probe:
             yield self.loss_fn(self.model(inputs), targets).double() * (len(targets) / self.samples)
         self.on_pass()
 
-
-def with_backup(perturbed: Pass) -> list[tuple[Tensor, Tensor]]:
-    """The weights of a `flatops.perturb` that has been entered, each with its backup, in their order; complex ones as pairs of reals.
-
-    At sigma 0 that is a way to write to weights at will: they come back as from any other noise.
-    """
-    pairs: dict[torch.device, Iterator[tuple[Tensor, Tensor]]] = {
-        change.params[0].device: zip(change.params, change.how["backup"]) for change in perturbed.owner.undo
-    }
-    return [next(pairs[w.device]) for w in perturbed.owner.weights]

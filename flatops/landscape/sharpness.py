@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from flatops import distributed, ops
 from flatops.perturb import perturb
+from flatops.restore import Pass
+from flatops.weights import Kept
 
-from .probe import LossFn, Pairs, Probe, with_backup
+from .probe import LossFn, Pairs, Probe
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,14 @@ def noisy_losses(probe: Probe, sigma: float, draws: int, seed: int) -> list[floa
 
 def climb(probe: Probe, rho: float, steps: int) -> list[float]:
     """The losses that an ascent within a ball of radius rho meets, SAM's step first."""
-    perturbed = perturb(probe.trainable, 0.0)
+    kept = Kept(probe.trainable)
     losses = []
-    with perturbed:
-        pairs = with_backup(perturbed)
+    with Pass(kept):
         for length in (rho, *[rho / 2] * steps):
             slope = distributed.all_local(probe.gradient())
             # Nothing moves where the gradient is 0 or not finite.
-            ops.ascend_([w for w, _ in pairs], slope, length, norm=ops.grad_norm(slope))
-            project(pairs, rho)
+            ops.ascend_([w for w, _ in kept.pairs], slope, length, norm=ops.grad_norm(slope))
+            project(kept.pairs, rho)
             losses.append(probe.loss())
     return losses
 

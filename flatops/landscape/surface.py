@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from flatops import ops
-from flatops.perturb import perturb
+from flatops.restore import Pass
+from flatops.weights import Kept
 
-from .probe import LossFn, Pairs, Probe, with_backup
+from .probe import LossFn, Pairs, Probe
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ def surface(
     half = points // 2
     axis = [radius * (i - half) / half for i in range(points)]
     grid = itertools.product(axis, repeat=len(draws))
-    perturbed = perturb(model, 0.0)
-    with Probe(model, loss_fn, batches, on_pass) as probe, perturbed:
+    kept = Kept(model)
+    with Probe(model, loss_fn, batches, on_pass) as probe, Pass(kept):
         # The noise is that of the parameter's position among all, whichever of them move.
         moving = [
             (index, w, clean)
-            for index, (w, clean) in enumerate(with_backup(perturbed))
+            for index, (w, clean) in enumerate(kept.pairs)
             if all_parameters or w.dim() > 1
         ]
         losses = []

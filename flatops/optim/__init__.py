@@ -1,8 +1,7 @@
 """Flat-minima optimizers over any torch.optim class."""
 
 from flatops.optim.batchnorm import freeze_batchnorm_stats
-from flatops.optim.flat import unwrap
-from flatops.optim.passes import passes
+from flatops.optim.passes import passes, unwrap
 from flatops.optim.rwp import RWP
 from flatops.optim.sam import SAM
 from flatops.optim.schedules import CosineRamp

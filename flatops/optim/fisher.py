@@ -1,8 +1,7 @@
-"""The Fisher information: kept with the optimizer's state, or summed over single samples there and then."""
+"""The empirical Fisher information, summed over single samples."""
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,78 +13,9 @@ from torch.utils import _pytree as pytree
 
 from flatops import distributed, ops
 from flatops.distributed import local
-from flatops.optim.flat import Flat, on, without
+from flatops.scalars import on
 
-
-class KeepsFisher(Flat):
-    """An optimizer with a running F for each parameter, which checkpoints hold among the base optimizer's state."""
-
-    def _construct(self, params: Any, options: dict[str, Any], base_kwargs: dict[str, Any]) -> None:
-        self.fisher: dict[Tensor, Tensor] = {}
-        super()._construct(params, options, base_kwargs)
-
-    @abc.abstractmethod
-    def _keeps_fisher(self, group: dict[str, Any]) -> bool:
-        """Whether the parameters of a group have an F."""
-
-    @abc.abstractmethod
-    def _new_fisher(self, p: Tensor) -> Tensor:
-        """A parameter's F at the start."""
-
-    def _fisher(self, p: Tensor) -> Tensor:
-        if p not in self.fisher:
-            self.fisher[p] = self._new_fisher(p)
-        return self.fisher[p]
-
-    def _after_step(self) -> None:
-        self._keep_fisher()
-
-    def _keep_fisher(self) -> None:
-        """Puts F into `state`, where checkpoints look: beside what the base keeps there, for an entry of ours alone would
-        pass for its own, already made; or alone where the base keeps nothing at all."""
-        keeps_nothing = not any(map(_of_the_base, self.state.values()))
-        for group in self.param_groups:
-            for p in group["params"] if self._keeps_fisher(group) else []:
-                entry = self.state.get(p)
-                if p.requires_grad and (keeps_nothing or entry) and isinstance(entry, dict | None):
-                    self.state[p]["fisher"] = self._fisher(p)
-
-    def state_dict(self) -> dict[str, Any]:
-        packed = super().state_dict()
-        state = dict(packed["state"])
-        for group, ours in zip(packed["param_groups"], self.param_groups):
-            for i, p in zip(group["params"], ours["params"]):
-                if not packed["state"] and p in self.fisher:  # before the first step
-                    state[i] = {"fisher": self.fisher[p]}
-        return {**packed, "state": state}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # F comes out before the base sees it, which would cast it to the parameter's dtype.
-        saved = state_dict["state"]
-        fisher = {i: entry["fisher"] for i, entry in saved.items() if isinstance(entry, dict) and "fisher" in entry}
-        super().load_state_dict({**state_dict, "state": {i: without(entry, "fisher") for i, entry in saved.items()}})
-        # In place: a captured graph goes on reading it there. What is loaded may be what is here: only the others become 0.
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            for i, p in zip(saved["params"], group["params"]):
-                if i in fisher:
-                    local(self._fisher(p)).copy_(distributed.shard_of(p, fisher[i]))
-                elif p in self.fisher:
-                    local(self.fisher[p]).zero_()
-        if any(not isinstance(entry, dict) or entry for entry in self.state.values()):
-            self._keep_fisher()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fisher": self.fisher}
-
-
-def _of_the_base(entry: Any) -> bool:
-    """Whether there is more than our F in an entry of `state`."""
-    return not isinstance(entry, dict) or bool(entry.keys() - {"fisher"})
-
-
-Gradients = Iterator[
-    dict[Tensor, Tensor]
-]  # a sample's, by parameter; those that the loss does not reach are missing
+Gradients = Iterator[dict[Tensor, Tensor]]  # a sample's, by parameter; those that the loss does not reach are missing
 
 
 def sample_fisher(

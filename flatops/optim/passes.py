@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -10,9 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatops.optim.batchnorm import freeze_batchnorm_stats
-from flatops.optim.flat import Flat, Pass, own, unwrap
-from flatops.optim.rwp import RWP
+from flatops.optim.base import Flat
 
 
 def passes(
@@ -41,61 +38,34 @@ def passes(
         RuntimeError: for m-RWP under fully_shard, whose gradients cannot be weighed: multiply its losses by clean_weight and
             perturbed_weight instead.
     """
-    flat = unwrap(optimizer)
-    if loss_scale is None:
-        loss_scale = functools.partial(_accelerates_scale, optimizer)
-    earlier: dict[Tensor, Tensor] = {}
-    if two_passes(flat):
-        yield _clean(flat, earlier)
-    yield Pass(flat, _perturbed(flat, model, earlier, loss_scale))
+    scale = functools.partial(_scale_of, optimizer) if loss_scale is None else loss_scale
+    yield from unwrap(optimizer)._passes(model, scale)
 
 
-def _accelerates_scale(optimizer: Any) -> float:
-    """What accelerate's backward multiplies a loss by: its optimizers know. Other optimizers know of nothing."""
+def _scale_of(optimizer: Any) -> float:
+    """What accelerate's backward multiplies a loss by; 1 if accelerate did not wrap the optimizer."""
     scaler, state = (getattr(optimizer, name, None) for name in ("scaler", "gradient_state"))
     return (scaler.get_scale() if scaler else 1.0) / getattr(state, "num_steps", 1)
 
 
-def two_passes(flat: Flat) -> bool:
-    """Whether a step needs a clean pass before the perturbed one."""
-    return not isinstance(flat, RWP) or (flat.param_groups[0]["lam"] < 1 and not flat.parallel)
+def unwrap(optimizer: Any) -> Flat:
+    """The flatops optimizer inside the wrappers of Lightning, accelerate, timm and others.
 
-
-@contextlib.contextmanager
-def _clean(flat: Any, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
-    if isinstance(flat, RWP):
-        with flat.weighted(flat.clean_weight):
-            yield
-        return
-    # SAM climbs along p.grad: earlier micro-batches are to have no part in it.
-    for group in flat.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                earlier[p], p.grad = own(p.grad), None
-    try:
-        with flat.ascent_pass():
-            yield
-    except BaseException:  # the micro-batch is lost, and nothing else
-        for p, g in earlier.items():
-            p.grad = g
-        raise
-
-
-@contextlib.contextmanager
-def _perturbed(
-    flat: Any, model: nn.Module | None, earlier: dict[Tensor, Tensor], loss_scale: Any
-) -> Iterator[None]:
-    options: dict[str, Any] = {}
-    weigh: AbstractContextManager[None] = contextlib.nullcontext()
-    freeze: AbstractContextManager[None] = contextlib.nullcontext()
-    if isinstance(flat, RWP):
-        weight = flat.perturbed_weight
-        weigh = flat.weighted(weight)
-        if flat.mixes_fisher():
-            options["loss_scale"] = weight * (loss_scale() if callable(loss_scale) else loss_scale)
-    if model is not None and (two_passes(flat) or (flat.parallel and flat.perturbs)):
-        freeze = freeze_batchnorm_stats(model)
-    with flat.perturbed(**options), weigh, freeze:
-        for p, g in earlier.items():  # now, so that DistributedDataParallel reduces all of it
-            p.grad = g
-        yield
+    Raises:
+        TypeError: if there is none.
+    """
+    seen: set[int] = set()
+    inner = optimizer
+    while not isinstance(inner, Flat) or not hasattr(inner, "run"):
+        seen.add(id(inner))
+        inner = next(
+            (
+                o
+                for o in (getattr(inner, name, None) for name in ("optimizer", "_optimizer", "_base_optimizer"))
+                if o is not None and id(o) not in seen
+            ),
+            None,
+        )
+        if inner is None:
+            raise TypeError(f"{type(optimizer).__name__} holds no flatops optimizer")
+    return inner

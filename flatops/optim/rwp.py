@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatops import distributed, ops
 from flatops.backend import outside_graphs
-from flatops.distributed import all_local, local
-from flatops.optim.fisher import KeepsFisher
-from flatops.optim.flat import check_integer, check_range, check_tensor, on, own, perturbed_pass, plain
-from flatops.optim.noise import add_noise, check_regenerate
+from flatops.distributed import all_local, local, own
+from flatops.optim.batchnorm import freeze_batchnorm_stats
+from flatops.optim.run import Stage
+from flatops.optim.state import KeepsFisher
+from flatops.optim.weighing import remove, weighted_gradients
+from flatops.restore import Pass
+from flatops.scalars import check_integer, check_range, check_tensor, on, plain
+from flatops.weights import check_regenerate
 
 
 class RWP(KeepsFisher):
@@ -89,15 +92,13 @@ class RWP(KeepsFisher):
         restore: str = "exact",
         **kwargs: Any,
     ):
-        self.aside: list[
-            tuple[Tensor, Tensor]
-        ] = []  # gradients that are not to be taken for the perturbed pass's
+        self.aside: list[tuple[Tensor, Tensor]] = []  # clean gradients set aside during the perturbed pass
         self.weighing: list[Any] = []  # hooks
         self.loss_scale: float | Tensor | None = None
         self.parallel = parallel
         self.stream = plain(stream)
-        if not (stream is None or isinstance(self.stream, int) and 0 <= self.stream < 2**31):
-            raise ValueError(f"stream must be an integer in [0, 2**31) or None, not {stream!r}")
+        if stream is not None:
+            check_integer("stream", self.stream, bits=31)
         options = {
             "sigma": sigma,
             "lam": lam,
@@ -164,7 +165,7 @@ class RWP(KeepsFisher):
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are perturbed now; for closures, which run in both passes."""
-        return self.run.perturbed and self.perturbs
+        return self.in_pass and self.perturbs
 
     def _takes_roles(self) -> bool:
         return self.parallel and self.param_groups[0]["lam"] < 1
@@ -188,6 +189,11 @@ class RWP(KeepsFisher):
         """What to multiply the clean pass's loss by: 1 - lam, or 0 in parallel m-RWP, which has none."""
         return 0.0 if self.parallel else 1.0 - self.param_groups[0]["lam"]
 
+    @property
+    def has_clean_pass(self) -> bool:  # type: ignore[override]
+        """Whether a step takes a gradient at the weights themselves before the perturbed pass: m-RWP does, unless parallel."""
+        return self.clean_weight > 0
+
     def role_group(self) -> Any:
         """The process group of the replicas of this one's role in parallel m-RWP: for SyncBatchNorm, which would mix roles.
 
@@ -201,8 +207,8 @@ class RWP(KeepsFisher):
         groups = {role: torch.distributed.new_group([r for r in range(size) if roles[r] == role]) for role in sorted(set(roles))}
         return groups[roles[rank]]
 
-    @perturbed_pass
-    def perturbed(self, loss_scale: float | Tensor | None = None) -> Iterator[None]:
+    @outside_graphs
+    def perturbed(self, loss_scale: float | Tensor | None = None) -> Pass:
         """Adds the noise in place for the forward and backward within; it is gone at the end, bit for bit, whatever happens.
 
         Args:
@@ -213,18 +219,17 @@ class RWP(KeepsFisher):
             RuntimeError: inside itself.
             ValueError: for a loss_scale that is not positive.
         """
-        if self.run.inside_step:
-            self._unweigh()  # the closure knows the explicit form, and so its weight
-        else:
-            self._check_clean()
         if isinstance(loss_scale, (int, float)) and not loss_scale > 0:
             raise ValueError(f"loss_scale must be > 0, not {loss_scale}")
-        self.loss_scale = loss_scale
-        try:
-            with super().perturbed():
-                yield
-        finally:
-            self._take_back()
+        return Pass(self, loss_scale=loss_scale)
+
+    def _begin(self, loss_scale: float | Tensor | None = None) -> bool:
+        began = super()._begin()
+        if began:
+            self.loss_scale = loss_scale
+        else:
+            remove(self.weighing)  # the closure knows the explicit form, and so its weight
+        return began
 
     def _check_world(self) -> None:
         if self._takes_roles() and self._replica()[1] < 2:
@@ -250,7 +255,7 @@ class RWP(KeepsFisher):
             return
         if self.mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
             self._check_reduced("ARWP with lam < 1")
-            self._take_back()
+            self._add_aside()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.aside += [(p, own(p.grad)) for p in params]
             for p in params:
@@ -260,40 +265,38 @@ class RWP(KeepsFisher):
         ).items():
             if not isinstance(sigma, Tensor) and sigma == 0:
                 continue
-            noise = {
-                "seed": on(device, seed),
-                "draw": self._draw(device),
-                "stream": self._replica()[0] if self.stream is None else self.stream,
-            }
-            ours = {"restore": how, "room": self._backup, "eta": eta, "fisher": self._fisher}
-            add_noise(params, index, on(device, sigma), self.run.undo, **ours, **noise)
+            noise = {"seed": on(device, seed), "draw": self._draw_on(device), "stream": self._stream()}
+            self.run.weights.add_noise(
+                params, index, on(device, sigma), restore=how, eta=eta, fisher=self._fisher, **noise
+            )
 
-    def _draw(self, device: torch.device) -> Tensor:
+    def _stream(self) -> int:
+        return self._replica()[0] if self.stream is None else self.stream
+
+    def _draw_on(self, device: torch.device) -> Tensor:
         """The draw, which is the same in every group, as it lies on a device."""
         draws = [group["draw"] for group in self.param_groups]
         return on(device, next((draw for draw in draws if draw.device == device), draws[0]))
 
-    def _take_back(self) -> None:
-        while self.aside:
-            p, g = self.aside.pop()
-            p.grad = g if p.grad is None else p.grad.add_(g)
-
     @outside_graphs
     def restore(self) -> None:
-        drawn = self.run.perturbed
+        drawn = self.in_pass
         super().restore()
         if drawn:
             for group in self.param_groups:
                 group["draw"].add_(1)
 
-    def _passed(self) -> None:
-        super()._passed()
-        scale = self.perturbed_weight if self.loss_scale is None else self.loss_scale
-        self.loss_scale = None
-        if self.mixes_fisher():
+    def _end(self, well: bool) -> None:
+        super()._end(well)
+        if well and self.mixes_fisher():
             self._check_reduced("ARWP with lam < 1")
-            self._update_fisher(1.0 / scale)
-        self._take_back()
+            self._update_fisher(1.0 / (self.perturbed_weight if self.loss_scale is None else self.loss_scale))
+        self._add_aside()
+
+    def _add_aside(self) -> None:
+        while self.aside:
+            p, g = self.aside.pop()
+            p.grad = g if p.grad is None else p.grad.add_(g)
 
     def _keeps_fisher(self, group: dict[str, Any]) -> bool:
         return group["eta"] > 0
@@ -317,7 +320,7 @@ class RWP(KeepsFisher):
             return
         # With lam = 1 the gradient that steps is the perturbed one, by now unscaled. A fused base unscales it later itself.
         # In parallel m-RWP no other is left.
-        if self.run.ready and (self.parallel or self.param_groups[0]["lam"] == 1):
+        if self.run.is_ready and (self.parallel or self.param_groups[0]["lam"] == 1):
             scale: Any = 1.0
             if getattr(self, "grad_scale", None) is not None:
                 scale = self.grad_scale.double().reciprocal()
@@ -348,13 +351,10 @@ class RWP(KeepsFisher):
         lam = self.param_groups[0]["lam"]
         if lam == 1 or self.parallel:
             with self.perturbed(), self.weighted(self.perturbed_weight if self._takes_roles() else 1.0):
-                self.run.inside_step = True
-                try:
-                    return closure()
-                finally:
-                    self.run.inside_step = False
+                self.run.stage = Stage.IN_STEP
+                return closure()
         loss = closure()
-        if self.run.ready:  # the closure went through perturbed() itself
+        if self.run.is_ready:  # the closure went through perturbed() itself
             return loss
         params = self._all_params()
         clean = {p: own(p.grad) for p in params if p.grad is not None}
@@ -370,42 +370,24 @@ class RWP(KeepsFisher):
                 p.grad = g.mul_(1 - lam) if p.grad is None else p.grad.add_(g, alpha=1 - lam)
         return loss
 
-    @contextlib.contextmanager
-    def weighted(self, weight: float) -> Iterator[None]:
+    def _passes(self, model: nn.Module | None, loss_scale: Any) -> Iterator[contextlib.AbstractContextManager[None]]:
+        if self.has_clean_pass:
+            yield self.weighted(self.clean_weight)
+        # The statistics come from the clean pass; in parallel m-RWP from the processes that have it.
+        elsewhere = self.has_clean_pass or (self.parallel and self.perturbs)
+        frozen = [freeze_batchnorm_stats(model)] if model is not None and elsewhere else []
+        weight, scale = self.perturbed_weight, None
+        if self.mixes_fisher():
+            scale = weight * (loss_scale() if callable(loss_scale) else loss_scale)
+        yield Pass(self, self.weighted(weight), *frozen, loss_scale=scale)
+
+    def weighted(self, weight: float) -> contextlib.AbstractContextManager[None]:
         """Multiplies what arrives in p.grad by a weight, before any all-reduce, where the loss is not multiplied by it.
 
         Raises:
             RuntimeError: for sharded parameters, and at the end where a gradient came without a backward.
         """
-        params = [p for p in self._all_params() if p.requires_grad and weight != 1]
-        if distributed.any_distributed(params):
-            raise RuntimeError(
-                "the gradients of shards cannot be weighed: write perturbed() out and multiply the loss by perturbed_weight"
-            )
-        before = [None if p.grad is None else (p.grad, p.grad._version) for p in params]
-        weighed: set[int] = set()
-
-        def weigh(i: int, grad: Tensor) -> Tensor:
-            weighed.add(i)
-            return grad * weight
-
-        self.weighing += [p.register_hook(functools.partial(weigh, i)) for i, p in enumerate(params)]
-        try:
-            yield
-            for i, (p, old) in enumerate(zip(params, before)) if self.weighing else ():
-                new = p.grad
-                if i not in weighed and new is not None and not (old and old[0] is new and old[1] == new._version):
-                    raise RuntimeError(
-                        f"a gradient of shape {tuple(p.shape)} was written to p.grad without a backward, so that m-RWP's weight "
-                        "is not in it: call torch.autograd.backward or grad on the parameters themselves, or write perturbed() "
-                        "out and multiply the gradients by optimizer.clean_weight and optimizer.perturbed_weight"
-                    )
-        finally:
-            self._unweigh()
-
-    def _unweigh(self) -> None:
-        while self.weighing:
-            self.weighing.pop().remove()
+        return weighted_gradients([p for p in self._all_params() if p.requires_grad], weight, self.weighing)
 
     def __getstate__(self) -> dict[str, Any]:
         ours = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside, "loss_scale": None, "weighing": []}

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatops import distributed, ops
+from flatops import distributed
 from flatops.backend import outside_graphs
 from flatops.distributed import all_local, local
-from flatops.optim.flat import Flat, announce, check_range, check_tensor, on, perturbed_pass
+from flatops.optim.base import Flat
+from flatops.optim.batchnorm import freeze_batchnorm_stats
+from flatops.restore import Pass
+from flatops.scalars import check_range, check_tensor, on
+from flatops.weights import norm
 
 
 class SAM(Flat):
@@ -67,89 +71,87 @@ class SAM(Flat):
         if not isinstance(group["adaptive"], bool):
             raise ValueError(f"adaptive must be True or False, not {group['adaptive']!r}")
 
-    @perturbed_pass
-    def perturbed(self) -> Iterator[None]:
+    @outside_graphs
+    def perturbed(self) -> Pass:
         """Climbs to w + e along p.grad and zeroes the gradients; the weights come back bit for bit, whatever happens.
 
         Raises:
             RuntimeError: inside itself, or without a gradient from a first pass.
             TypeError: for a sparse gradient.
         """
-        with super().perturbed():
-            for p in self._all_params():
-                p.grad = None
-            yield
+        return super().perturbed()
+
+    def _begin(self) -> bool:
+        began = super()._begin()
+        for p in self._all_params():
+            p.grad = None
+        return began
+
+    def _direction(self, params: list[Tensor]) -> list[Tensor | None]:
+        """What to climb along, for each of these parameters; those that have None stay where they are."""
+        return [p.grad for p in params]
 
     def _perturb(self) -> None:
         self._check_reduced(self.flat.__name__)
-        parts = self._trainable(("rho", "adaptive", "maximize"), with_grad=True)
-        if not parts:
+        climbing: dict[Any, tuple[list[Tensor], list[int], list[Tensor]]] = {}
+        for key, (params, index) in self._trainable(("rho", "adaptive", "maximize")).items():
+            directions = self._direction(params)
+            if some := [(p, i, d) for p, i, d in zip(params, index, directions) if d is not None]:
+                climbing[key] = [p for p, _, _ in some], [i for _, i, _ in some], [d for _, _, d in some]
+        if not climbing:
             raise RuntimeError(
                 "no parameter has a gradient: run a backward at the weights themselves before perturbed()"
             )
-        given = {key: [p.grad for p in params if p.grad is not None] for key, (params, _) in parts.items()}
-        for g in itertools.chain(*given.values()):  # before any is taken apart, which sparse ones do not allow
-            if g.layout != torch.strided:
-                raise TypeError(f"a gradient of shape {tuple(g.shape)} is {g.layout}: SAM needs dense gradients")
-        grads = {key: all_local(gs) for key, gs in given.items()}
-        climbing = {key: part for key, part in parts.items() if isinstance(key[1], Tensor) or key[1] > 0}
-        norm = self._norm(climbing or parts, grads)
-        self._before_ascent(norm)
-        for (device, rho, adaptive, maximize), (params, _) in climbing.items():
-            part = grads[device, rho, adaptive, maximize]
-            radius = on(device, -rho if maximize else rho)
-            self._ascend(params, part, radius, norm=on(device, norm), adaptive=adaptive)
-        self._taint(parts, norm)
+        for d in itertools.chain(*(directions for _, _, directions in climbing.values())):
+            if d.layout != torch.strided:  # before any is taken apart, which sparse ones do not allow
+                raise TypeError(f"a gradient of shape {tuple(d.shape)} is {d.layout}: SAM needs dense gradients")
+        reached = [p for params, _, _ in climbing.values() for p in params]
+        # A group with rho = 0 has no part in the norm, unless no other is left.
+        climbing = {key: part for key, part in climbing.items() if isinstance(key[1], Tensor) or key[1] > 0} or climbing
+        climbing = {key: (params, index, all_local(along)) for key, (params, index, along) in climbing.items()}
+        length = self._norm([(params, along, key[2]) for key, (params, _, along) in climbing.items()])
+        self._before_ascent(length)
+        for (device, rho, adaptive, maximize), (params, index, along) in climbing.items():
+            if isinstance(rho, Tensor) or rho > 0:
+                radius = on(device, -rho if maximize else rho)
+                self._ascend(params, index, along, radius, norm=on(device, length), adaptive=adaptive)
+        self._taint(reached, length)
+
+    def _norm(self, lists: list[tuple[list[Tensor], list[Tensor], bool]]) -> Tensor:
+        """What the directions are divided by."""
+        return norm(lists)
 
     def _before_ascent(self, norm: Tensor) -> None:
         """With the gradients of the first pass in p.grad and their norm known, before any weight changes."""
 
-    def _ascend(self, params: list[Tensor], grads: list[Tensor], rho: float | Tensor, **how: Any) -> None:
-        mine, backup = all_local(params), self._backup(params)
-        announce(self.run.undo, mine, backup[-1], backup=backup)
-        ops.ascend_(mine, grads, rho, backup=backup, **how)
+    def _ascend(
+        self, params: list[Tensor], index: list[int], along: list[Tensor], rho: float | Tensor, **how: Any
+    ) -> None:
+        weights = self.run.weights
+        weights.climb(params, along, rho, weights.backup(params, index), **how)
 
-    def _norm(self, parts: dict[Any, Any], grads: dict[Any, Any]) -> Tensor:
-        """The norm over all parameters and all their shards, float64, on the first one's device."""
-        norms: dict[Any, list[Tensor]] = {}  # by the process group that has the rest of it
-        for key, (params, _) in parts.items():
-            for group, places in distributed.by_group(params).items():
-                weights = distributed.all_local(params[i] for i in places) if key[2] else None
-                norms.setdefault(group, []).append(ops.grad_norm([grads[key][i] for i in places], weights))
-        if list(norms) == [None] and len(norms[None]) == 1:
-            return norms[None][0]
-        device = next(iter(norms.values()))[0].device
-        squares = []
-        for group, of in norms.items():
-            square = torch.stack([on(device, n) for n in of]).square().sum()
-            if group is not None:
-                torch.distributed.all_reduce(square, group=group)
-            squares.append(square)
-        return torch.stack(squares).sum().sqrt()
-
-    def _taint(self, parts: dict[Any, Any], norm: Tensor) -> None:
+    def _taint(self, params: list[Tensor], norm: Tensor) -> None:
         """Carries an overflow of the first pass into the second one's gradient, before any all-reduce.
 
         The first gradient to be made is enough: a GradScaler skips the step for one NaN. Where no hook runs, for sharded
-        gradients or those that torch.func makes, `_passed` does it.
+        gradients or those that torch.func makes, `_end` does it.
         """
-        finite = norm < math.inf  # one operation, where isfinite() is four
-        params = [p for params, _ in parts.values() for p in params]
-        self.run.taint = finite
+        self.run.finite = finite = norm < math.inf  # one operation, where isfinite() is four
 
         def hook(grad: Tensor) -> Tensor | None:
-            if self.run.taint is None:
+            if self.run.finite is None:
                 return None
-            self.run.taint = None
+            self.run.finite = None
             return torch.where(on(grad.device, finite), grad, math.nan)
 
         self.run.hooks += [p.register_hook(hook) for p in params if not distributed.is_distributed(p)]
 
-    def _passed(self) -> None:
-        self._check_reduced(self.flat.__name__)
-        super()._passed()
-        finite, self.run.taint = self.run.taint, None
-        for p in self._all_params() if finite is not None else ():
+    def _end(self, well: bool) -> None:
+        finite, self.run.finite = self.run.finite, None
+        if well:
+            self._check_reduced(self.flat.__name__)
+        super()._end(well)
+        for p in self._all_params() if well and finite is not None else ():
             if p.grad is not None and p.grad.layout == torch.strided and local(p.grad).numel():
                 with torch.no_grad():
                     local(p.grad).add_(torch.where(on(p.grad.device, finite), 0.0, math.nan).to(local(p.grad).dtype))
@@ -192,7 +194,7 @@ class SAM(Flat):
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
-        if not self.run.ready:  # unless the closure went through perturbed() itself
+        if not self.run.is_ready:  # unless the closure went through perturbed() itself
             with self.perturbed():
                 closure()
             if all(p.grad is None for p in self._all_params()):
@@ -201,3 +203,30 @@ class SAM(Flat):
                     "the backward itself (in Lightning's manual optimization run perturbed() before optimizer.step())"
                 )
         return loss
+
+    def _passes(self, model: nn.Module | None, loss_scale: Any) -> Iterator[contextlib.AbstractContextManager[None]]:
+        earlier: dict[Tensor, Tensor] = {}  # gradients of earlier micro-batches: the climb is along this one's alone
+        yield self._apart(earlier)
+        frozen = [] if model is None else [freeze_batchnorm_stats(model)]
+        yield Pass(self, self._together(earlier), *frozen)
+
+    @contextlib.contextmanager
+    def _apart(self, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
+        """A clean pass whose gradient stands alone in p.grad."""
+        for p in self._all_params():
+            if p.grad is not None:
+                earlier[p], p.grad = distributed.own(p.grad), None
+        try:
+            with self.ascent_pass():
+                yield
+        except BaseException:  # the micro-batch is lost, and nothing else
+            for p, g in earlier.items():
+                p.grad = g
+            raise
+
+    @contextlib.contextmanager
+    def _together(self, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
+        """A perturbed pass that adds to the earlier gradients, so that DistributedDataParallel reduces all of it."""
+        for p, g in earlier.items():
+            p.grad = g
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,10 +14,12 @@ from flatops import distributed, ops
 from flatops.backend import outside_graphs
 from flatops.distributed import all_reduce, broadcast, local, real_shape
 from flatops.optim import masks
-from flatops.optim.fisher import KeepsFisher, sample_fisher
-from flatops.optim.flat import _user_frame, announce, check_integer, check_range, on, plain
-from flatops.optim.masks import Mask
+from flatops.optim.base import user_frame
+from flatops.optim.fisher import sample_fisher
+from flatops.optim.maskers import Masker, Masks
 from flatops.optim.sam import SAM
+from flatops.optim.state import KeepsFisher
+from flatops.scalars import check_integer, check_range, on, plain
 
 CHOICES = {
     "mask": ("fisher", "dynamic"),
@@ -26,13 +27,7 @@ CHOICES = {
     "drop": ("gradient", "weight", "random"),
     "grow": ("gradient", "weight", "random"),
 }
-PER_GROUP = {
-    "rho",
-    "adaptive",
-    "updates",
-    "passes",
-    "mask_bits",
-}  # the other options are the whole optimizer's
+PER_GROUP = {"rho", "adaptive", "updates", "passes", "mask_bits"}  # the other options are the whole optimizer's
 
 
 class SSAM(KeepsFisher, SAM):
@@ -120,7 +115,7 @@ class SSAM(KeepsFisher, SAM):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        self.masks: dict[torch.device, Mask] = {}
+        self.masks: Masks = {}
         n_of_m = masks.n_of_m(pattern)
         if n_of_m and sparsity is not None:
             raise ValueError(f"sparsity follows from pattern {pattern!r}: leave it out")
@@ -243,9 +238,9 @@ class SSAM(KeepsFisher, SAM):
         elif not (isinstance(samples := plain(samples), int) and samples >= 1):
             raise ValueError(f"samples must be an integer >= 1, not {samples!r}")
         else:
-            parts = [params for params, _ in self._trainable(()).values()]
+            parts = self._masker().parts.values()
             with distributed.together():
-                fisher = sample_fisher(parts, model, loss_fn, batches, samples, vectorize, progress)
+                fisher = sample_fisher([params for params, _ in parts], model, loss_fn, batches, samples, vectorize, progress)
         with torch.inference_mode(False), torch.no_grad():
             self._update(fisher)
 
@@ -254,156 +249,34 @@ class SSAM(KeepsFisher, SAM):
         if self.param_groups[0]["skip_masked"] and distributed.any_distributed(params):
             raise ValueError("skip_masked does not go with fully_shard, where each process sees its own shards alone")
 
+    def _masker(self) -> Masker:
+        return Masker({device: part for (device,), part in self._trainable(()).items()}, self.param_groups[0])
+
     def _update(self, fisher: dict[Tensor, Tensor] | None = None) -> None:
         """The next mask, from a Fisher or from what is at hand."""
         self._follow()
-        first = self.param_groups[0]
+        first, masker = self.param_groups[0], self._masker()
         if first["mask"] == "dynamic":
-            self._regrow()
+            if "gradient" in (first["drop"], first["grow"]) and all(p.grad is None for p in masker.params):
+                raise RuntimeError("no parameter has a gradient to score it by: call update_mask() after a backward")
+            if not masker.fits(self.masks):
+                self._install(masker.random())
+            self._install(masker.moved(self.masks))
         else:
             if fisher is None:
                 if first["passes"] == 0:
-                    raise RuntimeError(
-                        "no perturbed pass since the last mask: there is nothing to make one from"
-                    )
-                fisher = {p: local(self._fisher(p)) for params, _ in self._trainable(()).values() for p in params}
-            if not self._is_sharded():  # shards have the sum already
+                    raise RuntimeError("no perturbed pass since the last mask: there is nothing to make one from")
+                fisher = {p: local(self._fisher(p)) for p in masker.params}
+            if not masker.sharded:  # shards have the sum already
                 all_reduce(fisher.values())
-            self._install(self._largest(fisher))
+            self._install(masker.largest(fisher))
             for f in self.fisher.values():
                 local(f).zero_()
         self._write(updates=first["updates"] + 1, passes=0)
 
-    def _largest(self, scores: dict[Tensor, Tensor]) -> dict[torch.device, Mask]:
-        """The masks of the largest scores, over all devices and shards together."""
-        first = self.param_groups[0]
-        params = [p for part, _ in self._trainable(()).values() for p in part]
-        if self._is_sharded():
-            whole = self._whole(scores)
-            return self._from_first(lambda: masks.choose(whole, first["pattern"], first["sparsity"]))
-        together = [on(params[0].device, scores[p]) for p in params]
-        bits = masks.choose(together, first["pattern"], first["sparsity"])
-        if len(self._trainable(())) == 1:
-            return {params[0].device: Mask(params, bits)}
-        return self._spread(dict(zip(params, ops.unpack_mask(bits, together))))
-
-    def _is_sharded(self) -> bool:
-        parts = self._trainable(()).values()
-        return any(distributed.by_group(params).keys() != {None} for params, _ in parts)
-
-    def _whole(self, mine: dict[Tensor, Tensor]) -> list[Tensor]:
-        """All of what each process has a shard of, one tensor after the other, in the memory of the first process's host; empty
-        on the others. Collective."""
-        whole = []
-        for params, _ in self._trainable(()).values():
-            for p in params:
-                t = distributed.whole(p, mine[p])
-                whole += [t.cpu()] if distributed.world()[0] == 0 else []
-        return whole
-
-    def _from_first(self, make: Callable[[], Tensor]) -> dict[torch.device, Mask]:
-        """The masks for this process's shards, of one over whole parameters that the first process makes. Collective."""
-        params = [p for part, _ in self._trainable(()).values() for p in part]
-        like = [torch.empty(real_shape(p), dtype=torch.bool, device="cpu") for p in params]
-        size = ops.mask_size(like)
-        bits = distributed.from_first(make, (size,), torch.int32, params[0].device).cpu()
-        return self._spread({p: distributed.shard_of(p, l) for p, l in zip(params, ops.unpack_mask(bits, like))})
-
-    def _spread(self, live: dict[Tensor, Tensor]) -> dict[torch.device, Mask]:
-        """The masks in which these booleans are set, a device each."""
-
-        def of(p: Tensor) -> Tensor:
-            if p in live:
-                return on(p.device, live[p]).contiguous() if distributed.is_distributed(p) else on(p.device, live[p])
-            return torch.zeros_like(local(p), dtype=torch.bool, requires_grad=False)
-
-        return {
-            device: Mask(params, ops.pack_mask([of(p) for p in params]))
-            for (device,), (params, _) in self._trainable(()).items()
-        }
-
-    def _draw(self) -> None:
-        """A random mask: the largest of as many normals."""
-        first = self.param_groups[0]
-        scores = {}
-        for (device,), (params, index) in self._trainable(()).items():
-            for p, i in zip(params, index):
-                z = ops.normal(real_shape(p), seed=first["seed"], draw=first["updates"], tensor=i, device=device)
-                z = distributed.shard_of(p, z.abs_())
-                scores[p] = torch.empty_like(local(p), dtype=torch.float32).copy_(z)
-        self._install(self._largest(scores))
-
-    def _regrow(self) -> None:
-        first = self.param_groups[0]
-        parts = self._trainable(())
-        if "gradient" in (first["drop"], first["grow"]) and not self._trainable((), with_grad=True):
-            raise RuntimeError(
-                "no parameter has a gradient to score it by: call update_mask() after a backward"
-            )
-        if parts.keys() != {(device,) for device in self.masks} or not all(
-            self.masks[device].is_over(params) for (device,), (params, _) in parts.items()
-        ):
-            self._draw()
-        t, total = first["updates"], first["total_updates"]
-        rate = first["drop_rate"] * ((1 + math.cos(math.pi * min(t, total) / total)) / 2 if total else 1)
-        if self._is_sharded():
-            self._install(self._regrow_shards(rate))
-            return
-        new = {}
-        with distributed.together():
-            for (device,), (params, index) in parts.items():
-                drop, grow = (self._scores(first[by], params) for by in ("drop", "grow"))
-                like = distributed.all_local(params)
-                new[device] = Mask(params, self._moved(self.masks[device].bits, like, index, drop, grow, rate))
-        self._install(new)
-
-    def _regrow_shards(self, rate: float) -> dict[torch.device, Mask]:
-        """As on one process, in the memory of the first one's host."""
-        first = self.param_groups[0]
-        params, index = map(list, zip(*((p, i) for ps, at in self._trainable(()).values() for p, i in zip(ps, at))))
-        live = self._whole({p: l for mask in self.masks.values() for p, l in mask.live().items()})
-        drop, grow = (
-            None if scores is None else self._whole(dict(zip(params, scores)))
-            for scores in (self._scores(first[by], params) for by in ("drop", "grow"))
-        )
-        like = drop or grow or [torch.empty(l.shape, device="cpu") for l in live]
-        return self._from_first(lambda: self._moved(ops.pack_mask(live), like, index, drop, grow, rate))
-
-    @staticmethod
-    def _scores(kind: str, params: list[Tensor]) -> list[Tensor] | None:
-        if kind == "random":
-            return None
-        if kind == "weight":
-            return distributed.all_local(params)
-        return [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
-
-    def _moved(
-        self, bits: Tensor, like: list[Tensor], index: list[int], drop: Any, grow: Any, rate: float
-    ) -> Tensor:
-        """A mask over `like` some steps on, by the scores for dropping and growing."""
-        first = self.param_groups[0]
-
-        def move(mask: Tensor, which: slice) -> Tensor:
-            ops.regrow_mask_(
-                mask,
-                like[which],
-                round(rate * ops.count_mask(mask, like[which])),
-                drop=drop and drop[which],
-                grow=grow and grow[which],
-                seed=first["seed"],
-                draw=first["updates"],
-                index=index[which],
-            )
-            return mask
-
-        if first["pattern"] == "global":
-            return move(bits.clone(), slice(None))
-        each = [move(mask, slice(i, i + 1)) for i, mask in enumerate(masks.split(bits, like))]
-        return masks.join(each, like)
-
-    def _install(self, new: dict[torch.device, Mask], shared: bool = True) -> None:
+    def _install(self, new: Masks, shared: bool = True) -> None:
         """Puts masks in place, the first process's; in the memory of those that there are, where they are over the same."""
-        if shared and not self._is_sharded():
+        if shared and not self._masker().sharded:
             broadcast(mask.bits for mask in new.values())
         for device in self.masks.keys() - new.keys():
             del self.masks[device]
@@ -469,17 +342,13 @@ class SSAM(KeepsFisher, SAM):
 
         return super()._evaluate(evaluate)
 
-    def _norm(self, parts: dict[Any, Any], grads: dict[Any, Any]) -> Tensor:
+    def _norm(self, lists: list[tuple[list[Tensor], list[Tensor], bool]]) -> Tensor:
         dead = set(self._dead())
-        if not dead:
-            return super()._norm(parts, grads)
-        kept = {key: [i for i, p in enumerate(params) if p not in dead] for key, (params, _) in parts.items()}
-        if any(kept.values()):
-            parts = {
-                key: ([parts[key][0][i] for i in places], places) for key, places in kept.items() if places
-            }
-            grads = {key: [grads[key][i] for i in kept[key]] for key in parts}
-        return super()._norm(parts, grads)
+        kept = []
+        for params, along, adaptive in lists if dead else ():
+            if live := [(p, g) for p, g in zip(params, along) if p not in dead]:
+                kept.append((*map(list, zip(*live)), adaptive))
+        return super()._norm(kept or lists)  # type: ignore[arg-type]
 
     # --- the ascent --------------------------------------------------------------------------------------------------------
 
@@ -493,7 +362,7 @@ class SSAM(KeepsFisher, SAM):
         first = self.param_groups[0]
         with torch.inference_mode(False), torch.no_grad():
             if first["mask"] == "dynamic" and not self.masks:
-                self._draw()
+                self._install(self._masker().random())
             if 0 < first["update_every"] <= first["passes"]:
                 overflows = (~norm.isfinite()).int()
                 all_reduce([overflows])  # all processes update, or none
@@ -504,7 +373,7 @@ class SSAM(KeepsFisher, SAM):
         if not self.masks and first["passes"] == 1 and first["sparsity"] > 0 and not first["update_every"]:
             warnings.warn(
                 f"{type(self).__name__} has no mask yet and climbs with all weights, as SAM does: call update_mask()",
-                stacklevel=_user_frame(),
+                stacklevel=user_frame(),
             )
         self._write(passes=first["passes"] + 1)
 
@@ -516,7 +385,7 @@ class SSAM(KeepsFisher, SAM):
                 like = [torch.empty_like(local(p), dtype=torch.bool, device=mask.bits.device) for p in mask.params]
                 live.update(zip(mask.params, ops.unpack_mask(mask.bits, like)))
             self.masks.clear()
-            self._install(self._spread(live), shared=False)
+            self._install(self._masker().of(live), shared=False)
 
     def _gather(self, norm: Tensor) -> None:
         """F <- F + (g / norm)^2, unless the norm is not finite."""
@@ -526,17 +395,16 @@ class SSAM(KeepsFisher, SAM):
             for p in params:
                 local(self._fisher(p)).add_(torch.where(scale > 0, local(p.grad).float() * scale, 0.0).square_())
 
-    def _ascend(self, params: list[Tensor], grads: list[Tensor], rho: float | Tensor, **how: Any) -> None:
+    def _ascend(
+        self, params: list[Tensor], index: list[int], along: list[Tensor], rho: float | Tensor, **how: Any
+    ) -> None:
         if not self.masks:
-            super()._ascend(params, grads, rho, **how)
+            super()._ascend(params, index, along, rho, **how)
         elif mask := self.masks.get(params[0].device):
             part = mask.part(params)
             if part.params:
-                grads = [g for p, g in zip(params, grads) if p in mask.place]
-                mine = distributed.all_local(part.params)
-                undo: dict[str, Any] = {"backup": part.backup, "mask": part.mask}
-                announce(self.run.undo, mine, part.backup[0], **undo)
-                ops.ascend_(mine, grads, rho, **undo, **how)
+                along = [g for p, g in zip(params, along) if p in mask.place]
+                self.run.weights.climb(part.params, along, rho, part.backup, part.mask, **how)
 
     # --- checkpoints and copies --------------------------------------------------------------------------------------------
 
@@ -567,7 +435,7 @@ class SSAM(KeepsFisher, SAM):
         super().load_state_dict(state_dict)
         self._write(mask_bits="")
         if any(text is not None for text in saved):
-            self._install(self._spread(live) if live else {}, shared=False)
+            self._install(self._masker().of(live) if live else {}, shared=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "masks": self.masks}

@@ -1,0 +1,144 @@
+"""How sparse SAM's masks are chosen: the largest scores, at random, or the last mask some steps on; on one process or many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatops import distributed, ops
+from flatops.distributed import all_local, local, real_shape
+from flatops.optim import masks
+from flatops.optim.masks import Mask
+from flatops.scalars import on
+
+Masks = dict[torch.device, Mask]
+
+
+class Masker:
+    """Chooses masks over the trainable parameters of all devices and processes together.
+
+    Args:
+        parts: the parameters and their positions, for each device.
+        options: SSAM's, as `param_groups` hold them.
+    """
+
+    def __init__(self, parts: dict[torch.device, tuple[list[Tensor], list[int]]], options: dict[str, Any]) -> None:
+        self.parts, self.options = parts, options
+        self.params = [p for params, _ in parts.values() for p in params]
+        self.index = [i for _, index in parts.values() for i in index]
+        self.sharded = any(distributed.by_group(params).keys() != {None} for params, _ in parts.values())
+
+    # --- the three ways ------------------------------------------------------------------------------------------------------
+
+    def largest(self, scores: dict[Tensor, Tensor]) -> Masks:
+        """The masks that let the largest scores through."""
+        pattern, sparsity = self.options["pattern"], self.options["sparsity"]
+        if self.sharded:
+            everything = self._gathered(scores)
+            return self._from_first(lambda: masks.choose(everything, pattern, sparsity))
+        together = [on(self.params[0].device, scores[p]) for p in self.params]
+        bits = masks.choose(together, pattern, sparsity)
+        if len(self.parts) == 1:
+            return {self.params[0].device: Mask(self.params, bits)}
+        return self.of(dict(zip(self.params, ops.unpack_mask(bits, together))))
+
+    def random(self) -> Masks:
+        """Random masks: the largest of as many normals."""
+        seed, draw = self.options["seed"], self.options["updates"]
+        scores = {}
+        for p, i in zip(self.params, self.index):
+            z = ops.normal(real_shape(p), seed=seed, draw=draw, tensor=i, device=p.device)
+            scores[p] = torch.empty_like(local(p), dtype=torch.float32).copy_(distributed.shard_of(p, z.abs_()))
+        return self.largest(scores)
+
+    def moved(self, current: Masks) -> Masks:
+        """The current masks after their next update: some live weights dropped, and as many dead ones grown."""
+        t, total = self.options["updates"], self.options["total_updates"]
+        rate = self.options["drop_rate"] * ((1 + math.cos(math.pi * min(t, total) / total)) / 2 if total else 1)
+        drop, grow = self.options["drop"], self.options["grow"]
+        if self.sharded:  # as on one process, in the memory of the first one's host
+            live = self._gathered({p: l for mask in current.values() for p, l in mask.live().items()})
+            by = [s and self._gathered(dict(zip(self.params, s))) for s in self._scores(drop, grow, self.params)]
+            like = by[0] or by[1] or [torch.empty(l.shape, device="cpu") for l in live]
+            return self._from_first(lambda: self._move(ops.pack_mask(live), like, self.index, by, rate))
+        new = {}
+        with distributed.together():
+            for device, (params, index) in self.parts.items():
+                by = self._scores(drop, grow, params)
+                new[device] = Mask(params, self._move(current[device].bits, all_local(params), index, by, rate))
+        return new
+
+    def fits(self, current: Masks) -> bool:
+        """Whether these are masks of exactly the parameters that there are."""
+        return self.parts.keys() == current.keys() and all(
+            current[device].is_over(params) for device, (params, _) in self.parts.items()
+        )
+
+    # --- their parts ---------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _scores(drop: str, grow: str, params: list[Tensor]) -> list[Any]:
+        """What dropping and growing go by; None: at random."""
+
+        def by(kind: str) -> list[Tensor] | None:
+            if kind == "random":
+                return None
+            if kind == "weight":
+                return all_local(params)
+            return [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
+
+        return [by(drop), by(grow)]
+
+    def _move(
+        self, bits: Tensor, like: list[Tensor], index: list[int], scores: list[Any], rate: float
+    ) -> Tensor:
+        """A mask over `like`, a share of whose live weights moves, by the scores for dropping and growing."""
+        drop, grow = scores
+
+        def move(mask: Tensor, which: slice) -> Tensor:
+            ops.regrow_mask_(
+                mask,
+                like[which],
+                round(rate * ops.count_mask(mask, like[which])),
+                drop=drop and drop[which],
+                grow=grow and grow[which],
+                seed=self.options["seed"],
+                draw=self.options["updates"],
+                index=index[which],
+            )
+            return mask
+
+        if self.options["pattern"] == "global":
+            return move(bits.clone(), slice(None))
+        each = [move(mask, slice(i, i + 1)) for i, mask in enumerate(masks.split(bits, like))]
+        return masks.join(each, like)
+
+    def _gathered(self, mine: dict[Tensor, Tensor]) -> list[Tensor]:
+        """All of what each process has a shard of, one tensor after the other, in the memory of the first process's host; empty
+        on the others. Collective."""
+        gathered = []
+        for p in self.params:
+            t = distributed.whole(p, mine[p])
+            gathered += [t.cpu()] if distributed.world()[0] == 0 else []
+        return gathered
+
+    def _from_first(self, make: Callable[[], Tensor]) -> Masks:
+        """The masks of this process's shards, from one over whole parameters that the first process makes. Collective."""
+        like = [torch.empty(real_shape(p), dtype=torch.bool, device="cpu") for p in self.params]
+        bits = distributed.from_first(make, (ops.mask_size(like),), torch.int32, self.params[0].device).cpu()
+        return self.of({p: distributed.shard_of(p, l) for p, l in zip(self.params, ops.unpack_mask(bits, like))})
+
+    def of(self, live: dict[Tensor, Tensor]) -> Masks:
+        """The masks in which these booleans are set; nothing of what is missing among them climbs."""
+
+        def bits(p: Tensor) -> Tensor:
+            if p not in live:
+                return torch.zeros_like(local(p), dtype=torch.bool, requires_grad=False)
+            mine = on(p.device, live[p])
+            return mine.contiguous() if distributed.is_distributed(p) else mine
+
+        return {d: Mask(params, ops.pack_mask([bits(p) for p in params])) for d, (params, _) in self.parts.items()}
