@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,24 +89,6 @@ def forget_copies(modules: list[Any]) -> None:
     distributed.reshard(modules)
 
 
-class Owner(Protocol):
-    """Whose weights a pass changes."""
-
-    @property
-    def in_pass(self) -> bool:
-        """Whether a pass is under way."""
-
-    @property
-    def _begin(self) -> Callable[..., bool]:
-        """Changes the weights. False: joins the pass that is under way, which ends after this one."""
-
-    def restore(self) -> None:
-        """Gives the weights back. It may be interrupted, and is then called again."""
-
-    def _end(self, well: bool) -> None:
-        """With the weights back in place: after a pass that ended well, or did not."""
-
-
 def _insist(function: Callable[..., Any]) -> Callable[..., Any]:
     def insisting(*args: Any) -> Any:
         try:
@@ -132,14 +114,18 @@ class Pass:
     """A perturbed pass, as a context manager: no interrupt, whenever it comes, leaves the weights perturbed.
 
     Args:
-        owner: whose weights they are.
+        owner: whose weights they are. It has
+            `in_pass`, whether a pass is under way;
+            `_begin(**options)`, which changes the weights, or returns False to join the pass that is under way;
+            `restore()`, which gives them back, and is called again if it is interrupted;
+            `_end(well)`, called with the weights back in place, after a pass that ended well or did not.
         *inside: context managers to enter when the weights have changed, and to leave before they come back.
-        **options: for the owner, which is told of them when the pass begins.
+        **options: for `_begin`.
     """
 
     __exit__ = _Exit()
 
-    def __init__(self, owner: Owner, *inside: contextlib.AbstractContextManager[Any], **options: Any) -> None:
+    def __init__(self, owner: Any, *inside: contextlib.AbstractContextManager[Any], **options: Any) -> None:
         self.owner, self.inside, self.options = owner, inside, options
         self.stack = contextlib.ExitStack()
         self.entered = self.left = False

@@ -55,26 +55,18 @@ class Weights:
                     self.backups[i] = torch.empty_like(w, device=device, pin_memory=pinned, requires_grad=False)
         return [self.backups[i] for i in index]
 
-    def keep(self, params: list[Tensor], index: list[int]) -> list[Tensor]:
+    def keep(self, params: list[Tensor], index: list[int], offload: bool = False) -> list[Tensor]:
         """Copies the weights, so that anything may write to them until `restore`; returns the copies."""
-        mine, backup = all_local(params), self.backup(params, index)
-        self.changes.announce(mine, backup[-1], backup=backup)
-        torch._foreach_copy_(backup, mine)
+        mine, backup = all_local(params), self.backup(params, index, offload)
+        self.changes.announce(mine, backup[-1], **{"offloaded" if offload else "backup": backup})
+        torch._foreach_copy_(backup, mine, non_blocking=offload)
         return backup
 
-    def climb(
-        self,
-        params: list[Tensor],
-        directions: list[Tensor],
-        rho: float | Tensor,
-        backup: list[Tensor],
-        mask: Tensor | None = None,
-        **how: Any,
-    ) -> None:
-        """w <- w + rho d / norm, or ASAM's step: `ops.ascend_`, of which `how` holds norm and adaptive."""
+    def climb(self, params: list[Tensor], along: list[Tensor], rho: float | Tensor, **how: Any) -> None:
+        """`ops.ascend_`, of which `how` holds backup, mask, norm and adaptive."""
         mine = all_local(params)
-        self.changes.announce(mine, backup[-1], backup=backup, mask=mask)
-        ops.ascend_(mine, directions, rho, backup=backup, mask=mask, **how)
+        self.changes.announce(mine, how["backup"][-1], backup=how["backup"], mask=how.get("mask"))
+        ops.ascend_(mine, along, rho, **how)
 
     def add_noise(
         self,
@@ -103,47 +95,32 @@ class Weights:
                 assert fisher is not None  # as said above
                 of = all_local(map(fisher, part))
                 drawn |= {"eta": eta, "fisher": distributed.gather(part, of) if one_filter_each else of}
-            if restore == "regenerate" and not one_filter_each:
-                self._add_to_subtract(part, mine, sigma, drawn)
-                continue
-            backup = self.backup(part, places, offload=restore == "offload")
-            undo: dict[str, Any] = {"offloaded" if restore == "offload" else "backup": backup}
             if one_filter_each:
-                self._add_gathered(part, mine, sigma, backup, undo, drawn)
+                self._add_gathered(part, places, mine, sigma, restore, drawn)
                 continue
-            self.changes.announce(mine, backup[-1], **undo)
-            if restore == "offload":
-                torch._foreach_copy_(backup, mine, non_blocking=True)
-                undo = {}
-            ops.perturb_(mine, sigma, **undo, **drawn, **_first_rows(part))
-
-    def _add_to_subtract(self, params: list[Tensor], mine: list[Tensor], sigma: float | Tensor, noise: Any) -> None:
-        with torch.inference_mode(False):  # an inference tensor has no version
-            undo = {"scales": ops.new_scales(mine), **noise, **_first_rows(params)}
-        self.changes.announce(mine, undo["scales"], **undo)
-        ops.perturb_(mine, sigma, **undo)
+            if distributed.any_distributed(part):
+                drawn["first_row"] = [distributed.layout(p).first_row for p in part]
+            if restore == "regenerate":
+                with torch.inference_mode(False):  # an inference tensor has no version
+                    scales = ops.new_scales(mine)
+                self.changes.announce(mine, scales, scales=scales, **drawn)
+                ops.perturb_(mine, sigma, scales=scales, **drawn)
+            elif restore == "exact":
+                backup = self.backup(part, places)
+                self.changes.announce(mine, backup[-1], backup=backup)
+                ops.perturb_(mine, sigma, backup=backup, **drawn)
+            else:
+                self.keep(part, places, offload=True)
+                ops.perturb_(mine, sigma, **drawn)
 
     def _add_gathered(
-        self,
-        params: list[Tensor],
-        mine: list[Tensor],
-        sigma: float | Tensor,
-        backup: list[Tensor],
-        undo: dict[str, list[Tensor]],
-        noise: dict[str, Any],
+        self, params: list[Tensor], index: list[int], mine: list[Tensor], sigma: float | Tensor, restore: str, noise: Any
     ) -> None:
         """One filter each, whose norm and noise need all of it: biases and scales, small enough to be gathered whole."""
         whole = distributed.gather(params, mine)
         ops.perturb_(whole, sigma, **noise)
-        self.changes.announce(mine, backup[-1], **undo)
-        torch._foreach_copy_(backup, mine)
+        self.keep(params, index, offload=restore == "offload")
         torch._foreach_copy_(mine, [distributed.shard_of(p, w) for p, w in zip(params, whole)])
-
-
-def _first_rows(params: list[Tensor]) -> dict[str, Any]:
-    if not distributed.any_distributed(params):
-        return {}
-    return {"first_row": [distributed.layout(p).first_row for p in params]}
 
 
 def _by_kind(params: list[Tensor], index: list[int]) -> list[tuple[bool, list[Tensor], list[int]]]:

@@ -13,9 +13,46 @@ from flatops import distributed, ops
 from flatops.distributed import all_local, local, real_shape
 from flatops.optim import masks
 from flatops.optim.masks import Mask
-from flatops.scalars import on
+from flatops.scalars import check_integer, check_range, on
 
 Masks = dict[torch.device, Mask]
+CHOICES = {
+    "mask": ("fisher", "dynamic"),
+    "fisher": ("samples", "minibatch"),
+    "drop": ("gradient", "weight", "random"),
+    "grow": ("gradient", "weight", "random"),
+}
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raises for options of SSAM that are out of range, or do not go together."""
+    check_range("sparsity", group["sparsity"], high=1.0)
+    if group["sparsity"] == 1:
+        raise ValueError("sparsity must be less than 1: nothing would climb")
+    n_of_m = masks.n_of_m(group["pattern"])
+    if n_of_m and group["sparsity"] != 1 - n_of_m[0] / n_of_m[1]:
+        raise ValueError(f"sparsity follows from pattern {group['pattern']!r}: leave it as it is")
+    check_range("drop_rate", group["drop_rate"], high=1.0)
+    for name, known in CHOICES.items():
+        if group[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {group[name]!r}")
+    for name in ("total_updates", "update_every", "seed"):
+        check_integer(name, group[name])
+    if not isinstance(group["skip_masked"], bool):
+        raise ValueError(f"skip_masked must be True or False, not {group['skip_masked']!r}")
+    if group["skip_masked"] and (group["fisher"] == "minibatch" or group["grow"] == "gradient"):
+        raise ValueError(
+            "skip_masked leaves no gradients to choose the next mask by: not with fisher='minibatch' or grow='gradient'"
+        )
+    if group["mask"] == "dynamic":
+        if group["pattern"] not in ("global", "layer"):
+            raise ValueError(
+                f"pattern {group['pattern']!r} is for mask='fisher': dynamic masks are 'global' or 'layer'"
+            )
+        if group["fisher"] != "samples":
+            raise ValueError(f"fisher={group['fisher']!r} is for mask='fisher'")
+    elif group["update_every"] and group["fisher"] == "samples":
+        raise ValueError("update_every needs mask='dynamic' or fisher='minibatch': it has no samples")
 
 
 class Masker:

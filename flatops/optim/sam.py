@@ -127,8 +127,7 @@ class SAM(Flat):
     def _ascend(
         self, params: list[Tensor], index: list[int], along: list[Tensor], rho: float | Tensor, **how: Any
     ) -> None:
-        weights = self.run.weights
-        weights.climb(params, along, rho, weights.backup(params, index), **how)
+        self.run.weights.climb(params, along, rho, backup=self.run.weights.backup(params, index), **how)
 
     def _taint(self, params: list[Tensor], norm: Tensor) -> None:
         """Carries an overflow of the first pass into the second one's gradient, before any all-reduce.
