@@ -262,7 +262,9 @@ def normal(
 
 
 def filter_norms(params: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
-    """The Euclidean norm of every filter, ||w_f||_2 = sqrt(float32(sum of squares in float64)).
+    """The Euclidean norm of every filter, ||w_f||_2 = sqrt(float32(sum of w^2)).
+
+    Squares are summed in float32, 1,024 at a time (in float64 for float64 weights), and those sums in float64.
 
     Args:
         params: tensors on one device.
@@ -400,7 +402,7 @@ def restore_(
         raise ValueError("restore_ takes either a backup or scales, seed and draw")
     if backup is not None:
         _check_backup(backup, mask, params)
-        operators(device, backend).restore_(params, backup, mask, None, None, None, [], [], [], 0.0)
+        operators(device, backend).restore_(params, backup, mask)
         return
     if mask is not None:
         raise ValueError("a mask is for a backup: noise is never masked")
@@ -415,10 +417,8 @@ def restore_(
     if first_row is not None:
         _check_first_row(first_row, params)
     _check_scales(scales, params)
-    operators(device, backend).restore_(
+    operators(device, backend).subtract_noise_(
         params,
-        [],
-        None,
         scales,
         _key(seed, stream, device),
         _scalar("draw", draw, device, torch.int64),

@@ -220,20 +220,23 @@ def perturb_(params, scales, backup, sigma, key, draw, index, first_row, fisher,
 
 
 @torch.no_grad()
-def restore_(params, backup, mask, scales, key, draw, index, first_row, fisher, eta) -> None:
-    if mask is not None:
-        for p, live, slots in zip(params, unpack(mask, params), _slots(params, mask, backup[0])):
-            w = rows(p).clone()
-            w[rows(live, like=p)] = slots
-            _write(p, w)
-    elif scales is None:
+def subtract_noise_(params, scales, key, draw, index, first_row, fisher, eta) -> None:
+    first = first_row or [0] * len(params)
+    for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
+        if p.numel():
+            _add_noise(p, -scale, key, draw, index[i], first[i], fisher[i] if fisher else None, eta)
+
+
+@torch.no_grad()
+def restore_(params, backup, mask) -> None:
+    if mask is None:
         for p, b in zip(params, backup):
             p.copy_(b)
-    else:
-        first = first_row or [0] * len(params)
-        for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
-            if p.numel():
-                _add_noise(p, -scale, key, draw, index[i], first[i], fisher[i] if fisher else None, eta)
+        return
+    for p, live, slots in zip(params, unpack(mask, params), _slots(params, mask, backup[0])):
+        w = rows(p).clone()
+        w[rows(live, like=p)] = slots
+        _write(p, w)
 
 
 @torch.no_grad()

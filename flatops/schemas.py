@@ -18,8 +18,9 @@ SCHEMAS = {
     "filter_norms": "(Tensor[] params) -> Tensor",
     "perturb_": "(Tensor(a!)[] params, Tensor(b!) scales, Tensor(c!)[] backup, Tensor sigma, Tensor key, Tensor draw, "
     "int[] index, int[] first_row, Tensor[] fisher, float eta) -> ()",
-    "restore_": "(Tensor(a!)[] params, Tensor[] backup, Tensor? mask, Tensor? scales, Tensor? key, Tensor? draw, int[] index, "
-    "int[] first_row, Tensor[] fisher, float eta) -> ()",
+    "subtract_noise_": "(Tensor(a!)[] params, Tensor scales, Tensor key, Tensor draw, int[] index, int[] first_row, "
+    "Tensor[] fisher, float eta) -> ()",
+    "restore_": "(Tensor(a!)[] params, Tensor[] backup, Tensor? mask) -> ()",
     "normal_": "(Tensor(a!) out, Tensor key, Tensor draw, int index) -> ()",
     "filter_fisher_": "(Tensor(a!)[] fisher, Tensor[] grads, float beta, Tensor scale) -> ()",
     "grad_norm": "(Tensor[] grads, Tensor[] params) -> Tensor",

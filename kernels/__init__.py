@@ -9,7 +9,7 @@ when it is first called.
 from .ascend import ascend_
 from .fisher import filter_fisher_, fisher_
 from .mask import regrow_mask_, topk_mask
-from .perturb import normal_, perturb_, restore_
+from .perturb import normal_, perturb_, restore_, subtract_noise_
 from .sum import filter_norms, grad_norm
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "perturb_",
     "regrow_mask_",
     "restore_",
+    "subtract_noise_",
     "topk_mask",
 ]

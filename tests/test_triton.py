@@ -339,7 +339,7 @@ def test_versions_move_where_something_changes():
     assert (params[0] == 1.25).all() and (backup[0] == 1).all()
     assert (params[0]._version > 0, backup[0]._version > 0, grads[0]._version) == (True, True, 0)
     version = backup[0]._version
-    kernels.restore_(params, backup, None, None, None, None, [], [], [], 0.0)
+    kernels.restore_(params, backup, None)
     assert (params[0] == 1).all() and backup[0]._version == version
 
 
@@ -388,7 +388,7 @@ def test_backups_with_too_few_slots_are_not_overrun():
     changed = params[0] != before
     assert changed[:2048].sum() == mask[-3] <= 1200 and not changed[3 * 1024 :].any()
     assert (room[1200:] == 7).all()
-    kernels.restore_(params, backup, mask, None, None, None, [], [], [], 0.0)
+    kernels.restore_(params, backup, mask)
     assert_same_bits(params[0], before)
 
 

@@ -4,6 +4,6 @@
 
 namespace flatops::cpu {
 
-void copy_back_masked(TensorList& list, const Parallel& parallel);
+void restore_masked(const TensorList& list, const Parallel& parallel);  // of a list that is cut as a whole
 
 }  // namespace flatops::cpu
