@@ -177,17 +177,9 @@ def _exact(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _norms(w: Tensor) -> Tensor:
-    return sqrt(sum_squares(_exact(w)).float())
-
-
-def _per_filter(params: list[Tensor], values: Tensor) -> list[Tensor]:
-    return list(values.split(list(map(filters, params))))
-
-
 def _add_noise(params, scales: Tensor, key, draw, index, first_row, fisher, eta) -> None:
     """w_f += scale_f z_f / sqrt(1 + eta F_f)"""
-    for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
+    for i, (p, scale) in enumerate(zip(params, scales.split(list(map(filters, params))))):
         if p.numel() == 0:
             continue
         w, scale = rows(p), scale[:, None]
@@ -205,7 +197,7 @@ def _add_noise(params, scales: Tensor, key, draw, index, first_row, fisher, eta)
     lambda params: params[0].new_empty(sum(map(filters, params)), dtype=torch.float32),
 )
 def filter_norms(params: list[Tensor]) -> Tensor:
-    return torch.cat([_norms(rows(p)) for p in params])
+    return torch.cat([sqrt(sum_squares(_exact(rows(p))).float()) for p in params])
 
 
 @operator(
@@ -318,6 +310,17 @@ def unpack(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         if t.numel():
             _write(out[-1], flat)
     return out
+
+
+def count(mask: Tensor, like: Sequence[Tensor]) -> int:
+    """How many elements the mask lets through: its last rank, and the ones of the words behind it."""
+    last = next((t for t in reversed(like) if t.numel()), None)
+    if last is None:
+        return 0
+    words = sum(map(mask_words, like))
+    tail = (mask_words(last) - 1) % 32 + 1
+    ones = sum((word & 0xFFFFFFFF).bit_count() for word in mask[words - tail : words].tolist())
+    return (int(mask[-1]) & 0xFFFFFFFF) + ones
 
 
 def _slots(params: list[Tensor], mask: Tensor, backup: Tensor) -> list[Tensor]:
