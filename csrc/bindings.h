@@ -1,5 +1,5 @@
 // From PyTorch's tensors to the kernels, for any place where they run; only this file and bindings.cpp know torch. Schemas stand
-// in flatops/schemas.py, what a user may pass is checked in flatops/ops.py for all backends; here only what memory safety needs.
+// in flatops/reference.py, what a user may pass is checked in flatops/ops.py for all backends; here only what memory safety needs.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
