@@ -1,5 +1,6 @@
-// From PyTorch's tensors to the kernels, for any place where they run; only this file and bindings.cpp know torch. Schemas stand
-// in flatops/reference.py, what a user may pass is checked in flatops/ops.py for all backends; here only what memory safety needs.
+// From PyTorch's tensors to the kernels, for any place where they run; only this file and bindings.cpp know torch. Schemas
+// stand in flatops/reference.py, and what a user may pass is checked in flatops/ops.py for all backends; here is only what
+// memory safety needs.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -68,7 +69,7 @@ class Operands {
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
 };
 
-// What an operator was given, by what it is. `data` are the tensors that filters are counted in; a list is as long, or empty.
+// What an operator was given. `data` are the tensors that filters are counted in; the other lists are as long, or empty.
 struct Given {
   at::TensorList data, grads, scores;
   at::TensorList backup;  // under a mask: one tensor, or none
@@ -110,20 +111,14 @@ struct Launch {
                     "flatops: fisher ", i, " must be a contiguous float32 tensor with one entry per slice along dim 0, on ", device);
         f = q.data_ptr<float>();
       }
-      list.tensors.push_back({
-          .data = operands.data(i),
-          .grad = grads.empty() ? nullptr : operands.like(i, grads[i], read_),
-          .scores = scores.empty() ? nullptr : operands.like(i, scores[i], read_),
-          .backup = backup.empty() || mask ? nullptr : operands.like(i, backup[i], backups_),
-          .fisher = f,
-          .filters = filters,
-          .length = filters ? t.numel() / filters : 0,
-          .first_filter = list.filters,
-          .index = uint32_t(index.empty() ? i : index[i]),
-          .first_row = first_row.empty() ? 0 : uint32_t(first_row[i]),
-          .dtype = dtype_of(t),
-          .one_dim = one_dim,
-      });
+      list.tensors.push_back({.data = operands.data(i),
+                              .grad = grads.empty() ? nullptr : operands.like(i, grads[i], read_),
+                              .scores = scores.empty() ? nullptr : operands.like(i, scores[i], read_),
+                              .backup = backup.empty() || mask ? nullptr : operands.like(i, backup[i], backups_),
+                              .fisher = f, .filters = filters, .length = filters ? t.numel() / filters : 0,
+                              .first_filter = list.filters, .index = uint32_t(index.empty() ? i : index[i]),
+                              .first_row = first_row.empty() ? 0 : uint32_t(first_row[i]), .dtype = dtype_of(t),
+                              .one_dim = one_dim});
       list.filters += filters;
     }
     if (mask) give_mask(*mask, backup);

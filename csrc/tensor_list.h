@@ -29,7 +29,7 @@ struct Tensor {
   int64_t numel() const { return filters * length; }
 };
 
-// The backup of a list under a mask holds the weights that the mask lets through and no others: one a slot, in the list's order.
+// Under a mask, a list has one backup, of the weights that the mask lets through: one a slot, in the list's order.
 struct MaskedBackup {
   void* data;     // or null: there is none
   int64_t width;  // bytes a slot: those of the list's widest dtype

@@ -1,4 +1,4 @@
-"""perturb_, subtract_noise_, restore_ and normal_: a filter's norm, its normals and the addition, while it is in the cache."""
+"""perturb_, subtract_noise_, restore_, normal_: a filter's norm, its normals and the addition, while it is in the cache."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ TYPES = {
 
 # --- what a program reads: a row of int64 for each tensor, a row of int32 for each block -------------------------------------
 
-# A tensor's numbers; the first six are addresses, or 0: DROP and GROW are scores by which a mask changes. At ALIGNED stands whether every filter can be read and written
-# 16 bytes at a time, and after it whether the tensor can that is one filter. At FIRST_WORD and FIRST_RANK stands where a mask
-# over the list has the tensor's words and ranks.
+# A tensor's numbers; the first six are addresses, or 0: DROP and GROW are scores by which a mask changes. At ALIGNED stands
+# whether every filter can be read and written 16 bytes at a time, and after it whether the tensor can that is one filter. At
+# FIRST_WORD and FIRST_RANK stands where a mask over the list has the tensor's words and ranks.
 DATA, OTHER, BACKUP, DROP, GROW, FISHER = map(tl.constexpr, range(6))
 FILTERS, LENGTH, FIRST_FILTER, INDEX, FIRST_ROW, ONE_DIM, ALIGNED = map(tl.constexpr, range(6, 13))
 FIRST_WORD, FIRST_RANK, FIELDS = map(tl.constexpr, range(14, 17))

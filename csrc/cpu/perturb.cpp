@@ -1,4 +1,4 @@
-// perturb_, subtract_noise_, restore_ and normal_: a filter's norm, its normals and the addition, while it lies in the cache.
+// perturb_, subtract_noise_, restore_, normal_: a filter's norm, its normals and the addition, while it lies in the cache.
 #define FLATOPS_FILE "cpu/perturb.cpp"
 #ifndef FLATOPS_LEVEL
 #include "ops.h"
@@ -6,7 +6,7 @@
 namespace flatops::cpu {
 struct PerturbArgs {
   const float* scales;       // [list.filters]
-  float* new_scales = {};    // perturb_: the same array, where the scales of filters in one block are written; else null
+  float* new_scales = {};    // perturb_: the same, to write those of filters that are in one block; null: subtract
   const double* sigma = {};
   Noise noise;
   double eta;

@@ -543,18 +543,9 @@ struct Marks {
 template <bool RANDOM, class Key>
 const uint32_t* choose(const TensorList& list, const Question& q, const Marks& marks, const Gpu& gpu) {
   const int64_t blocks = Size(list).blocks;
-  const Choice<Key> choice{
-      .state = (State<Key>*)gpu.scratch(Choice<Key>::scratch(blocks)),
-      .marks = marks.words,
-      .ranks = marks.ranks,
-      .among = q.among,
-      .noise = q.noise,
-      .blocks = uint32_t(blocks),
-      .place = q.place,
-      .dead = q.dead,
-      .lowest = q.lowest,
-      .magnitudes = q.magnitudes,
-  };
+  const Choice<Key> choice{.state = (State<Key>*)gpu.scratch(Choice<Key>::scratch(blocks)), .marks = marks.words,
+                           .ranks = marks.ranks, .among = q.among, .noise = q.noise, .blocks = uint32_t(blocks),
+                           .place = q.place, .dead = q.dead, .lowest = q.lowest, .magnitudes = q.magnitudes};
   check(cudaMemsetAsync(choice.state, 0, sizeof(State<Key>), (cudaStream_t)gpu.stream));
 
   // Random scores know no dtypes.
@@ -627,16 +618,10 @@ void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise
   const Marks mask{.words = drop.tensors[0].bits, .ranks = drop.tensors[0].ranks};
   const Marks dropped{.words = room(size.words), .ranks = room(size.reduces)};
   const Marks grown{.words = room(size.words), .ranks = room(size.reduces)};
-  Question q{
-      .random = random.drop,
-      .magnitudes = true,
-      .lowest = !random.drop,
-      .among = mask.words,
-      .noise = noise,
-      .place = 0xfffffffe,
-      .wanted = {.count = uint32_t(std::min(count, size.elements)), .elements = uint32_t(size.elements)},
-      .bad_tensor = bad,
-  };
+  Question q{.random = random.drop, .magnitudes = true, .lowest = !random.drop, .among = mask.words, .noise = noise,
+             .place = 0xfffffffe,
+             .wanted = {.count = uint32_t(std::min(count, size.elements)), .elements = uint32_t(size.elements)},
+             .bad_tensor = bad};
   q.earlier_bad = choose(drop, q, dropped, gpu);
   q.random = random.grow, q.lowest = false, q.dead = true, q.place = 0xffffffff;
   choose(grow, q, grown, gpu);
