@@ -299,8 +299,8 @@ def grad_norm(
         params: the weights they belong to, in the same order.
 
     Returns:
-        float64 scalar on the gradients' device; not finite where a gradient is not. Squares are float32: 0 for gradients below
-        1e-23, infinite above 1e19.
+        float64 scalar on the gradients' device; not finite where a gradient is not. Squares are float32, but for float64
+        gradients: 0 for gradients below 1e-23, infinite above 1e19.
     """
     if params is not None:
         check_tensors("params", params)
