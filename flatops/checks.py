@@ -97,21 +97,16 @@ def check_mask(mask: Tensor, params: Sequence[Tensor]) -> None:
         )
 
 
-def _check_masked_backup(backup: Sequence[Tensor], mask: Tensor, params: Sequence[Tensor]) -> None:
+def check_backup(backup: Sequence[Tensor], mask: Tensor | None, params: Sequence[Tensor]) -> None:
+    if mask is None:
+        return check_tensors("backup", backup, params)
+    check_mask(mask, params)
     wide = max((p.dtype for p in params), key=lambda dtype: dtype.itemsize)
     if len(backup) != 1 or backup[0].dim() != 1 or backup[0].dtype != wide or backup[0].device != mask.device:
         raise ValueError("backup must come from new_backup(params, mask): one row for all that the mask lets through")
     # Where looking costs nothing. On a GPU what has no slot is neither changed nor restored.
     if mask.device.type == "cpu" and (count := reference.count(mask, params)) > len(backup[0]):
         raise ValueError(f"backup has room for {len(backup[0])} weights and the mask lets {count} through")
-
-
-def check_backup(backup: Sequence[Tensor], mask: Tensor | None, params: Sequence[Tensor]) -> None:
-    if mask is None:
-        check_tensors("backup", backup, params)
-    else:
-        check_mask(mask, params)
-        _check_masked_backup(backup, mask, params)
 
 
 def raise_bad(bad: Tensor, name: str) -> None:
@@ -127,15 +122,6 @@ def check_non_negative(name: str, value: float | Tensor) -> None:
 def check_one_order(name: str, scores: Sequence[Tensor]) -> None:
     if len({t.dtype == torch.float64 for t in scores}) > 1:
         raise TypeError(f"{name} mixes float64 with other dtypes: convert them to one")
-
-
-def positions(index: Sequence[int] | None, params: Sequence[Tensor]) -> Sequence[int]:
-    """Each parameter's position in the optimizer: `index`, or 0, 1, 2, ..."""
-    if index is None:
-        return list(range(len(params)))
-    if len(index) != len(params):
-        raise ValueError(f"index has {len(index)} entries and params has {len(params)}: they must match")
-    return index
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
@@ -191,6 +177,17 @@ def key_of(seed: int | Tensor, stream: int, device: torch.device) -> Tensor:
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, 2**64), not {seed}")
     return scalar("seed", signed(seed ^ (stream << 32)), device, torch.int64)
+
+
+def noise_of(
+    seed: int | Tensor, stream: int, draw: int | Tensor, index: Sequence[int] | None, params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Sequence[int]]:
+    """Which noise these parameters get: the key, the draw, and each one's position in the optimizer, by default 0, 1, 2, ..."""
+    if index is not None and len(index) != len(params):
+        raise ValueError(f"index has {len(index)} entries and params has {len(params)}: they must match")
+    device = params[0].device
+    positions = list(range(len(params))) if index is None else index
+    return key_of(seed, stream, device), scalar("draw", draw, device, torch.int64), positions
 
 
 def signed(x: int) -> int:

@@ -32,7 +32,7 @@ from flatops.checks import (
     check_writable,
     is_integer,
     key_of,
-    positions,
+    noise_of,
     raise_bad,
     scalar,
 )
@@ -179,18 +179,8 @@ def perturb_(
         scales = new_scales(params)
     else:
         check_scales(scales, params)
-    operators(device, backend).perturb_(
-        params,
-        scales,
-        backup or [],
-        scalar("sigma", sigma, device),
-        key_of(seed, stream, device),
-        scalar("draw", draw, device, torch.int64),
-        positions(index, params),
-        first_row or [],
-        fisher or [],
-        eta,
-    )
+    sigma, noise = scalar("sigma", sigma, device), noise_of(seed, stream, draw, index, params)
+    operators(device, backend).perturb_(params, scales, backup or [], sigma, *noise, first_row or [], fisher or [], eta)
     return scales
 
 
@@ -244,16 +234,8 @@ def restore_(
     if first_row is not None:
         check_first_row(first_row, params)
     check_scales(scales, params)
-    operators(device, backend).subtract_noise_(
-        params,
-        scales,
-        key_of(seed, stream, device),
-        scalar("draw", draw, device, torch.int64),
-        positions(index, params),
-        first_row or [],
-        fisher or [],
-        eta,
-    )
+    noise = noise_of(seed, stream, draw, index, params)
+    operators(device, backend).subtract_noise_(params, scales, *noise, first_row or [], fisher or [], eta)
 
 
 def filter_fisher_(
@@ -350,15 +332,8 @@ def ascend_(
     elif mask is not None:
         check_mask(mask, params)
     device = params[0].device
-    operators(device, backend).ascend_(
-        params,
-        grads,
-        backup or [],
-        mask,
-        scalar("rho", rho, device),
-        scalar("norm", norm, device),
-        adaptive,
-    )
+    rho, norm = scalar("rho", rho, device), scalar("norm", norm, device)
+    operators(device, backend).ascend_(params, grads, backup or [], mask, rho, norm, adaptive)
 
 
 # --- masks -------------------------------------------------------------------------------------------------------------
@@ -462,17 +437,8 @@ def regrow_mask_(
             check_one_order(name, scores)
     if not is_integer(count) or count < 0:
         raise ValueError(f"count must be an integer >= 0, not {count!r}")
-    device = params[0].device
-    bad = operators(device, backend).regrow_mask_(
-        mask,
-        params,
-        drop or [],
-        grow or [],
-        key_of(seed, stream, device),
-        scalar("draw", draw, device, torch.int64),
-        positions(index, params),
-        int(count),
-    )
+    noise = noise_of(seed, stream, draw, index, params)
+    bad = operators(params[0].device, backend).regrow_mask_(mask, params, drop or [], grow or [], *noise, int(count))
     if check:
         raise_bad(bad, "drop or grow")
 

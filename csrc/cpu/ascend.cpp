@@ -1,4 +1,5 @@
-// ascend_: SAM's step along the gradient, one pass over weights and gradients; under a mask for some of them, and their way back.
+// ascend_: SAM's step along the gradient, one pass over weights and gradients; restore_'s copy from a backup; both also under
+// a mask, for some of them. fisher_.
 #define FLATOPS_FILE "cpu/ascend.cpp"
 #include "cpu/each_level.h"
 
@@ -154,7 +155,7 @@ static void ascend_block(const Tensor& t, const Block& b, const MaskedBackup& ba
   FLATOPS_BY_DTYPE(t.dtype, ascend_block_of, t, b, step, adaptive)
 }
 
-template <class T> static void restore_block_of(const Tensor& t, const Block& b, const MaskedBackup& backup) {
+template <class T> static void restore_masked_of(const Tensor& t, const Block& b, const MaskedBackup& backup) {
   Gathered<T> kept;
   for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
     const int64_t n = std::min(REDUCE, b.start + b.length - i);
@@ -168,22 +169,14 @@ template <class T> static void restore_block_of(const Tensor& t, const Block& b,
 }
 
 static void restore_block(const Tensor& t, const Block& b, const MaskedBackup& backup) {
-  FLATOPS_BY_DTYPE(t.dtype, restore_block_of, t, b, backup)
+  if (t.bits) FLATOPS_BY_DTYPE(t.dtype, restore_masked_of, t, b, backup)
+  constexpr int64_t AHEAD = 2048;  // elements that are fetched ahead
+  const int64_t size = size_of(t.dtype);
+  copy((char*)t.data + b.start * size, (const char*)t.backup + b.start * size, b.length * size, AHEAD * size);
+  fence();
 }
 
 #else
-
-#include "cpu/ascend.h"
-
-namespace flatops::cpu {
-
-void restore_masked(const TensorList& list, const Parallel& parallel) {
-  const auto restore_block = FLATOPS_BEST(restore_block);
-  parallel(list.blocks.size(),
-           [&](int64_t i) { restore_block(list.tensors[list.blocks[i].tensor], list.blocks[i], list.masked_backup); });
-}
-
-}  // namespace flatops::cpu
 
 namespace flatops {
 
@@ -194,6 +187,13 @@ template <> void ascend_(TensorList& list, const double* rho, const double* norm
   parallel(list.blocks.size(), [&](int64_t i) {
     ascend_block(list.tensors[list.blocks[i].tensor], list.blocks[i], list.masked_backup, step, adaptive);
   });
+}
+
+template <> void restore_(TensorList& list, const Parallel& parallel) {
+  list.cut(/*whole=*/true);
+  const auto restore_block = FLATOPS_BEST(restore_block);
+  parallel(list.blocks.size(),
+           [&](int64_t i) { restore_block(list.tensors[list.blocks[i].tensor], list.blocks[i], list.masked_backup); });
 }
 
 template <> void fisher_(TensorList& list, const double* scale, const Parallel& parallel) {

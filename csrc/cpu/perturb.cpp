@@ -1,4 +1,4 @@
-// perturb_, subtract_noise_, restore_, normal_: a filter's norm, its normals and the addition, while it lies in the cache.
+// perturb_, subtract_noise_, normal_: a filter's norm, its normals and the addition, while it lies in the cache.
 #define FLATOPS_FILE "cpu/perturb.cpp"
 #ifndef FLATOPS_LEVEL
 #include "ops.h"
@@ -74,12 +74,6 @@ static void perturb_block(const Tensor& t, const Block& b, const PerturbArgs& ar
   FLATOPS_BY_DTYPE(t.dtype, perturb_block_of, t, b, draws, args)
 }
 
-static void copy_block(const Tensor& t, const Block& b) {
-  const int64_t size = size_of(t.dtype);
-  copy((char*)t.data + b.start * size, (const char*)t.backup + b.start * size, b.length * size, AHEAD * size);
-  fence();
-}
-
 static void normal_block(const Tensor& t, const Block& b, Noise noise) {
   const Draws draws = Draws::make(noise);
   Tile z;
@@ -97,7 +91,6 @@ static void normal_block(const Tensor& t, const Block& b, Noise noise) {
 
 #else
 
-#include "cpu/ascend.h"
 #include "cpu/filter_sums.h"
 
 namespace flatops {
@@ -124,13 +117,6 @@ void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise,
 template <> void subtract_noise_(TensorList& list, const float* scales, Noise noise, double eta, const Parallel& parallel) {
   list.cut();
   add_noise(list, {.scales = scales, .noise = noise, .eta = eta}, parallel);
-}
-
-template <> void restore_(TensorList& list, const Parallel& parallel) {
-  list.cut(/*whole=*/true);
-  if (list.masked()) return cpu::restore_masked(list, parallel);
-  const auto copy_block = FLATOPS_BEST(copy_block);
-  parallel(list.blocks.size(), [&](int64_t i) { copy_block(list.tensors[list.blocks[i].tensor], list.blocks[i]); });
 }
 
 template <> void normal_(TensorList& list, Noise noise, const Parallel& parallel) {
