@@ -1,5 +1,6 @@
-// From PyTorch's tensors to the kernels, for any place where they run; only this file and bindings.cpp know torch. Schemas stand
-// in flatops/schemas.py, what a user may pass is checked in flatops/ops.py for all backends; here only what memory safety needs.
+// From PyTorch's tensors to the kernels, for any place where they run; only this file and bindings.cpp know torch. Schemas
+// stand in flatops/reference.py, and what a user may pass is checked in flatops/ops.py for all backends; here is only what
+// memory safety needs.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -47,7 +48,7 @@ class Operands {
   }
 
   static void write_back(const std::vector<std::pair<at::Tensor, at::Tensor>>& copies) {
-    for (const auto& [view, copy] : copies) const_cast<at::Tensor&>(view).copy_(copy);
+    for (const auto& [view, copy] : copies) view.copy_(copy);
   }
   void write_back() { write_back(copies_); }
 
@@ -68,6 +69,15 @@ class Operands {
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
 };
 
+// What an operator was given. `data` are the tensors that filters are counted in; the other lists are as long, or empty.
+struct Given {
+  at::TensorList data, grads, scores;
+  at::TensorList backup;  // under a mask: one tensor, or none
+  at::TensorList fisher;
+  at::IntArrayRef index, first_row;
+  std::optional<at::Tensor> mask;
+};
+
 // Everything a launch needs of its tensors, and the copies that odd layouts cost. Place says where it runs:
 //     Place(at::Device), Place::type: a device type, place.where: what the operators of ops.h take as `where`
 template <class Place>
@@ -76,18 +86,16 @@ struct Launch {
   Place place;
   at::AutoDispatchBelowADInplaceOrView below_autograd;  // copies of odd layouts are no business of autograd's
   Operands operands;
-  std::vector<std::pair<at::Tensor, at::Tensor>> others;
   TensorList list;
 
-  // With a mask, backup is one tensor or none.
-  Launch(const at::TensorList& data, const at::TensorList& grads, const at::TensorList& backup,
-         const at::TensorList& fisher, at::IntArrayRef index, at::IntArrayRef first_row, const std::optional<at::Tensor>& mask = {})
-      : device(data.empty() ? at::Device(Place::type) : data[0].device()), place(device), operands(data) {
+  explicit Launch(const Given& given)
+      : device(given.data.empty() ? at::Device(Place::type) : given.data[0].device()), place(device), operands(given.data) {
+    const auto& [data, grads, scores, backup, fisher, index, first_row, mask] = given;
     const size_t n = data.size();
     TORCH_CHECK(device.type() == Place::type, "flatops: tensors are on ", device, ", expected ", Place::type);
-    const auto fits = [n](size_t m) { return m == 0 || m == n; };
-    TORCH_CHECK(fits(grads.size()) && (mask ? backup.size() < 2 : fits(backup.size())) && fits(fisher.size()) && fits(index.size()) &&
-                    fits(first_row.size()),
+    const auto fits = [n](const auto& list) { return list.empty() || list.size() == n; };
+    TORCH_CHECK(fits(grads) && fits(scores) && (mask ? backup.size() < 2 : fits(backup)) && fits(fisher) && fits(index) &&
+                    fits(first_row),
                 "flatops: lists differ in length");
     list.tensors.reserve(n);
     for (size_t i = 0; i < n; ++i) {
@@ -103,16 +111,20 @@ struct Launch {
                     "flatops: fisher ", i, " must be a contiguous float32 tensor with one entry per slice along dim 0, on ", device);
         f = q.data_ptr<float>();
       }
-      list.tensors.push_back({operands.data(i), grads.empty() ? nullptr : operands.like(i, grads[i], others),
-                              backup.empty() || mask ? nullptr : operands.like(i, backup[i], backups_), f, nullptr, nullptr,
-                              filters, filters ? t.numel() / filters : 0, list.filters,
-                              uint32_t(index.empty() ? i : index[i]), first_row.empty() ? 0 : uint32_t(first_row[i]), dtype_of(t), one_dim});
+      list.tensors.push_back({.data = operands.data(i),
+                              .grad = grads.empty() ? nullptr : operands.like(i, grads[i], read_),
+                              .scores = scores.empty() ? nullptr : operands.like(i, scores[i], read_),
+                              .backup = backup.empty() || mask ? nullptr : operands.like(i, backup[i], backups_),
+                              .fisher = f, .filters = filters, .length = filters ? t.numel() / filters : 0,
+                              .first_filter = list.filters, .index = uint32_t(index.empty() ? i : index[i]),
+                              .first_row = first_row.empty() ? 0 : uint32_t(first_row[i]), .dtype = dtype_of(t),
+                              .one_dim = one_dim});
       list.filters += filters;
     }
     if (mask) give_mask(*mask, backup);
   }
 
-  // Every tensor's part of a mask, and of the backup under it.
+  // Every tensor's part of a mask, and the backup under it.
   void give_mask(const at::Tensor& mask, const at::TensorList& backup) {
     int64_t size = 0, rank = 0;
     for (const Tensor& t : list.tensors) rank += words(t.numel()), size += words(t.numel()) + ranks(t.numel());
@@ -121,14 +133,14 @@ struct Launch {
     for (Tensor& t : list.tensors) {
       t.bits = data + word, t.ranks = data + rank;
       word += words(t.numel()), rank += ranks(t.numel());
-      if (!backup.empty()) t.backup = backup[0].data_ptr();
     }
     if (backup.empty()) return;
     TORCH_CHECK(backup[0].is_contiguous() && backup[0].dim() == 1 && backup[0].device() == device,
                 "flatops: under a mask, backup must be one contiguous row on ", device);
-    list.compact = {int64_t(backup[0].element_size()), backup[0].numel()};
+    list.masked_backup = {
+        .data = backup[0].data_ptr(), .width = int64_t(backup[0].element_size()), .slots = backup[0].numel()};
     for (const Tensor& t : list.tensors)
-      TORCH_CHECK(size_of(t.dtype) <= list.compact.slot, "flatops: the backup's dtype is narrower than a parameter's");
+      TORCH_CHECK(size_of(t.dtype) <= list.masked_backup.width, "flatops: the backup's dtype is narrower than a parameter's");
   }
 
   // Two tensors over the same memory would be changed twice and backed up in between: no backup could undo that.
@@ -147,7 +159,7 @@ struct Launch {
   // Numbers that the kernels read where they run.
   template <class T> T* scalar(const at::Tensor& t, const char* name) const { return array<T>(t, 1, name); }
   Noise noise(const at::Tensor& key, const at::Tensor& draw) const {
-    return {scalar<int64_t>(key, "key"), scalar<int64_t>(draw, "draw")};
+    return {.key = scalar<int64_t>(key, "key"), .draw = scalar<int64_t>(draw, "draw")};
   }
   float* per_filter(const at::Tensor& scales) const { return array<float>(scales, list.filters, "scales"); }
   template <class T> T* array(const at::Tensor& t, int64_t n, const char* name) const {
@@ -173,12 +185,12 @@ struct Launch {
   }
 
  private:
-  std::vector<std::pair<at::Tensor, at::Tensor>> backups_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> read_, backups_;
 };
 
 template <class Place>
 at::Tensor filter_norms(at::TensorList params) {
-  Launch<Place> launch(params, {}, {}, {}, {}, {});
+  Launch<Place> launch({.data = params});
   at::Tensor out = launch.empty({launch.list.filters}, at::kFloat);
   flatops::filter_norms(launch.list, out.data_ptr<float>(), launch.place.where);
   return out;
@@ -188,7 +200,7 @@ template <class Place>
 void perturb_(at::TensorList params, at::Tensor scales, at::TensorList backup, const at::Tensor& sigma,
               const at::Tensor& key, const at::Tensor& draw, at::IntArrayRef index, at::IntArrayRef first_row,
               at::TensorList fisher, double eta) {
-  Launch<Place> launch(params, {}, backup, fisher, index, first_row);
+  Launch<Place> launch({.data = params, .backup = backup, .fisher = fisher, .index = index, .first_row = first_row});
   launch.check_disjoint("params");
   flatops::perturb_(launch.list, launch.per_filter(scales), launch.template scalar<double>(sigma, "sigma"),
                     launch.noise(key, draw), eta, launch.place.where);
@@ -198,18 +210,18 @@ void perturb_(at::TensorList params, at::Tensor scales, at::TensorList backup, c
 }
 
 template <class Place>
-void restore_(at::TensorList params, at::TensorList backup, const std::optional<at::Tensor>& mask,
-              const std::optional<at::Tensor>& scales,
-              const std::optional<at::Tensor>& key, const std::optional<at::Tensor>& draw, at::IntArrayRef index,
-              at::IntArrayRef first_row, at::TensorList fisher, double eta) {
-  Launch<Place> launch(params, {}, backup, fisher, index, first_row, mask);
-  if (scales) {
-    TORCH_CHECK(backup.empty() && !mask && key && draw, "flatops: restore_ takes a backup, or scales, key and draw");
-    flatops::restore_(launch.list, launch.per_filter(*scales), launch.noise(*key, *draw), eta, launch.place.where);
-  } else {
-    TORCH_CHECK(backup.size() == (mask ? 1 : params.size()), "flatops: restore_ takes a backup, or scales, key and draw");
-    flatops::restore_(launch.list, nullptr, {}, eta, launch.place.where);
-  }
+void restore_(at::TensorList params, at::TensorList backup, const std::optional<at::Tensor>& mask) {
+  TORCH_CHECK(backup.size() == (mask ? 1 : params.size()), "flatops: lists differ in length");
+  Launch<Place> launch({.data = params, .backup = backup, .mask = mask});
+  flatops::restore_(launch.list, launch.place.where);
+  launch.wrote(params);
+}
+
+template <class Place>
+void subtract_noise_(at::TensorList params, const at::Tensor& scales, const at::Tensor& key, const at::Tensor& draw,
+                     at::IntArrayRef index, at::IntArrayRef first_row, at::TensorList fisher, double eta) {
+  Launch<Place> launch({.data = params, .fisher = fisher, .index = index, .first_row = first_row});
+  flatops::subtract_noise_(launch.list, launch.per_filter(scales), launch.noise(key, draw), eta, launch.place.where);
   launch.wrote(params);
 }
 
@@ -217,21 +229,21 @@ template <class Place>
 void normal_(at::Tensor out, const at::Tensor& key, const at::Tensor& draw, int64_t index) {
   TORCH_CHECK(out.scalar_type() == at::kFloat, "flatops: normal_ fills float32");
   const std::vector<at::Tensor> outs{out};
-  Launch<Place> launch(outs, {}, {}, {}, {index}, {});
+  Launch<Place> launch({.data = outs, .index = index});
   flatops::normal_(launch.list, launch.noise(key, draw), launch.place.where);
   launch.wrote(outs);
 }
 
 template <class Place>
 void filter_fisher_(at::TensorList fisher, at::TensorList grads, double beta, const at::Tensor& scale) {
-  Launch<Place> launch(grads, {}, {}, fisher, {}, {});
+  Launch<Place> launch({.data = grads, .fisher = fisher});
   flatops::filter_fisher_(launch.list, beta, launch.template scalar<double>(scale, "scale"), launch.place.where);
   Launch<Place>::bump(fisher);
 }
 
 template <class Place>
 at::Tensor grad_norm(at::TensorList grads, at::TensorList params) {
-  Launch<Place> launch(params.empty() ? grads : params, params.empty() ? at::TensorList{} : grads, {}, {}, {}, {});
+  Launch<Place> launch({.data = params.empty() ? grads : params, .grads = params.empty() ? at::TensorList{} : grads});
   at::Tensor out = launch.empty({}, at::kDouble);
   flatops::grad_norm(launch.list, !params.empty(), out.data_ptr<double>(), launch.place.where);
   return out;
@@ -241,7 +253,7 @@ template <class Place>
 void ascend_(at::TensorList params, at::TensorList grads, at::TensorList backup, const std::optional<at::Tensor>& mask,
              const at::Tensor& rho, const at::Tensor& norm, bool adaptive) {
   TORCH_CHECK(grads.size() == params.size(), "flatops: lists differ in length");
-  Launch<Place> launch(params, grads, backup, {}, {}, {}, mask);
+  Launch<Place> launch({.data = params, .grads = grads, .backup = backup, .mask = mask});
   launch.check_disjoint("params");
   flatops::ascend_(launch.list, launch.template scalar<double>(rho, "rho"), launch.template scalar<double>(norm, "norm"),
                    adaptive, launch.place.where);
@@ -252,7 +264,7 @@ void ascend_(at::TensorList params, at::TensorList grads, at::TensorList backup,
 template <class Place>
 void fisher_(at::TensorList fisher, at::TensorList grads, const at::Tensor& scale) {
   TORCH_CHECK(grads.size() == fisher.size(), "flatops: lists differ in length");
-  Launch<Place> launch(fisher, grads, {}, {}, {}, {});
+  Launch<Place> launch({.data = fisher, .grads = grads});
   for (const Tensor& t : launch.list.tensors) TORCH_CHECK(t.dtype == DType::f32, "flatops: fisher_ adds to float32");
   flatops::fisher_(launch.list, launch.template scalar<double>(scale, "scale"), launch.place.where);
   launch.wrote(fisher);
@@ -260,9 +272,12 @@ void fisher_(at::TensorList fisher, at::TensorList grads, const at::Tensor& scal
 
 template <class Place>
 std::tuple<at::Tensor, at::Tensor> topk_mask(at::TensorList scores, int64_t k) {
-  Launch<Place> launch(scores, {}, {}, {}, {}, {});
+  Launch<Place> launch({.data = scores});
   int64_t size = 0, elements = 0;
-  for (const Tensor& t : launch.list.tensors) size += words(t.numel()) + ranks(t.numel()), elements += t.numel();
+  for (Tensor& t : launch.list.tensors) {
+    t.scores = t.data;
+    size += words(t.numel()) + ranks(t.numel()), elements += t.numel();
+  }
   TORCH_CHECK(0 <= k && k <= elements, "flatops: k must lie in [0, ", elements, "], not ", k);
   at::Tensor mask = launch.empty({size}, at::kInt), bad = launch.empty({}, at::kLong);
   launch.give_mask(mask, {});
@@ -273,14 +288,11 @@ std::tuple<at::Tensor, at::Tensor> topk_mask(at::TensorList scores, int64_t k) {
 template <class Place>
 at::Tensor regrow_mask_(at::Tensor mask, at::TensorList params, at::TensorList drop, at::TensorList grow, const at::Tensor& key,
                         const at::Tensor& draw, at::IntArrayRef index, int64_t count) {
-  // The scores are the second operand, in the order of the parameters; at random, there are none.
-  Launch<Place> drops(params, drop, {}, {}, index, {}, mask), grows(params, grow, {}, {}, index, {}, mask);
+  Launch<Place> drops({.data = params, .scores = drop, .index = index, .mask = mask});
+  Launch<Place> grows({.data = params, .scores = grow, .index = index, .mask = mask});
   TORCH_CHECK(count >= 0, "flatops: count must be >= 0, not ", count);
-  for (auto* list : {&drops.list, &grows.list})
-    for (Tensor& t : list->tensors)
-      if (t.grad) t.data = const_cast<void*>(t.grad);
   at::Tensor bad = drops.empty({}, at::kLong);
-  flatops::regrow_mask_(drops.list, grows.list, {drop.empty(), grow.empty()}, drops.noise(key, draw), count,
+  flatops::regrow_mask_(drops.list, grows.list, {.drop = drop.empty(), .grow = grow.empty()}, drops.noise(key, draw), count,
                         bad.data_ptr<int64_t>(), drops.place.where);
   Launch<Place>::bump({mask});
   return bad;
@@ -291,6 +303,7 @@ template <class Place> void implement(torch::Library& m) {
   m.impl("filter_norms", filter_norms<Place>);
   m.impl("perturb_", perturb_<Place>);
   m.impl("restore_", restore_<Place>);
+  m.impl("subtract_noise_", subtract_noise_<Place>);
   m.impl("normal_", normal_<Place>);
   m.impl("filter_fisher_", filter_fisher_<Place>);
   m.impl("grad_norm", grad_norm<Place>);

@@ -31,8 +31,11 @@ template <class Where> void filter_norms(TensorList& list, float* out, const Whe
 template <class Where>
 void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Where& where);
 
-// w_f = backup_f where there is a backup, else w_f -= scale_f z_f / sqrt(1 + eta F_f)
-template <class Where> void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Where& where);
+// w = backup, under a mask only where its bit is set
+template <class Where> void restore_(TensorList& list, const Where& where);
+
+// w_f -= scale_f z_f / sqrt(1 + eta F_f): what perturb_ added, drawn again                 scales: [list.filters]
+template <class Where> void subtract_noise_(TensorList& list, const float* scales, Noise noise, double eta, const Where& where);
 
 // out_f = z_f; float32 only
 template <class Where> void normal_(TensorList& list, Noise noise, const Where& where);
@@ -51,7 +54,7 @@ void ascend_(TensorList& list, const double* rho, const double* norm, bool adapt
 template <class Where> void fisher_(TensorList& list, const double* scale, const Where& where);
 
 // Sets the bits of the `count` largest of the scores, ties to the first; *bad: the first tensor with a NaN or a negative score, or -1.
-// The scores are `data`, the mask `bits` and `ranks`.
+// The mask is `bits` and `ranks`.
 template <class Where> void topk_mask(TensorList& list, int64_t count, int64_t* bad, const Where& where);
 
 // Clears the bits of the `count` lowest |drop| among those that are set and sets those of the `count` largest |grow| among the others;

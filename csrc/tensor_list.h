@@ -13,8 +13,9 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype 
 // A tensor of one dimension or none is one filter.
 struct Tensor {
   void* data;              // [filters, length]; what the operator changes, or reads if it changes nothing
-  const void* grad;        // [filters, length] or null; the second operand, of `data`'s dtype
-  void* backup;            // [filters, length] or null; of `data`'s dtype. With a mask: the list's only one, see Compact
+  const void* grad;        // [filters, length] or null; of `data`'s dtype
+  const void* scores;      // [filters, length] or null; what a mask is chosen by, of `data`'s dtype
+  void* backup;            // [filters, length] or null; of `data`'s dtype. Under a mask: see MaskedBackup
   float* fisher;           // [filters], for one-dimensional tensors [length]; or null
   uint32_t* bits;          // the tensor's part of a mask: one bit an element, in storage order; or null
   uint32_t* ranks;         // for each REDUCE of elements how many ones come before it in the whole list; or null
@@ -28,9 +29,10 @@ struct Tensor {
   int64_t numel() const { return filters * length; }
 };
 
-// Under a mask, a backup holds the weights that the mask lets through and no others: one a slot, in the order of the list.
-struct Compact {
-  int64_t slot;   // bytes
+// Under a mask, a list has one backup, of the weights that the mask lets through: one a slot, in the list's order.
+struct MaskedBackup {
+  void* data;     // or null: there is none
+  int64_t width;  // bytes a slot: those of the list's widest dtype
   int64_t slots;
 };
 
@@ -57,7 +59,9 @@ struct TensorList {
   std::vector<Block> blocks;
   int64_t filters = 0;     // in the whole list
   int64_t sums = 0;        // REDUCEs in all long filters
-  Compact compact{};       // of masked tensors' backup
+  MaskedBackup masked_backup{};
+
+  bool masked() const { return !tensors.empty() && tensors[0].bits; }
 
   // Cuts the list into blocks. With `whole`, a tensor counts as one filter (sums over everything need no filters).
   void cut(bool whole = false) {
@@ -71,13 +75,14 @@ struct TensorList {
         for (int64_t f = 0; f < filters; ++f)
           for (int64_t start = 0; start < length; start += BLOCK) {
             const int64_t n = std::min(BLOCK, length - start);
-            blocks.push_back({int32_t(i), true, f, 1, start, n, sums});
+            blocks.push_back({.tensor = int32_t(i), .part = true, .filter = f, .filters = 1, .start = start, .length = n,
+                              .first_sum = sums});
             sums += (n + REDUCE - 1) / REDUCE;
           }
       } else {
         const int64_t step = std::max<int64_t>(1, BLOCK / length);
         for (int64_t f = 0; f < filters; f += step)
-          blocks.push_back({int32_t(i), false, f, std::min(step, filters - f), 0, length, 0});
+          blocks.push_back({.tensor = int32_t(i), .filter = f, .filters = std::min(step, filters - f), .length = length});
       }
     }
   }

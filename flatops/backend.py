@@ -26,7 +26,7 @@ def _triton_kernel(name: str) -> Callable[..., Any]:
     """The Triton operator `name`, imported when it is first called: not everybody has Triton, and it takes its time."""
 
     def kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module("flatops.kernels"), name)(*args)
+        return importlib.import_module("flatops.kernels").OPERATORS[name](*args)
 
     return kernel
 

@@ -11,17 +11,34 @@ graphs only tensors can change without a new graph. float64 (int64 for seed and 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatops import reference
 from flatops.backend import operators
-from flatops.schemas import filters, mask_size, mask_words
+from flatops.checks import DTYPES as DTYPES
+from flatops.checks import (
+    check_backup,
+    check_first_row,
+    check_fisher,
+    check_mask,
+    check_non_negative,
+    check_one_order,
+    check_scales,
+    check_tensors,
+    check_writable,
+    is_integer,
+    key_of,
+    noise_of,
+    raise_bad,
+    scalar,
+)
+from flatops.checks import signed as signed
+from flatops.schemas import filters
+from flatops.schemas import mask_size as mask_size
 
 __all__ = [
     "ascend_",
@@ -40,194 +57,6 @@ __all__ = [
     "topk_mask",
     "unpack_mask",
 ]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-# --- checks: one set for all backends, before anything changes -------------------------------------------------------------
-
-
-def _check(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
-    """Raises unless `tensors` is a list that a kernel can take, and matches `like`, itself checked, where that is given."""
-    if isinstance(tensors, Tensor) or len(tensors) == 0:
-        raise ValueError(f"{name} must be a list of at least one tensor")
-    if like is None:
-        for i, t in enumerate(tensors):
-            if t.dtype not in DTYPES:
-                raise TypeError(f"{name}[{i}] is {t.dtype}: expected float32, bfloat16, float16 or float64")
-    else:
-        if len(tensors) != len(like):
-            raise ValueError(f"{name} has {len(tensors)} tensors and params has {len(like)}: they must match")
-        for i, (t, p) in enumerate(zip(tensors, like)):
-            if t.shape != p.shape or t.dtype != p.dtype:
-                raise ValueError(
-                    f"{name}[{i}] is {tuple(t.shape)} {t.dtype} and params[{i}] is {tuple(p.shape)} {p.dtype}: they must match"
-                )
-    device = (tensors if like is None else like)[0].device
-    for i, t in enumerate(tensors):
-        if t.layout != torch.strided:
-            raise TypeError(f"{name}[{i}] is {t.layout}: expected a dense tensor")
-        if t.device != device:
-            raise ValueError(
-                f"{name}[{i}] is on {t.device} and others are on {device}: one call serves one device"
-            )
-
-
-def _check_writable(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raises where two elements share memory: changing one would change the other, and no backup could undo it."""
-    # While compiling, tensors made on the way may have no id to compare; the kernels look at their memory.
-    if not torch.compiler.is_compiling() and len({id(t) for t in tensors}) != len(tensors):
-        raise ValueError(f"{name} holds the same tensor twice")
-    for i, t in enumerate(tensors):
-        if not t.is_contiguous() and any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape)):
-            raise ValueError(f"{name}[{i}] is an expanded tensor: its elements share memory")
-
-
-def _check_fisher(fisher: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    if len(fisher) != len(params):
-        raise ValueError(
-            f"fisher has {len(fisher)} tensors and there are {len(params)} parameters: they must match"
-        )
-    for i, (f, p) in enumerate(zip(fisher, params)):
-        if (
-            f.dtype != torch.float32
-            or f.numel() != (p.shape[0] if p.dim() else 1)
-            or not f.is_contiguous()
-            or f.device != p.device
-        ):
-            raise ValueError(
-                f"fisher[{i}] must be a contiguous float32 tensor on {p.device} with one entry per slice along dim 0"
-            )
-
-
-def _check_first_row(first_row: Sequence[int], params: Sequence[Tensor]) -> None:
-    if len(first_row) != len(params):
-        raise ValueError(
-            f"first_row has {len(first_row)} entries and params has {len(params)}: they must match"
-        )
-    for i, (row, p) in enumerate(zip(first_row, params)):
-        if not _is_integer(row) or not 0 <= row < 2**31:
-            raise ValueError(f"first_row[{i}] must be an integer in [0, 2**31), not {row!r}")
-        if row and p.dim() <= 1:
-            raise ValueError(
-                f"first_row[{i}] is {row} and params[{i}] has {p.dim()} dimensions: a tensor of one or none is one filter, "
-                "so its first_row must be 0"
-            )
-
-
-def _check_scales(scales: Any, params: Sequence[Tensor]) -> None:
-    count = sum(map(filters, params))
-    device = params[0].device
-    if scales.shape != (count,) or scales.dtype != torch.float32 or scales.device != device:
-        raise ValueError(
-            f"scales must be float32 of shape ({count},) on {device}, "
-            f"not {scales.dtype} {tuple(scales.shape)} on {scales.device}"
-        )
-
-
-def _check_mask(mask: Tensor, params: Sequence[Tensor]) -> None:
-    size, device = mask_size(params), params[0].device
-    if (
-        mask.shape != (size,)
-        or mask.dtype != torch.int32
-        or mask.device != device
-        or not mask.is_contiguous()
-    ):
-        raise ValueError(
-            f"mask must be int32 of shape ({size},) on {device}, not {mask.dtype} {tuple(mask.shape)} on {mask.device}: "
-            "a mask is for the list that it was made for"
-        )
-
-
-def _check_masked_backup(backup: Sequence[Tensor], mask: Tensor, params: Sequence[Tensor]) -> None:
-    wide = max((p.dtype for p in params), key=lambda dtype: dtype.itemsize)
-    if len(backup) != 1 or backup[0].dim() != 1 or backup[0].dtype != wide or backup[0].device != mask.device:
-        raise ValueError(
-            "backup must come from new_backup(params, mask): one row for all that the mask lets through"
-        )
-    # Where looking costs nothing. On a GPU what has no slot is neither changed nor restored.
-    if mask.device.type == "cpu" and (count := _count_mask(mask, params)) > len(backup[0]):
-        raise ValueError(f"backup has room for {len(backup[0])} weights and the mask lets {count} through")
-
-
-def _check_backup(backup: Sequence[Tensor], mask: Tensor | None, params: Sequence[Tensor]) -> None:
-    if mask is None:
-        _check("backup", backup, params)
-    else:
-        _check_mask(mask, params)
-        _check_masked_backup(backup, mask, params)
-
-
-def _raise_bad(bad: Tensor, name: str) -> None:
-    if (i := int(bad)) >= 0:
-        raise ValueError(f"{name}[{i}] holds a NaN or a negative number: it cannot be put in order")
-
-
-def _non_negative(name: str, value: float | Tensor) -> None:
-    if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number >= 0, not {value}")
-
-
-def _is_integer(value: Any) -> bool:
-    """Whether it is an integer, Python's or numpy's."""
-    return isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, Tensor))
-
-
-def _scalar(
-    name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """`value` as kernels read it: one element of `dtype` on `device`. A tensor that is one already goes through as it is."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} has {value.numel()} elements: expected one")
-        if value.device != device:
-            raise ValueError(
-                f"{name} is on {value.device} and the parameters are on {device}: move it there once, or pass a number"
-            )
-        if dtype == torch.int64 and value.is_floating_point():
-            raise TypeError(f"{name} is {value.dtype}: expected an integer")
-        return value.to(dtype)
-    if dtype == torch.int64 and not _is_integer(value):
-        raise TypeError(f"{name} must be an integer, not {value!r}")
-    if not isinstance(value, (int, float)):  # numpy's
-        value = int(value) if dtype == torch.int64 else float(value)
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()  # a mode such as FakeTensorMode, whose tensors are its own
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # its memory is the graph's
-    ):
-        return torch.full((), value, dtype=dtype, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    return _constant(value or 0, device, dtype, stream)  # or -0.0 would be taken for the 0.0 in the cache
-
-
-@functools.lru_cache(maxsize=256)
-def _constant(value: float, device: torch.device, dtype: torch.dtype, stream: int | None) -> Tensor:
-    """A number on a device, made once: nobody writes to it. `stream` because only its own work is sure to come after."""
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device=device)
-
-
-def _key(seed: int | Tensor, stream: int, device: torch.device) -> Tensor:
-    if not 0 <= stream < 2**31:
-        raise ValueError(f"stream must be an integer in [0, 2**31), not {stream}")
-    if isinstance(seed, Tensor):
-        key = _scalar("seed", seed, device, torch.int64)
-        return key ^ (stream << 32) if stream else key
-    if not _is_integer(seed):
-        raise TypeError(f"seed must be an integer, not {seed!r}")
-    seed = int(seed)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2**64), not {seed}")
-    return _scalar("seed", signed(seed ^ (stream << 32)), device, torch.int64)
-
-
-def signed(x: int) -> int:
-    """An integer in [0, 2**64) as the int64 of the same bits."""
-    return x - 2**64 if x >= 2**63 else x
-
-
-# --- operators ---------------------------------------------------------------------------------------------------------
 
 
 def normal(
@@ -256,13 +85,15 @@ def normal(
         float32 tensor of `shape`, contiguous; |z| <= 6.56.
     """
     out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    key = _key(seed, stream, out.device)
-    operators(out.device, backend).normal_(out, key, _scalar("draw", draw, out.device, torch.int64), tensor)
+    key = key_of(seed, stream, out.device)
+    operators(out.device, backend).normal_(out, key, scalar("draw", draw, out.device, torch.int64), tensor)
     return out
 
 
 def filter_norms(params: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
-    """The Euclidean norm of every filter, ||w_f||_2 = sqrt(float32(sum of squares in float64)).
+    """The Euclidean norm of every filter, ||w_f||_2 = sqrt(float32(sum of w^2)).
+
+    Squares are summed in float32, 1,024 at a time (in float64 for float64 weights), and those sums in float64.
 
     Args:
         params: tensors on one device.
@@ -270,7 +101,7 @@ def filter_norms(params: Sequence[Tensor], *, backend: str | None = None) -> Ten
     Returns:
         float32 [filters], the filters of all tensors one after the other.
     """
-    _check("params", params)
+    check_tensors("params", params)
     return operators(params[0].device, backend).filter_norms(params)
 
 
@@ -281,7 +112,7 @@ def new_backup(params: Sequence[Tensor], mask: Tensor | None = None) -> list[Ten
     """
     if mask is None:
         return [torch.empty_like(p, requires_grad=False) for p in params]
-    _check_mask(mask, params)
+    check_mask(mask, params)
     wide = max((p.dtype for p in params), key=lambda dtype: dtype.itemsize)
     return [torch.empty(count_mask(mask, params), dtype=wide, device=mask.device)]
 
@@ -333,35 +164,23 @@ def perturb_(
         Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
         Li et al.: Revisiting Random Weight Perturbation for Efficiently Improving Generalization. arXiv 2404.00357.
     """
-    _check("params", params)
-    _check_writable("params", params)
-    _non_negative("sigma", sigma)
-    _non_negative("eta", eta)
+    check_tensors("params", params)
+    check_writable("params", params)
+    check_non_negative("sigma", sigma)
+    check_non_negative("eta", eta)
     if backup is not None:
-        _check("backup", backup, params)
+        check_tensors("backup", backup, params)
     if fisher is not None:
-        _check_fisher(fisher, params)
-    if index is not None and len(index) != len(params):
-        raise ValueError(f"index has {len(index)} entries and params has {len(params)}: they must match")
+        check_fisher(fisher, params)
     if first_row is not None:
-        _check_first_row(first_row, params)
+        check_first_row(first_row, params)
     device = params[0].device
     if scales is None:
         scales = new_scales(params)
     else:
-        _check_scales(scales, params)
-    operators(device, backend).perturb_(
-        params,
-        scales,
-        backup or [],
-        _scalar("sigma", sigma, device),
-        _key(seed, stream, device),
-        _scalar("draw", draw, device, torch.int64),
-        index if index is not None else list(range(len(params))),
-        first_row or [],
-        fisher or [],
-        eta,
-    )
+        check_scales(scales, params)
+    sigma, noise = scalar("sigma", sigma, device), noise_of(seed, stream, draw, index, params)
+    operators(device, backend).perturb_(params, scales, backup or [], sigma, *noise, first_row or [], fisher or [], eta)
     return scales
 
 
@@ -393,14 +212,14 @@ def restore_(
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
     """
-    _check("params", params)
-    _check_writable("params", params)
+    check_tensors("params", params)
+    check_writable("params", params)
     device = params[0].device
     if (backup is None) == (scales is None):
         raise ValueError("restore_ takes either a backup or scales, seed and draw")
     if backup is not None:
-        _check_backup(backup, mask, params)
-        operators(device, backend).restore_(params, backup, mask, None, None, None, [], [], [], 0.0)
+        check_backup(backup, mask, params)
+        operators(device, backend).restore_(params, backup, mask)
         return
     if mask is not None:
         raise ValueError("a mask is for a backup: noise is never masked")
@@ -411,22 +230,12 @@ def restore_(
             "bfloat16 and float16 weights cannot be restored by drawing again: give perturb_ a backup"
         )
     if fisher is not None:
-        _check_fisher(fisher, params)
+        check_fisher(fisher, params)
     if first_row is not None:
-        _check_first_row(first_row, params)
-    _check_scales(scales, params)
-    operators(device, backend).restore_(
-        params,
-        [],
-        None,
-        scales,
-        _key(seed, stream, device),
-        _scalar("draw", draw, device, torch.int64),
-        index if index is not None else list(range(len(params))),
-        first_row or [],
-        fisher or [],
-        eta,
-    )
+        check_first_row(first_row, params)
+    check_scales(scales, params)
+    noise = noise_of(seed, stream, draw, index, params)
+    operators(device, backend).subtract_noise_(params, scales, *noise, first_row or [], fisher or [], eta)
 
 
 def filter_fisher_(
@@ -454,12 +263,12 @@ def filter_fisher_(
     References:
         Li et al.: arXiv 2404.00357.
     """
-    _check("grads", grads)
-    _check_fisher(fisher, grads)
+    check_tensors("grads", grads)
+    check_fisher(fisher, grads)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must lie in [0, 1], not {beta}")
     device = grads[0].device
-    operators(device, backend).filter_fisher_(fisher, grads, beta, _scalar("scale", scale, device))
+    operators(device, backend).filter_fisher_(fisher, grads, beta, scalar("scale", scale, device))
 
 
 def grad_norm(
@@ -472,12 +281,12 @@ def grad_norm(
         params: the weights they belong to, in the same order.
 
     Returns:
-        float64 scalar on the gradients' device; not finite where a gradient is not. Squares are float32: 0 for gradients below
-        1e-23, infinite above 1e19.
+        float64 scalar on the gradients' device; not finite where a gradient is not. Squares are float32, but for float64
+        gradients: 0 for gradients below 1e-23, infinite above 1e19.
     """
     if params is not None:
-        _check("params", params)
-    _check("grads", grads, params)
+        check_tensors("params", params)
+    check_tensors("grads", grads, params)
     return operators(grads[0].device, backend).grad_norm(grads, params if params is not None else [])
 
 
@@ -513,25 +322,18 @@ def ascend_(
         Kwon et al.: ASAM. arXiv 2102.11600.
         Mi et al.: Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach. arXiv 2210.05177.
     """
-    _check("params", params)
-    _check_writable("params", params)
-    _check("grads", grads, params)
+    check_tensors("params", params)
+    check_writable("params", params)
+    check_tensors("grads", grads, params)
     if not isinstance(rho, Tensor) and not math.isfinite(rho):
         raise ValueError(f"rho must be a finite number, not {rho}")
     if backup is not None:
-        _check_backup(backup, mask, params)
+        check_backup(backup, mask, params)
     elif mask is not None:
-        _check_mask(mask, params)
+        check_mask(mask, params)
     device = params[0].device
-    operators(device, backend).ascend_(
-        params,
-        grads,
-        backup or [],
-        mask,
-        _scalar("rho", rho, device),
-        _scalar("norm", norm, device),
-        adaptive,
-    )
+    rho, norm = scalar("rho", rho, device), scalar("norm", norm, device)
+    operators(device, backend).ascend_(params, grads, backup or [], mask, rho, norm, adaptive)
 
 
 # --- masks -------------------------------------------------------------------------------------------------------------
@@ -554,8 +356,8 @@ def fisher_(
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
     """
-    _check("grads", grads)
-    _check_writable("fisher", fisher)
+    check_tensors("grads", grads)
+    check_writable("fisher", fisher)
     if len(fisher) != len(grads):
         raise ValueError(f"fisher has {len(fisher)} tensors and grads has {len(grads)}: they must match")
     device = grads[0].device
@@ -564,7 +366,7 @@ def fisher_(
             raise ValueError(
                 f"fisher[{i}] is {tuple(f.shape)} {f.dtype} on {f.device}: expected {tuple(g.shape)} float32 on {device}"
             )
-    operators(device, backend).fisher_(fisher, grads, _scalar("scale", scale, device))
+    operators(device, backend).fisher_(fisher, grads, scalar("scale", scale, device))
 
 
 def topk_mask(scores: Sequence[Tensor], k: int, *, check: bool = True, backend: str | None = None) -> Tensor:
@@ -584,14 +386,14 @@ def topk_mask(scores: Sequence[Tensor], k: int, *, check: bool = True, backend: 
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    _check("scores", scores)
-    _check_one_order("scores", scores)
+    check_tensors("scores", scores)
+    check_one_order("scores", scores)
     elements = sum(t.numel() for t in scores)
-    if not _is_integer(k) or not 0 <= k <= elements:
+    if not is_integer(k) or not 0 <= k <= elements:
         raise ValueError(f"k must be an integer in [0, {elements}], the number of scores, not {k!r}")
     mask, bad = operators(scores[0].device, backend).topk_mask(scores, int(k))
     if check:
-        _raise_bad(bad, "scores")
+        raise_bad(bad, "scores")
     return mask
 
 
@@ -627,32 +429,18 @@ def regrow_mask_(
     References:
         Mi et al.: arXiv 2210.05177, algorithm 3.
     """
-    _check("params", params)
-    _check_mask(mask, params)
+    check_tensors("params", params)
+    check_mask(mask, params)
     for name, scores in (("drop", drop), ("grow", grow)):
         if scores is not None:
-            _check(name, scores, params)
-            _check_one_order(name, scores)
-    if not _is_integer(count) or count < 0:
+            check_tensors(name, scores, params)
+            check_one_order(name, scores)
+    if not is_integer(count) or count < 0:
         raise ValueError(f"count must be an integer >= 0, not {count!r}")
-    device = params[0].device
-    bad = operators(device, backend).regrow_mask_(
-        mask,
-        params,
-        drop or [],
-        grow or [],
-        _key(seed, stream, device),
-        _scalar("draw", draw, device, torch.int64),
-        index if index is not None else list(range(len(params))),
-        int(count),
-    )
+    noise = noise_of(seed, stream, draw, index, params)
+    bad = operators(params[0].device, backend).regrow_mask_(mask, params, drop or [], grow or [], *noise, int(count))
     if check:
-        _raise_bad(bad, "drop or grow")
-
-
-def _check_one_order(name: str, scores: Sequence[Tensor]) -> None:
-    if len({t.dtype == torch.float64 for t in scores}) > 1:
-        raise TypeError(f"{name} mixes float64 with other dtypes: convert them to one")
+        raise_bad(bad, "drop or grow")
 
 
 def unpack_mask(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -661,7 +449,7 @@ def unpack_mask(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: for a mask of another list.
     """
-    _check_mask(mask, like)
+    check_mask(mask, like)
     return reference.unpack(mask, like)
 
 
@@ -682,16 +470,5 @@ def count_mask(mask: Tensor, like: Sequence[Tensor]) -> int:
     Raises:
         ValueError: for a mask of another list.
     """
-    _check_mask(mask, like)
-    return _count_mask(mask, like)
-
-
-def _count_mask(mask: Tensor, like: Sequence[Tensor]) -> int:
-    last = next((t for t in reversed(like) if t.numel()), None)
-    if last is None:
-        return 0
-    # The last rank, and the ones of the words behind it.
-    words = sum(map(mask_words, like))
-    tail = (mask_words(last) - 1) % 32 + 1
-    ones = sum((word & 0xFFFFFFFF).bit_count() for word in mask[words - tail : words].tolist())
-    return (int(mask[-1]) & 0xFFFFFFFF) + ones
+    check_mask(mask, like)
+    return reference.count(mask, like)

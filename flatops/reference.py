@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flatops.schemas import filters, mask_size, mask_words, operator
+
 REDUCE, LANES = 1024, 128  # csrc/tensor_list.h
 
 
@@ -29,7 +31,7 @@ def rows(t: Tensor, like: Tensor | None = None) -> Tensor:
     """The filters of `t`, [filters, length], each in storage order. A tensor of one dimension or none is one filter."""
     if t.numel() == 0:
         return t.new_empty(0, 0)
-    return _by_filter(t, like).reshape(t.shape[0] if t.dim() > 1 else 1, -1)
+    return _by_filter(t, like).reshape(filters(t), -1)
 
 
 def _write(t: Tensor, new_rows: Tensor) -> None:
@@ -167,7 +169,7 @@ def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int, fi
     return z.reshape(filters, 4 * block.numel())[:, :length]
 
 
-# --- operators: one function for each schema in schemas.py ---------------------------------------------------------------
+# --- operators: what is declared for every backend, and its definition ----------------------------------------------------
 
 
 def _exact(t: Tensor) -> Tensor:
@@ -175,74 +177,67 @@ def _exact(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _norms(w: Tensor) -> Tensor:
-    return sqrt(sum_squares(_exact(w)).float())
+def _add_noise(params, scales: Tensor, key, draw, index, first_row, fisher, eta) -> None:
+    """w_f += scale_f z_f / sqrt(1 + eta F_f)"""
+    for i, (p, scale) in enumerate(zip(params, scales.split(list(map(filters, params))))):
+        if p.numel() == 0:
+            continue
+        w, scale = rows(p), scale[:, None]
+        z = normals(*w.shape, key, draw, index[i], first_row[i] if first_row else 0)
+        if fisher:
+            scale = scale / sqrt(fma(eta, fisher[i], 1.0)).reshape((1, -1) if p.dim() <= 1 else (-1, 1))
+        if p.dtype == torch.float64:
+            _write(p, w + scale.double() * z.double())
+        else:
+            _write(p, fma(scale, z, w.float()))
 
 
-def _per_filter(params: list[Tensor], values: Tensor) -> list[Tensor]:
-    return list(values.split([0 if p.numel() == 0 else p.shape[0] if p.dim() > 1 else 1 for p in params]))
-
-
-def _add_noise(
-    p: Tensor,
-    scale: Tensor,
-    key: Tensor,
-    draw: Tensor,
-    index: int,
-    first_row: int,
-    fisher: Tensor | None,
-    eta: float,
-) -> None:
-    w = rows(p)
-    z = normals(*w.shape, key, draw, index, first_row)
-    scale = scale[:, None]
-    if fisher is not None:
-        scale = scale / sqrt(fma(eta, fisher, 1.0)).reshape((1, -1) if p.dim() <= 1 else (-1, 1))
-    if p.dtype == torch.float64:
-        _write(p, w + scale.double() * z.double())
-    else:
-        _write(p, fma(scale, z, w.float()))
-
-
+@operator(
+    "(Tensor[] params) -> Tensor",
+    lambda params: params[0].new_empty(sum(map(filters, params)), dtype=torch.float32),
+)
 def filter_norms(params: list[Tensor]) -> Tensor:
-    return torch.cat([_norms(rows(p)) for p in params])
+    return torch.cat([sqrt(sum_squares(_exact(rows(p))).float()) for p in params])
 
 
-@torch.no_grad()
+@operator(
+    "(Tensor(a!)[] params, Tensor(b!) scales, Tensor(c!)[] backup, Tensor sigma, Tensor key, Tensor draw, int[] index, "
+    "int[] first_row, Tensor[] fisher, float eta) -> ()"
+)
 def perturb_(params, scales, backup, sigma, key, draw, index, first_row, fisher, eta) -> None:
     for b, p in zip(backup, params):  # all of them before any weight changes
         b.copy_(p)
-    first = first_row or [0] * len(params)
-    for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
-        scale.copy_(sigma.float() * _norms(rows(p)))
-        if p.numel():
-            _add_noise(p, scale, key, draw, index[i], first[i], fisher[i] if fisher else None, eta)
+    scales.copy_(sigma.float() * filter_norms(params))
+    _add_noise(params, scales, key, draw, index, first_row, fisher, eta)
 
 
-@torch.no_grad()
-def restore_(params, backup, mask, scales, key, draw, index, first_row, fisher, eta) -> None:
-    if mask is not None:
-        for p, live, slots in zip(params, unpack(mask, params), _slots(params, mask, backup[0])):
-            w = rows(p).clone()
-            w[rows(live, like=p)] = slots
-            _write(p, w)
-    elif scales is None:
+@operator(
+    "(Tensor(a!)[] params, Tensor scales, Tensor key, Tensor draw, int[] index, int[] first_row, Tensor[] fisher, "
+    "float eta) -> ()"
+)
+def subtract_noise_(params, scales, key, draw, index, first_row, fisher, eta) -> None:
+    _add_noise(params, -scales, key, draw, index, first_row, fisher, eta)
+
+
+@operator("(Tensor(a!)[] params, Tensor[] backup, Tensor? mask) -> ()")
+def restore_(params, backup, mask) -> None:
+    if mask is None:
         for p, b in zip(params, backup):
             p.copy_(b)
-    else:
-        first = first_row or [0] * len(params)
-        for i, (p, scale) in enumerate(zip(params, _per_filter(params, scales))):
-            if p.numel():
-                _add_noise(p, -scale, key, draw, index[i], first[i], fisher[i] if fisher else None, eta)
+        return
+    for p, live, slots in zip(params, unpack(mask, params), _slots(params, mask, backup[0])):
+        w = rows(p).clone()
+        w[rows(live, like=p)] = slots
+        _write(p, w)
 
 
-@torch.no_grad()
+@operator("(Tensor(a!) out, Tensor key, Tensor draw, int index) -> ()")
 def normal_(out: Tensor, key: Tensor, draw: Tensor, index: int) -> None:
     if out.numel():
         _write(out, normals(*rows(out).shape, key, draw, index))
 
 
-@torch.no_grad()
+@operator("(Tensor(a!)[] fisher, Tensor[] grads, float beta, Tensor scale) -> ()")
 def filter_fisher_(fisher, grads, beta: float, scale: Tensor) -> None:
     for f, g in zip(fisher, grads):
         if g.numel() == 0:
@@ -253,6 +248,9 @@ def filter_fisher_(fisher, grads, beta: float, scale: Tensor) -> None:
         f.copy_(torch.where(added.isfinite(), (beta * f.double() + added).float(), f))
 
 
+@operator(
+    "(Tensor[] grads, Tensor[] params) -> Tensor", lambda grads, params: grads[0].new_empty((), dtype=torch.float64)
+)
 def grad_norm(grads: list[Tensor], params: list[Tensor]) -> Tensor:
     def terms(i: int) -> Tensor:
         if not params:
@@ -264,7 +262,9 @@ def grad_norm(grads: list[Tensor], params: list[Tensor]) -> Tensor:
     return torch.full_like(square, math.sqrt(square.item()) if square >= 0 else math.nan)
 
 
-@torch.no_grad()
+@operator(
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backup, Tensor? mask, Tensor rho, Tensor norm, bool adaptive) -> ()"
+)
 def ascend_(params, grads, backup, mask, rho, norm, adaptive: bool) -> None:
     step = torch.where((norm > 0) & norm.isfinite(), rho / norm, 0.0)
     live = [torch.ones_like(p, dtype=torch.bool) for p in params] if mask is None else unpack(mask, params)
@@ -301,7 +301,7 @@ def pack(flat: list[Tensor]) -> Tensor:
 
 def unpack(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The mask as booleans, of the shapes of `like`."""
-    sizes = [-(-t.numel() // 32) for t in like]
+    sizes = list(map(mask_words, like))
     shifts = torch.arange(32, device=mask.device)
     out = []
     for words, t in zip(mask[: sum(sizes)].split(sizes), like):
@@ -310,6 +310,17 @@ def unpack(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         if t.numel():
             _write(out[-1], flat)
     return out
+
+
+def count(mask: Tensor, like: Sequence[Tensor]) -> int:
+    """How many elements the mask lets through: its last rank, and the ones of the words behind it."""
+    last = next((t for t in reversed(like) if t.numel()), None)
+    if last is None:
+        return 0
+    words = sum(map(mask_words, like))
+    tail = (mask_words(last) - 1) % 32 + 1
+    ones = sum((word & 0xFFFFFFFF).bit_count() for word in mask[words - tail : words].tolist())
+    return (int(mask[-1]) & 0xFFFFFFFF) + ones
 
 
 def _slots(params: list[Tensor], mask: Tensor, backup: Tensor) -> list[Tensor]:
@@ -332,7 +343,7 @@ def _first_bad(bad: list[Tensor]) -> Tensor:
     return where[0] if len(where) else torch.tensor(-1, device=bad[0].device)
 
 
-@torch.no_grad()
+@operator("(Tensor(a!)[] fisher, Tensor[] grads, Tensor scale) -> ()")
 def fisher_(fisher: list[Tensor], grads: list[Tensor], scale: Tensor) -> None:
     for f, g in zip(fisher, grads):
         if f.numel():
@@ -340,6 +351,13 @@ def fisher_(fisher: list[Tensor], grads: list[Tensor], scale: Tensor) -> None:
             _write(f, fma(d, d, rows(f)))
 
 
+@operator(
+    "(Tensor[] scores, int k) -> (Tensor, Tensor)",
+    lambda scores, k: (
+        scores[0].new_empty(mask_size(scores), dtype=torch.int32),
+        scores[0].new_empty((), dtype=torch.int64),
+    ),
+)
 def topk_mask(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     flat = [f.double() for f in _flat(scores)]
     chosen = _largest(torch.cat(flat), k).split([len(f) for f in flat])
@@ -361,31 +379,24 @@ def _random_scores(params: list[Tensor], key: Tensor, draw: Tensor, index: list[
     return torch.cat(out).double()
 
 
-@torch.no_grad()
+@operator(
+    "(Tensor(a!) mask, Tensor[] params, Tensor[] drop, Tensor[] grow, Tensor key, Tensor draw, int[] index, int count) -> Tensor",
+    lambda mask, *_: mask.new_empty((), dtype=torch.int64),
+)
 def regrow_mask_(mask, params, drop, grow, key, draw, index, count: int) -> Tensor:
-    live = torch.cat(_flat(unpack(mask, params), params))
+    live, sizes = torch.cat(_flat(unpack(mask, params), params)), [p.numel() for p in params]
     count = min(count, int(live.sum()), int((~live).sum()))
-    bad = [
-        (~(rows(s, like=p).abs() >= 0)).reshape(-1) for scores in (drop, grow) for s, p in zip(scores, params)
-    ]
-    among = [live] * bool(drop) + [~live] * bool(grow)
-    sizes = [p.numel() for p in params]
-    relevant = [
-        b & a
-        for a, bs in zip(among, (bad[: len(params)], bad[len(params) :]))
-        for b, a in zip(bs, a.split(sizes))
-    ]
-    first = _first_bad(relevant) if relevant else torch.tensor(-1, device=mask.device)
+    scores, bad = [], []
+    for given, among, place in ((drop, live, 0xFFFFFFFE), (grow, ~live, 0xFFFFFFFF)):
+        if given:
+            scores.append(torch.cat(_flat(given, params)).double().abs())
+            bad += (among & scores[-1].isnan()).split(sizes)
+        else:
+            scores.append(_random_scores(params, key, draw, index, place))
+    first = _first_bad(bad or [live[:0]])
     if first >= 0:
         return first % len(params)
-
-    def scores(given: list[Tensor], place: int) -> Tensor:
-        if not given:
-            return _random_scores(params, key, draw, index, place)
-        return torch.cat([rows(s, like=p).abs().double().reshape(-1) for s, p in zip(given, params)])
-
-    lowest = -scores(drop, 0xFFFFFFFE) if drop else scores(drop, 0xFFFFFFFE)
-    dropped = _largest(lowest, count, among=live)
-    grown = _largest(scores(grow, 0xFFFFFFFF), count, among=~live)
+    dropped = _largest(-scores[0] if drop else scores[0], count, among=live)
+    grown = _largest(scores[1], count, among=~live)
     mask.copy_(pack(list((live & ~dropped | grown).split(sizes))))
     return first

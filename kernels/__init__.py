@@ -1,4 +1,4 @@
-"""The operators in Triton: one function for each schema in flatops/schemas.py.
+"""The operators in Triton: one function for each definition in flatops/reference.py, in OPERATORS by its name.
 
 One launch serves all tensors of a dtype, and with two more before it the filters that are too long for one program;
 `grad_norm` takes one launch a dtype and two more; a mask takes one for every eight bits of a score, and four more (mask.py).
@@ -6,21 +6,7 @@ Nothing waits for the GPU, and everything can be captured in a CUDA graph once i
 when it is first called.
 """
 
-from .ascend import ascend_
-from .fisher import filter_fisher_, fisher_
-from .mask import regrow_mask_, topk_mask
-from .perturb import normal_, perturb_, restore_
-from .sum import filter_norms, grad_norm
+from . import ascend, fisher, mask, perturb, sum
+from .tensor_list import OPERATORS
 
-__all__ = [
-    "ascend_",
-    "filter_fisher_",
-    "filter_norms",
-    "fisher_",
-    "grad_norm",
-    "normal_",
-    "perturb_",
-    "regrow_mask_",
-    "restore_",
-    "topk_mask",
-]
+__all__ = ["OPERATORS", "ascend", "fisher", "mask", "perturb", "sum"]

@@ -19,12 +19,12 @@ from .arithmetic import INTERPRETED, widen
 from .bits import WORDS, first_ones, is_set, ones, reduces_of
 from .philox import philox
 from .tensor_list import (
-    BACKUP,
     DATA,
+    DROP,
     FIELDS,
     FIRST_RANK,
+    GROW,
     INDEX,
-    OTHER,
     ROWS,
     TensorList,
     operator,
@@ -331,12 +331,12 @@ def topk_mask(scores, k):
 
 @operator
 def regrow_mask_(mask, params, drop, grow, key, draw, index, count):
-    tensors = TensorList(params, drop, grow, index=index)
+    tensors = TensorList(params, drop=drop, grow=grow, index=index)
     tensors.check_mask(mask)
     selections = Selections(tensors, 2)
     given = (mask, key, draw)
-    selections.choose(0, count, OTHER if drop else None, *given, TO_DROP, live=True, lowest=len(drop) > 0)
-    selections.choose(1, count, BACKUP if grow else None, *given, TO_GROW, live=False, lowest=False)
+    selections.choose(0, count, DROP if drop else None, *given, TO_DROP, live=True, lowest=len(drop) > 0)
+    selections.choose(1, count, GROW if grow else None, *given, TO_GROW, live=False, lowest=False)
     selections.write(mask, True)
     bad_drop, bad_grow = selections.result[:, 0]
     return torch.where(bad_drop < 0, bad_grow, bad_drop)

@@ -1,4 +1,4 @@
-"""perturb_, restore_ and normal_: a filter's norm, its normals and the addition, while it is in the cache."""
+"""perturb_, subtract_noise_, restore_, normal_: a filter's norm, its normals and the addition, while it is in the cache."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def perturb_kernel(
 ):
     """Adds noise by `scales`, and makes those of filters in one piece: sigma times their norm.
 
-    Without sigma the scales stand, and the noise is taken away; without scales the noise is all there is.
+    Without sigma the scales stand, and the noise is subtracted; without scales the noise is all there is.
     """
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
@@ -144,7 +144,7 @@ def copy_kernel(tensors, blocks, first, dtype: tl.constexpr):
 
 @operator
 def perturb_(params, scales, backup, sigma, key, draw, index, first_row, fisher, eta):
-    tensors = TensorList(params, (), backup, fisher, index, first_row, changed=True)
+    tensors = TensorList(params, backup=backup, fisher=fisher, index=index, first_row=first_row, changed=True)
     tensors.check_scales(scales)
     long_norms(tensors, scales, sigma)
     noise = (scales, sigma, key, draw, eta)
@@ -153,16 +153,21 @@ def perturb_(params, scales, backup, sigma, key, draw, index, first_row, fisher,
 
 
 @operator
-def restore_(params, backup, mask, scales, key, draw, index, first_row, fisher, eta):
-    tensors = TensorList(params, (), backup if mask is None else (), fisher, index, first_row)
-    if mask is not None:
-        restore_masked(tensors, params, backup, mask)
-    elif scales is None:
+def subtract_noise_(params, scales, key, draw, index, first_row, fisher, eta):
+    tensors = TensorList(params, fisher=fisher, index=index, first_row=first_row)
+    tensors.check_scales(scales)
+    noise = (scales, None, key, draw, eta)
+    tensors.run(perturb_kernel, "all", *noise, backup=False, fisher=len(fisher) > 0)
+    tensors.wrote(*params)
+
+
+@operator
+def restore_(params, backup, mask):
+    tensors = TensorList(params, backup=backup if mask is None else ())
+    if mask is None:
         tensors.run(copy_kernel, "whole")
     else:
-        tensors.check_scales(scales)
-        noise = (scales, None, key, draw, eta)
-        tensors.run(perturb_kernel, "all", *noise, backup=False, fisher=len(fisher) > 0)
+        restore_masked(tensors, params, backup, mask)
     tensors.wrote(*params)
 
 

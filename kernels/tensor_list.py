@@ -36,13 +36,12 @@ TYPES = {
 
 # --- what a program reads: a row of int64 for each tensor, a row of int32 for each block -------------------------------------
 
-# A tensor's numbers; the first four are addresses, or 0. At ALIGNED stands whether every filter can be read and written
-# 16 bytes at a time, and after it whether the tensor can that is one filter. At FIRST_WORD and FIRST_RANK stands where a mask
-# over the list has the tensor's words and ranks.
-DATA, OTHER, BACKUP, FISHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-FILTERS, LENGTH, FIRST_FILTER = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
-INDEX, FIRST_ROW, ONE_DIM, ALIGNED = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
-FIRST_WORD, FIRST_RANK, FIELDS = tl.constexpr(12), tl.constexpr(13), tl.constexpr(14)
+# A tensor's numbers; the first six are addresses, or 0: DROP and GROW are scores by which a mask changes. At ALIGNED stands
+# whether every filter can be read and written 16 bytes at a time, and after it whether the tensor can that is one filter. At
+# FIRST_WORD and FIRST_RANK stands where a mask over the list has the tensor's words and ranks.
+DATA, OTHER, BACKUP, DROP, GROW, FISHER = map(tl.constexpr, range(6))
+FILTERS, LENGTH, FIRST_FILTER, INDEX, FIRST_ROW, ONE_DIM, ALIGNED = map(tl.constexpr, range(6, 13))
+FIRST_WORD, FIRST_RANK, FIELDS = map(tl.constexpr, range(14, 17))
 
 
 @triton.jit
@@ -233,7 +232,7 @@ class TensorList:
 
     Args:
         data: the tensors that filters are counted in.
-        other, backup: as many of the same shapes and dtypes, taken in the storage order of `data`; or none.
+        other, backup, drop, grow: as many of the same shapes and dtypes, taken in the storage order of `data`; or none.
         other_dtype: of `other`, where it is not the same.
         fisher: float32, one entry per slice along dim 0; or none.
         index: the noise's `tensor`.
@@ -246,6 +245,8 @@ class TensorList:
         data: Sequence[Tensor],
         other: Sequence[Tensor] = (),
         backup: Sequence[Tensor] = (),
+        drop: Sequence[Tensor] = (),
+        grow: Sequence[Tensor] = (),
         fisher: Sequence[Tensor] = (),
         index: Sequence[int] = (),
         first_row: Sequence[int] = (),
@@ -257,7 +258,7 @@ class TensorList:
             raise RuntimeError("Triton's interpreter reads the host's memory alone: unset TRITON_INTERPRET")
         self.shapes = _shapes(tuple(t.shape for t in data), tuple(t.dtype for t in data))
         self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
-        for ts, dtype in ((other, other_dtype), (backup, None)):
+        for ts, dtype in ((other, other_dtype), (backup, None), (drop, None), (grow, None)):
             if any(t.numel() != p.numel() or t.dtype != (dtype or p.dtype) for t, p in zip(ts, data)):
                 raise ValueError("tensors that belong together differ in shape or dtype")
         for i, (f, p) in enumerate(zip(fisher, data)):
@@ -268,7 +269,7 @@ class TensorList:
                 (t if right and t.is_contiguous() else self._lay_out(t, p)).data_ptr()
                 for t, p, right in zip(ts, data, lies_right)
             )
-            for ts in (data, other, backup)
+            for ts in (data, other, backup, drop, grow)
         )
         addresses += (tuple(f.data_ptr() for f in fisher),)
         key = (self.device, self.shapes, addresses, tuple(index), tuple(first_row), changed)
@@ -349,12 +350,16 @@ def _check_array(
         raise ValueError(f"{name} must be a contiguous {dtype} tensor of {size} entries on {device}")
 
 
+OPERATORS: dict[str, Callable] = {}  # by the names of their schemas
+
+
 def operator(function: Callable) -> Callable:
-    """Runs an operator on the device of its first argument. Copies of odd layouts are no business of autograd's."""
+    """Registers an operator, which runs on the device of its first argument. Autograd sees no copies of odd layouts."""
 
     @functools.wraps(function)
     def run(first, *args):
         with torch.no_grad(), torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
             return function(first, *args)
 
+    OPERATORS[function.__name__] = run
     return run

@@ -243,11 +243,11 @@ def mask_of(tensors: list[Tensor]) -> Tensor:
     return ops.pack_mask(masked)
 
 
-def _restore(case: Case, eta: float = 0.0) -> tuple:
+def _subtract_noise(case: Case, eta: float = 0.0) -> tuple:
     params = case.tensors(1)
     scales = torch.rand(ops.new_scales(params).shape, generator=torch.Generator().manual_seed(2))
     fisher = fisher_of(params) if eta else []
-    return params, [], None, scales, KEY, DRAW, _index(params), _first_row(params), fisher, eta
+    return params, scales, KEY, DRAW, _index(params), _first_row(params), fisher, eta
 
 
 def _restore_masked(case: Case) -> tuple:
@@ -259,7 +259,7 @@ def _restore_masked(case: Case) -> tuple:
             0, 256, (backup[0].nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
         )
     )
-    return params, backup, mask, None, None, None, [], [], [], 0.0
+    return params, backup, mask
 
 
 def _ascend(
@@ -310,19 +310,11 @@ OPERATORS: dict[str, Callable[[Case], tuple]] = {
     "perturb_": _perturb,
     "perturb_,bare": lambda case: _perturb(case, backup=False),
     "perturb_,fisher": lambda case: _perturb(case, eta=0.7),
-    "restore_": lambda case: (case.tensors(1), case.tensors(2), *[None] * 4, [], [], [], 0.0),
+    "restore_": lambda case: (case.tensors(1), case.tensors(2), None),
     "restore_,masked": _restore_masked,
-    "restore_,otherwise": lambda case: (
-        case.tensors(1),
-        case.otherwise().tensors(2),
-        *[None] * 4,
-        [],
-        [],
-        [],
-        0.0,
-    ),
-    "restore_,drawn": _restore,
-    "restore_,drawn,fisher": lambda case: _restore(case, eta=0.7),
+    "restore_,otherwise": lambda case: (case.tensors(1), case.otherwise().tensors(2), None),
+    "subtract_noise_": _subtract_noise,
+    "subtract_noise_,fisher": lambda case: _subtract_noise(case, eta=0.7),
     "normal_": lambda case: (replace(case, dtype=torch.float32).tensors(1)[-1], KEY, DRAW, 7),
     "filter_fisher_": lambda case: (fisher_of(case.tensors(1)), case.tensors(1), 0.99, _number(0.5)),
     "grad_norm": lambda case: (case.tensors(2, scale=0.01), []),
@@ -386,7 +378,7 @@ def table() -> list[tuple[str, Case, Backend]]:
         for backend in CONFORMING
         if case in (SLOW_CASES if backend.slow else CASES)
         # bfloat16 and float16 are refused: their low bits would be lost
-        if "drawn" not in operator or case.dtype in (torch.float32, torch.float64)
+        if not operator.startswith("subtract_noise_") or case.dtype in (torch.float32, torch.float64)
     ]
 
 

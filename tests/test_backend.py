@@ -1,4 +1,4 @@
-"""Which backend is chosen, and what is said of one that cannot be used."""
+"""What backends have, which one is chosen, and what is said of one that cannot be used."""
 
 import sys
 import warnings
@@ -8,8 +8,20 @@ import torch
 
 from flatops import ops
 from flatops.backend import _C, _runs_on, choose, why_not
+from flatops.schemas import SCHEMAS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_every_backend_has_the_operators_that_are_declared_and_no_others():
+    """The lists besides SCHEMAS: of csrc/bindings.h, of Triton's kernels, and of functions for users."""
+    for device in ("CPU", *(["CUDA"] if _C.cuda_archs else [])):
+        for name in SCHEMAS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flatops::{name}", device), name
+    assert not [impl for impl in torch._C._dispatch_find_dangling_impls() if "flatops" in impl]  # registered, not declared
+    assert set(pytest.importorskip("flatops.kernels", exc_type=ImportError).OPERATORS) == set(SCHEMAS)
+    functions = {"normal_": "normal", "subtract_noise_": "restore_"}  # of another name
+    assert {functions.get(name, name) for name in SCHEMAS} <= set(ops.__all__)
 
 
 @pytest.fixture

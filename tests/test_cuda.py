@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flatops
-from flatops import CosineRamp, ops, reference
+from flatops import CosineRamp, checks, ops, reference
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU: torch.cuda.is_available() is False", allow_module_level=True)
@@ -324,10 +324,10 @@ def test_numbers_in_a_graph_are_its_own(backend):
     """Memory of a graph does not enter the cache of numbers, which outlives the graph."""
     w, draw = torch.randn(6, 50, device="cuda"), torch.tensor(4, device="cuda")
     ops.perturb_([w], 0.5, seed=1, draw=draw)
-    ops._constant.cache_clear()
+    checks._constant.cache_clear()
     before = w.clone()
     graph, _ = capture(lambda: ops.perturb_([w], 0.125, seed=3, draw=draw), warm_up=0)
-    assert ops._constant.cache_info().currsize == 0
+    assert checks._constant.cache_info().currsize == 0
     graph.replay()
     expected = [before]
     ops.perturb_(expected, 0.125, seed=3, draw=4)
@@ -363,7 +363,7 @@ def test_the_current_stream_is_respected(operator, backend):
 @on_kernels
 def test_a_number_is_made_on_the_stream_that_reads_it(backend):
     """One that another, sleeping stream is still to make would be read too early."""
-    ops._constant.cache_clear()
+    checks._constant.cache_clear()
     w, side = torch.randn(6, 50), torch.cuda.Stream()
     first, second = [w.cuda()], [w.cuda()]
     ops.perturb_([w.cuda()], 0.5, seed=1, draw=1)  # compiles

@@ -240,6 +240,7 @@ BAD = [
     (lambda: ops.regrow_mask_(M, P, -1, seed=0, draw=0), ValueError, "count"),
     (lambda: ops.regrow_mask_(M, P, 1, drop=S[:1], seed=0, draw=0), ValueError, "drop"),
     (lambda: ops.regrow_mask_(M, P[:1], 1, seed=0, draw=0), ValueError, "mask"),
+    (lambda: ops.regrow_mask_(M, P, 1, seed=0, draw=0, index=[1]), ValueError, "index"),
     (
         lambda: ops.regrow_mask_(M, P, 1, drop=[p * math.nan for p in P], seed=0, draw=0),
         ValueError,

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flatops
-from flatops import ops
+from flatops import checks, ops
 from flatops.backend import choose
 from flatops.schemas import SCHEMAS, filters
 
@@ -181,23 +181,23 @@ CPU = torch.device("cpu")
 
 def test_a_number_is_made_into_a_tensor_once():
     """For each dtype, and no more of them than there is room for; -0.0 is 0.0."""
-    ops._constant.cache_clear()
-    made = ops._scalar("sigma", 0.25, CPU)
-    assert ops._scalar("rho", 0.25, CPU) is made and made.dtype == torch.float64 and made.item() == 0.25
-    one, also = ops._scalar("draw", 1, CPU, torch.int64), ops._scalar("sigma", 1, CPU)
+    checks._constant.cache_clear()
+    made = checks.scalar("sigma", 0.25, CPU)
+    assert checks.scalar("rho", 0.25, CPU) is made and made.dtype == torch.float64 and made.item() == 0.25
+    one, also = checks.scalar("draw", 1, CPU, torch.int64), checks.scalar("sigma", 1, CPU)
     assert (one.dtype, also.dtype) == (torch.int64, torch.float64) and one.item() == also.item() == 1
     for zero in (-0.0, 0.0):
-        assert not ops._scalar("sigma", zero, CPU).signbit()
+        assert not checks.scalar("sigma", zero, CPU).signbit()
     for i in range(1000):
-        assert ops._scalar("draw", i, CPU, torch.int64).item() == i
-    assert ops._constant.cache_info().currsize < 1000
+        assert checks.scalar("draw", i, CPU, torch.int64).item() == i
+    assert checks._constant.cache_info().currsize < 1000
 
 
 @pytest.mark.parametrize("first", ["real", "unreal"])
 @pytest.mark.parametrize("unreal", ["fake", "compiled", "inference"])
 def test_a_number_of_another_mode_is_of_no_other_use(unreal, first):
     """A fake tensor must not come out of the cache in earnest, nor a real one where only fakes may be."""
-    ops._constant.cache_clear()
+    checks._constant.cache_clear()
     start = torch.randn(5, 9)
     expected = start.clone()
     ops.perturb_([expected], torch.tensor(0.25, dtype=torch.float64), seed=1, draw=torch.tensor(2))
@@ -224,7 +224,7 @@ def test_a_number_of_another_mode_is_of_no_other_use(unreal, first):
     ):
         run()
     assert_same_bits(perturbed(start), expected)
-    number = ops._scalar("sigma", 0.25, CPU)
+    number = checks.scalar("sigma", 0.25, CPU)
     assert type(number) is torch.Tensor and not number.is_inference()
 
 
@@ -356,6 +356,7 @@ BAD = [
         ValueError,
         r"first_row\[0\]",
     ),
+    (lambda: ops.restore_([W], scales=torch.ones(3), seed=0, draw=0, index=[1, 2]), ValueError, "index"),
     (lambda: ops.restore_([W], backup=[W, W]), ValueError, "backup"),
     (lambda: ops.restore_([W.bfloat16()], scales=torch.ones(3), seed=0, draw=0), TypeError, "bfloat16"),
     (lambda: ops.grad_norm([W], [torch.ones(4, 3)]), ValueError, r"grads\[0\]"),

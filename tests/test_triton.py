@@ -43,7 +43,7 @@ TOPK = {
     "lowest": False,
     "bits": None,  # as the dtype says
 }
-DROP = {"column": 1, "place": None, "live": True, "lowest": True, "bits": None}
+DROP = {"column": tensor_list.DROP.value, "place": None, "live": True, "lowest": True, "bits": None}
 RANDOM = {"column": None, "place": 0xFFFFFFFF, "live": False, "lowest": False, "bits": 24}
 VARIANTS = {
     "perturb": ("perturb", "perturb_kernel", PERTURB),
@@ -335,22 +335,22 @@ def test_versions_move_where_something_changes():
     """Also where odd layouts are copied: the gradient's copy is not put back."""
     params, grads, backup = ([torch.ones(6, 4).t()] for _ in range(3))
     rho, norm = torch.tensor(0.5, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
-    kernels.ascend_(params, grads, backup, None, rho, norm, False)
+    kernels.ascend.ascend_(params, grads, backup, None, rho, norm, False)
     assert (params[0] == 1.25).all() and (backup[0] == 1).all()
     assert (params[0]._version > 0, backup[0]._version > 0, grads[0]._version) == (True, True, 0)
     version = backup[0]._version
-    kernels.restore_(params, backup, None, None, None, None, [], [], [], 0.0)
+    kernels.perturb.restore_(params, backup, None)
     assert (params[0] == 1).all() and backup[0]._version == version
 
 
 @interpreted
 def test_versions_move_where_masks_change():
     params, fisher = [torch.ones(40)], [torch.zeros(40)]
-    kernels.fisher_(fisher, params, torch.tensor(2.0, dtype=torch.float64))
-    mask, bad = kernels.topk_mask(fisher, 3)
+    kernels.fisher.fisher_(fisher, params, torch.tensor(2.0, dtype=torch.float64))
+    mask, bad = kernels.mask.topk_mask(fisher, 3)
     assert mask.tolist() == [7, 0, 0] and bad == -1 and fisher[0]._version > 0
     version, key = mask._version, torch.tensor(1)
-    kernels.regrow_mask_(mask, params, params, params, key, key, [0], 2)
+    kernels.mask.regrow_mask_(mask, params, params, params, key, key, [0], 2)
     assert mask.tolist() == [0b11100, 0, 0] and mask._version > version and params[0]._version == 0
 
 
@@ -366,12 +366,12 @@ def test_choices_by_the_digits_that_a_gpu_takes(dtype, monkeypatch):
         monkeypatch.setattr(kernels.mask, name, tl.constexpr(value))
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(n, generator=generator).to(dtype) for n in (700, 0, 1500)]
-    mask, bad = kernels.topk_mask([p.abs() for p in params], 900)
+    mask, bad = kernels.mask.topk_mask([p.abs() for p in params], 900)
     assert_same_bits([mask, bad], list(reference.topk_mask([p.abs() for p in params], 900)))
     key, draw, index = torch.tensor(2**40 + 17), torch.tensor(5), [3, 4, 5]
     for drop, grow in ((params, []), ([], params)):
         ours, theirs = mask.clone(), mask.clone()
-        for function, changed in ((kernels.regrow_mask_, ours), (reference.regrow_mask_, theirs)):
+        for function, changed in ((kernels.mask.regrow_mask_, ours), (reference.regrow_mask_, theirs)):
             function(changed, params, drop, grow, key, draw, index, 300)
         assert_same_bits(ours, theirs)
 
@@ -381,14 +381,14 @@ def test_backups_with_too_few_slots_are_not_overrun():
     """Weights without a slot stay, and all the others come back."""
     params, norm = [torch.randn(5000)], torch.tensor(1.0, dtype=torch.float64)
     before = params[0].clone()
-    mask, _ = kernels.topk_mask([before.abs()], 2500)
+    mask, _ = kernels.mask.topk_mask([before.abs()], 2500)
     room = torch.full((1300,), 7.0)
     backup = [room[:1200]]
-    kernels.ascend_(params, params, backup, mask, norm, norm, False)
+    kernels.ascend.ascend_(params, params, backup, mask, norm, norm, False)
     changed = params[0] != before
     assert changed[:2048].sum() == mask[-3] <= 1200 and not changed[3 * 1024 :].any()
     assert (room[1200:] == 7).all()
-    kernels.restore_(params, backup, mask, None, None, None, [], [], [], 0.0)
+    kernels.perturb.restore_(params, backup, mask)
     assert_same_bits(params[0], before)
 
 

@@ -1,4 +1,5 @@
-// ascend_: SAM's step along the gradient, one pass over weights and gradients; under a mask for some of them, and their way back.
+// ascend_: SAM's step along the gradient, one pass over weights and gradients; restore_'s copy from a backup; both also under
+// a mask, for some of them. fisher_.
 #define FLATOPS_FILE "cpu/ascend.cpp"
 #include "cpu/each_level.h"
 
@@ -88,13 +89,13 @@ template <class T> FLATOPS_INLINE void fetch(const T* p, int64_t n) {
 template <class T> struct alignas(64) Gathered { T x[REDUCE + W]; };
 
 // Between the list's backup and `count` elements beside each other, from slot `first` on.
-template <class T> FLATOPS_INLINE void to_slots(const Gathered<T>& from, void* backup, const Compact& c, int64_t first, int64_t count) {
-  if (c.slot == sizeof(T)) __builtin_memcpy((T*)backup + first, from.x, count * sizeof(T));
-  else for (int64_t k = 0; k < count; ++k) __builtin_memcpy((char*)backup + (first + k) * c.slot, from.x + k, sizeof(T));
+template <class T> FLATOPS_INLINE void to_slots(const Gathered<T>& from, const MaskedBackup& b, int64_t first, int64_t count) {
+  if (b.width == sizeof(T)) __builtin_memcpy((T*)b.data + first, from.x, count * sizeof(T));
+  else for (int64_t k = 0; k < count; ++k) __builtin_memcpy((char*)b.data + (first + k) * b.width, from.x + k, sizeof(T));
 }
-template <class T> FLATOPS_INLINE void from_slots(Gathered<T>& to, const void* backup, const Compact& c, int64_t first, int64_t count) {
-  if (c.slot == sizeof(T)) __builtin_memcpy(to.x, (const T*)backup + first, count * sizeof(T));
-  else for (int64_t k = 0; k < count; ++k) __builtin_memcpy(to.x + k, (const char*)backup + (first + k) * c.slot, sizeof(T));
+template <class T> FLATOPS_INLINE void from_slots(Gathered<T>& to, const MaskedBackup& b, int64_t first, int64_t count) {
+  if (b.width == sizeof(T)) __builtin_memcpy(to.x, (const T*)b.data + first, count * sizeof(T));
+  else for (int64_t k = 0; k < count; ++k) __builtin_memcpy(to.x + k, (const char*)b.data + (first + k) * b.width, sizeof(T));
 }
 
 // The masked of n weights are kept, and climb.
@@ -132,59 +133,50 @@ FLATOPS_INLINE void climb_masked(T* w, const T* g, const uint32_t* bits, double 
 }
 
 template <class T>
-static void ascend_masked_of(const Tensor& t, const Block& b, const Compact& compact, double step, bool adaptive) {
+static void ascend_masked_of(const Tensor& t, const Block& b, const MaskedBackup& backup, double step, bool adaptive) {
   Gathered<T> kept;
   for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
     const int64_t n = std::min(REDUCE, b.start + b.length - i);
     const uint32_t* bits = t.bits + i / 32;
     const int64_t count = ones(bits, n);
     // What has no slot, because the backup is another mask's, stays as it is.
-    if (!count || (t.backup && t.ranks[i / REDUCE] + count > compact.slots)) continue;
+    if (!count || (backup.data && t.ranks[i / REDUCE] + count > backup.slots)) continue;
     T* w = (T*)t.data + i;
     const T* g = (const T*)t.grad + i;
     fetch(w + REDUCE, n), fetch(g + REDUCE, n);
     if (adaptive) climb_masked<true>(w, g, bits, step, n, kept.x);
     else climb_masked<false>(w, g, bits, step, n, kept.x);
-    if (t.backup) to_slots(kept, t.backup, compact, t.ranks[i / REDUCE], count);
+    if (backup.data) to_slots(kept, backup, t.ranks[i / REDUCE], count);
   }
 }
 
-static void ascend_block(const Tensor& t, const Block& b, const Compact& compact, double step, bool adaptive) {
-  if (t.bits) FLATOPS_BY_DTYPE(t.dtype, ascend_masked_of, t, b, compact, step, adaptive)
+static void ascend_block(const Tensor& t, const Block& b, const MaskedBackup& backup, double step, bool adaptive) {
+  if (t.bits) FLATOPS_BY_DTYPE(t.dtype, ascend_masked_of, t, b, backup, step, adaptive)
   FLATOPS_BY_DTYPE(t.dtype, ascend_block_of, t, b, step, adaptive)
 }
 
-template <class T> static void restore_masked_of(const Tensor& t, const Block& b, const Compact& compact) {
+template <class T> static void restore_masked_of(const Tensor& t, const Block& b, const MaskedBackup& backup) {
   Gathered<T> kept;
   for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
     const int64_t n = std::min(REDUCE, b.start + b.length - i);
     const uint32_t* bits = t.bits + i / 32;
     const int64_t count = ones(bits, n);
-    if (!count || t.ranks[i / REDUCE] + count > compact.slots) continue;
+    if (!count || t.ranks[i / REDUCE] + count > backup.slots) continue;
     fetch((T*)t.data + i + REDUCE, n);
-    from_slots(kept, t.backup, compact, t.ranks[i / REDUCE], count);
+    from_slots(kept, backup, t.ranks[i / REDUCE], count);
     scatter((T*)t.data + i, bits, n, kept.x);
   }
 }
 
-static void restore_masked(const Tensor& t, const Block& b, const Compact& compact) {
-  FLATOPS_BY_DTYPE(t.dtype, restore_masked_of, t, b, compact)
+static void restore_block(const Tensor& t, const Block& b, const MaskedBackup& backup) {
+  if (t.bits) FLATOPS_BY_DTYPE(t.dtype, restore_masked_of, t, b, backup)
+  constexpr int64_t AHEAD = 2048;  // elements that are fetched ahead
+  const int64_t size = size_of(t.dtype);
+  copy((char*)t.data + b.start * size, (const char*)t.backup + b.start * size, b.length * size, AHEAD * size);
+  fence();
 }
 
 #else
-
-#include "cpu/ascend.h"
-
-namespace flatops::cpu {
-
-void copy_back_masked(TensorList& list, const Parallel& parallel) {
-  list.cut(/*whole=*/true);
-  const auto restore_masked = FLATOPS_BEST(restore_masked);
-  parallel(list.blocks.size(),
-           [&](int64_t i) { restore_masked(list.tensors[list.blocks[i].tensor], list.blocks[i], list.compact); });
-}
-
-}  // namespace flatops::cpu
 
 namespace flatops {
 
@@ -193,8 +185,15 @@ template <> void ascend_(TensorList& list, const double* rho, const double* norm
   const double step = *norm > 0 && std::isfinite(*norm) ? *rho / *norm : 0.0;
   const auto ascend_block = FLATOPS_BEST(ascend_block);
   parallel(list.blocks.size(), [&](int64_t i) {
-    ascend_block(list.tensors[list.blocks[i].tensor], list.blocks[i], list.compact, step, adaptive);
+    ascend_block(list.tensors[list.blocks[i].tensor], list.blocks[i], list.masked_backup, step, adaptive);
   });
+}
+
+template <> void restore_(TensorList& list, const Parallel& parallel) {
+  list.cut(/*whole=*/true);
+  const auto restore_block = FLATOPS_BEST(restore_block);
+  parallel(list.blocks.size(),
+           [&](int64_t i) { restore_block(list.tensors[list.blocks[i].tensor], list.blocks[i], list.masked_backup); });
 }
 
 template <> void fisher_(TensorList& list, const double* scale, const Parallel& parallel) {

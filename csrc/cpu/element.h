@@ -1,4 +1,4 @@
-// One element of a tensor, for what reads few of them.
+// One element of an array of some dtype, for what reads few of them.
 #pragma once
 #include <cmath>
 
@@ -6,24 +6,24 @@
 
 namespace flatops::cpu {
 
-inline double element(const Tensor& t, int64_t i) {
-  switch (t.dtype) {
-    case DType::f32: return ((const float*)t.data)[i];
-    case DType::f64: return ((const double*)t.data)[i];
+inline double element(const void* x, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::f32: return ((const float*)x)[i];
+    case DType::f64: return ((const double*)x)[i];
     case DType::bf16: {
-      const uint32_t u = uint32_t(((const uint16_t*)t.data)[i]) << 16;
+      const uint32_t u = uint32_t(((const uint16_t*)x)[i]) << 16;
       float f;
       __builtin_memcpy(&f, &u, 4);
       return f;
     }
     case DType::f16: break;
   }
-  const uint16_t h = ((const uint16_t*)t.data)[i];
+  const uint16_t h = ((const uint16_t*)x)[i];
   const uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
-  const double x = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                   : exponent     ? std::ldexp(1024 + mantissa, int(exponent) - 25)
-                                  : std::ldexp(mantissa, -24);
-  return h >> 15 ? -x : x;
+  const double value = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                       : exponent     ? std::ldexp(1024 + mantissa, int(exponent) - 25)
+                                      : std::ldexp(mantissa, -24);
+  return h >> 15 ? -value : value;
 }
 
 }  // namespace flatops::cpu

@@ -20,7 +20,10 @@ template <> void filter_fisher_(TensorList& list, double beta, const double* sca
   const double square_scale = *scale * *scale;
   for (const Tensor& t : list.tensors) {
     if (t.one_dim)
-      for (int64_t i = 0; i < t.length; ++i) cpu::update(t.fisher[i], cpu::element(t, i) * cpu::element(t, i), beta, square_scale);
+      for (int64_t i = 0; i < t.length; ++i) {
+        const double g = cpu::element(t.data, t.dtype, i);
+        cpu::update(t.fisher[i], g * g, beta, square_scale);
+      }
     else
       for (int64_t f = 0; f < t.filters; ++f) cpu::update(t.fisher[f], sums[t.first_filter + f], beta, square_scale);
   }

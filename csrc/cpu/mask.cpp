@@ -126,7 +126,7 @@ template <class T, class X = ScoreOf<T>>
 FLATOPS_INLINE const X* scores_of(const Tensor& t, const Scores& s, const Draws* draws, int64_t start, int64_t n, ScoreTile<X>& room) {
   const X* x = room.x;
   Tile tile;
-  if (!draws) x = open((const T*)t.data + start, n, tile);
+  if (!draws) x = open((const T*)t.scores + start, n, tile);
   else if constexpr (std::is_same_v<T, float>) random_scores(draws->keys, draws->filter(s.filter, t.index), start, n, room.x);
   if (!draws && s.kind == Scores::value && !s.lowest && !std::is_same_v<T, Bf16> && !std::is_same_v<T, F16>) return x;
   for (int64_t i = 0; i < n; ++i) {
@@ -149,7 +149,7 @@ static void mark_of(const Tensor& t, const Block& b, uint32_t* marks, const Scor
   uint32_t good = ~0u;
   for (int64_t i = b.start; i < b.start + b.length; i += REDUCE) {
     const int64_t n = std::min(REDUCE, b.start + b.length - i);
-    for (int64_t j = 0; !draws && j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch((const T*)t.data + i + REDUCE + j);
+    for (int64_t j = 0; !draws && j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch((const T*)t.scores + i + REDUCE + j);
     const X* x = scores_of<T>(t, s, draws.get(), i, n, room);
     if (!bracket.one_value()) found.make_room<X>(n + 4);
     uint32_t candidates[REDUCE / 32] = {};
@@ -266,7 +266,7 @@ struct Selection {
       const Tensor& t = list.tensors[tensor];
       const int64_t i = at - begin;
       if (!(scores.eligible(t, i / 32) >> (i % 32) & 1)) continue;
-      const double x = element(t, i), score = scores.kind == Scores::magnitude ? std::abs(x) : x;
+      const double x = element(t.scores, t.dtype, i), score = scores.kind == Scores::magnitude ? std::abs(x) : x;
       if (score == score) out.push_back(scores.lowest ? -score : score);
     }
     return out;
@@ -384,7 +384,7 @@ template <> void topk_mask(TensorList& list, int64_t count, int64_t* bad, const 
   list.cut(/*whole=*/true);
   int64_t elements = 0;
   for (const Tensor& t : list.tensors) elements += t.numel();
-  const cpu::Scores scores{cpu::Scores::value};
+  const cpu::Scores scores{.kind = cpu::Scores::value};
   *bad = list.tensors.empty() ? -1 : cpu::Selection(list, scores, count, elements, list.tensors[0].bits, parallel).run();
   FLATOPS_BEST(rank)(list);
 }
@@ -399,8 +399,10 @@ void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise
   count = std::min({count, live, elements - live});
   std::vector<uint32_t> dropped(size), grown(size);
   using cpu::Scores;
-  const Scores drops{random.drop ? Scores::random : Scores::magnitude, !random.drop, Scores::live, noise, 0xfffffffe};
-  const Scores grows{random.grow ? Scores::random : Scores::magnitude, false, Scores::dead, noise, 0xffffffff};
+  const Scores drops{.kind = random.drop ? Scores::random : Scores::magnitude, .lowest = !random.drop, .among = Scores::live,
+                     .noise = noise, .filter = 0xfffffffe};
+  const Scores grows{.kind = random.grow ? Scores::random : Scores::magnitude, .among = Scores::dead, .noise = noise,
+                     .filter = 0xffffffff};
   *bad = cpu::Selection(drop, drops, count, live, dropped.data(), parallel).run();
   const int64_t bad_grow = cpu::Selection(grow, grows, count, elements - live, grown.data(), parallel).run();
   if (*bad < 0) *bad = bad_grow;

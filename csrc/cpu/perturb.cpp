@@ -1,15 +1,15 @@
-// perturb_, restore_ and normal_: a filter's norm, its normals and the addition, while it lies in the cache.
+// perturb_, subtract_noise_, normal_: a filter's norm, its normals and the addition, while it lies in the cache.
 #define FLATOPS_FILE "cpu/perturb.cpp"
 #ifndef FLATOPS_LEVEL
 #include "ops.h"
 
 namespace flatops::cpu {
 struct PerturbArgs {
-  float* scales;        // [list.filters]; written for sigma, read where the norm is known or the noise is taken away
-  const double* sigma;  // null: the scales stand
+  const float* scales;       // [list.filters]
+  float* new_scales = {};    // perturb_: the same, to write those of filters that are in one block; null: subtract
+  const double* sigma = {};
   Noise noise;
   double eta;
-  float sign;
 };
 }  // namespace flatops::cpu
 #endif
@@ -43,9 +43,10 @@ static void perturb_block_of(const Tensor& t, const Block& b, const Draws& draws
   for (int64_t f = b.filter; f < b.filter + b.filters; ++f) {
     T* w = (T*)t.data + f * t.length + b.start;
     T* backup = t.backup ? (T*)t.backup + f * t.length + b.start : nullptr;
-    float& stored = args.scales[t.first_filter + f];
-    if (args.sigma && !b.part) stored = float(*args.sigma) * std::sqrt(float(sum_filter<false>(w, b.length)));
-    float scale = args.sign * stored;
+    const int64_t at = t.first_filter + f;
+    if (args.new_scales && !b.part)
+      args.new_scales[at] = float(*args.sigma) * std::sqrt(float(sum_filter<false>(w, b.length)));
+    float scale = args.new_scales ? args.scales[at] : -args.scales[at];
     const bool adapt = t.fisher && !t.one_dim, adapt_each = t.fisher && t.one_dim;
     if (adapt) scale = adapted(scale, args.eta, t.fisher[f]);
     const PhiloxFilter filter = draws.filter(t.first_row + f, t.index);
@@ -73,12 +74,6 @@ static void perturb_block(const Tensor& t, const Block& b, const PerturbArgs& ar
   FLATOPS_BY_DTYPE(t.dtype, perturb_block_of, t, b, draws, args)
 }
 
-static void copy_block(const Tensor& t, const Block& b) {
-  const int64_t size = size_of(t.dtype);
-  copy((char*)t.data + b.start * size, (const char*)t.backup + b.start * size, b.length * size, AHEAD * size);
-  fence();
-}
-
 static void normal_block(const Tensor& t, const Block& b, Noise noise) {
   const Draws draws = Draws::make(noise);
   Tile z;
@@ -96,12 +91,14 @@ static void normal_block(const Tensor& t, const Block& b, Noise noise) {
 
 #else
 
-#include "cpu/ascend.h"
 #include "cpu/filter_sums.h"
 
 namespace flatops {
 
-using cpu::PerturbArgs;
+static void add_noise(const TensorList& list, const cpu::PerturbArgs& args, const Parallel& parallel) {
+  const auto perturb_block = FLATOPS_BEST(perturb_block);
+  parallel(list.blocks.size(), [&](int64_t i) { perturb_block(list.tensors[list.blocks[i].tensor], list.blocks[i], args); });
+}
 
 template <>
 void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Parallel& parallel) {
@@ -114,23 +111,12 @@ void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise,
       if (b.part) scales[f] = float(*sigma) * std::sqrt(float(sums[f]));
     }
   }
-  const PerturbArgs args{scales, sigma, noise, eta, 1.0f};
-  const auto perturb_block = FLATOPS_BEST(perturb_block);
-  parallel(list.blocks.size(), [&](int64_t i) { perturb_block(list.tensors[list.blocks[i].tensor], list.blocks[i], args); });
+  add_noise(list, {.scales = scales, .new_scales = scales, .sigma = sigma, .noise = noise, .eta = eta}, parallel);
 }
 
-template <> void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Parallel& parallel) {
-  if (!scales && !list.tensors.empty() && list.tensors[0].bits) return cpu::copy_back_masked(list, parallel);
-  if (!scales) {
-    list.cut(/*whole=*/true);
-    const auto copy_block = FLATOPS_BEST(copy_block);
-    parallel(list.blocks.size(), [&](int64_t i) { copy_block(list.tensors[list.blocks[i].tensor], list.blocks[i]); });
-    return;
-  }
+template <> void subtract_noise_(TensorList& list, const float* scales, Noise noise, double eta, const Parallel& parallel) {
   list.cut();
-  const PerturbArgs args{const_cast<float*>(scales), nullptr, noise, eta, -1.0f};
-  const auto perturb_block = FLATOPS_BEST(perturb_block);
-  parallel(list.blocks.size(), [&](int64_t i) { perturb_block(list.tensors[list.blocks[i].tensor], list.blocks[i], args); });
+  add_noise(list, {.scales = scales, .noise = noise, .eta = eta}, parallel);
 }
 
 template <> void normal_(TensorList& list, Noise noise, const Parallel& parallel) {

@@ -1,7 +1,5 @@
 // What runs over weights one by one, filters aside: ascend_, SAM's step along the gradient, and restore_'s copy from a backup,
 // both also under a mask; fisher_.
-#include "ascend.h"
-
 #include "four.h"
 #include "mask.h"
 #include "table.h"
@@ -12,8 +10,8 @@ namespace {
 constexpr int FOURS = 4, STEP = 4 * THREADS;  // a thread has FOURS fours on their way at once, STEP apart
 constexpr int64_t SPAN = FOURS * STEP;        // a block's elements
 
-Work spans(const TensorList& list, DType dtype) {
-  Work work;
+Work<> spans(const TensorList& list, DType dtype) {
+  Work<> work;
   for (const Tensor& t : list.tensors)
     if (t.dtype == dtype && t.filters) work.add(flat(t), ceil_div(t.numel(), SPAN));
   return work;
@@ -93,10 +91,22 @@ __global__ void __launch_bounds__(THREADS) add_squares(const __grid_constant__ T
 
 // --- under a mask: a warp takes a REDUCE, and only fours that hold a live element are read and written ---------------------
 
+// A tensor as one row of elements.
+struct MaskedEntry {
+  void* data;
+  const void* grad;     // or null
+  int64_t elements;
+  uint32_t first_word;  // of the tensor, in the mask
+  uint32_t first_rank;
+  uint32_t first_block;
+  bool aligned;         // four neighbours can be moved at once
+};
+template <int N> using MaskedTable = Table<N, MaskedEntry>;
+
 struct Mask {
   const uint32_t* words;
-  const uint32_t* ranks;  // null where there is no backup
-  Compact compact;
+  const uint32_t* ranks;
+  MaskedBackup backup;
 };
 
 // The live elements of a warp's REDUCE, and where their slots are.
@@ -106,22 +116,22 @@ struct Live {
   char* slots;            // from the REDUCE's first one on
 
   // False if there is nothing to do: no live element, or no room for them in the backup.
-  __device__ bool find(const Entry& e, const Part& part, const Mask& mask) {
+  __device__ bool find(const MaskedEntry& e, const Part& part, const Mask& mask) {
     const uint32_t ones = __popc(word);
     before = sum_before(ones);
     const uint32_t count = __shfl_sync(WHOLE_WARP, before + ones, WARP - 1);
     if (!count) return false;
-    if (mask.ranks) {
-      const int64_t rank = mask.ranks[e.first_filter + part.reduce];
-      if (rank + count > mask.compact.slots) return false;
-      slots = (char*)e.backup + rank * mask.compact.slot;
+    if (mask.backup.data) {
+      const int64_t rank = mask.ranks[e.first_rank + part.reduce];
+      if (rank + count > mask.backup.slots) return false;
+      slots = (char*)mask.backup.data + rank * mask.backup.width;
     }
     flags = flags_of(word);
     return true;
   }
 
   // Calls f(neighbour, slot) for the live ones of step k.
-  template <class T, class F> __device__ void each_slot(int k, int64_t slot, const F& f) const {
+  template <class T, class F> __device__ void each_slot(int k, int64_t width, const F& f) const {
     const int lane = threadIdx.x % WARP, from = 4 * k + lane / 8;
     const uint32_t w = __shfl_sync(WHOLE_WARP, word, from), first = __shfl_sync(WHOLE_WARP, before, from);
     const uint32_t mine = flags >> 4 * k & 15;
@@ -129,7 +139,7 @@ struct Live {
     uint32_t n = first + __popc(w & ((1u << lane % 8 * 4) - 1));
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      at[c] = (T*)(slots + n * slot);
+      at[c] = (T*)(slots + n * width);
       n += mine >> c & 1;
     }
 #pragma unroll
@@ -152,28 +162,28 @@ template <class T> __device__ void store_live(T* p, const Four<T> (&x)[FOURS], u
 
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS)
-    ascend_masked(const __grid_constant__ Table<N> table, const Mask mask, const double* const rho, const double* const norm,
+    ascend_masked(const __grid_constant__ MaskedTable<N> table, const Mask mask, const double* const rho, const double* const norm,
                   const bool adaptive) {
   __shared__ double shared_step;
   if (threadIdx.x == 0) shared_step = step_of(rho, norm);
-  const Entry& e = table.find(blockIdx.x);
+  const MaskedEntry& e = table.find(blockIdx.x);
   const Part part(e);
   Live live;
-  live.word = part.has_word() ? mask.words[e.filters + part.word()] & part.inside() : 0;
+  live.word = part.has_word() ? mask.words[e.first_word + part.word()] & part.inside() : 0;
   __syncthreads();
   const double step = shared_step;
   if (!live.find(e, part, mask)) return;
   T* const w = (T*)e.data + part.start();
-  const T* const d = (const T*)e.other + part.start();
+  const T* const d = (const T*)e.grad + part.start();
 #pragma unroll 1
   for (int first = 0; first < STEPS; first += FOURS) {
     Four<T> x[FOURS], g[FOURS];
     load_live(x, w, live.flags, first, part.left);
     if (step != 0) load_live(g, d, live.flags, first, part.left);
-    if (mask.ranks)
+    if (mask.backup.data)
 #pragma unroll
       for (int k = 0; k < FOURS; ++k)
-        live.each_slot<T>(first + k, mask.compact.slot, [&](int c, T& slot) { slot = x[k].x[c]; });
+        live.each_slot<T>(first + k, mask.backup.width, [&](int c, T& slot) { slot = x[k].x[c]; });
     if (step == 0) continue;  // not even 0 times an infinite gradient
 #pragma unroll
     for (int k = 0; k < FOURS; ++k)
@@ -186,11 +196,11 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS) restore_masked(const __grid_constant__ Table<N> table, const Mask mask) {
-  const Entry& e = table.find(blockIdx.x);
+__global__ void __launch_bounds__(THREADS) restore_masked(const __grid_constant__ MaskedTable<N> table, const Mask mask) {
+  const MaskedEntry& e = table.find(blockIdx.x);
   const Part part(e);
   Live live;
-  live.word = part.has_word() ? mask.words[e.filters + part.word()] & part.inside() : 0;
+  live.word = part.has_word() ? mask.words[e.first_word + part.word()] & part.inside() : 0;
   if (!live.find(e, part, mask)) return;
   T* const w = (T*)e.data + part.start();
 #pragma unroll 1
@@ -199,41 +209,27 @@ __global__ void __launch_bounds__(THREADS) restore_masked(const __grid_constant_
     load_live(x, w, live.flags, first, part.left);
 #pragma unroll
     for (int k = 0; k < FOURS; ++k)
-      live.each_slot<T>(first + k, mask.compact.slot, [&](int c, T& slot) { x[k].x[c] = slot; });
+      live.each_slot<T>(first + k, mask.backup.width, [&](int c, T& slot) { x[k].x[c] = slot; });
     store_live(w, x, live.flags, first, part.left);
   }
 }
 
-bool is_masked(const TensorList& list) { return !list.tensors.empty() && list.tensors[0].bits; }
-
 Mask mask_of(const TensorList& list) {
-  const Tensor& first = list.tensors[0];
-  return {first.bits, first.backup ? first.ranks : nullptr, list.compact};
+  return {.words = list.tensors[0].bits, .ranks = list.tensors[0].ranks, .backup = list.masked_backup};
 }
 
-Work reduces(const TensorList& list, DType dtype) {
-  const Tensor& first = list.tensors[0];
-  Work work;
+Work<MaskedEntry> reduces(const TensorList& list, DType dtype) {
+  const Mask mask = mask_of(list);
+  Work<MaskedEntry> work;
   for (const Tensor& t : list.tensors)
     if (t.dtype == dtype && t.filters)
-      work.add(masked(t, t.bits - first.bits, t.ranks - first.ranks), ceil_div(t.numel(), TILE));
+      work.add({.data = t.data, .grad = t.grad, .elements = t.numel(), .first_word = uint32_t(t.bits - mask.words),
+                .first_rank = uint32_t(t.ranks - mask.ranks), .aligned = are_aligned(dtype, {t.data, t.grad})},
+               ceil_div(t.numel(), TILE));
   return work;
 }
 
 }  // namespace
-
-void copy_back(const TensorList& list, const Gpu& gpu) {
-  if (is_masked(list)) {
-    for (DType dtype : DTYPES)
-      by_dtype(dtype, [&]<class T>(T*) {
-        launch(reduces(list, dtype), gpu, [](auto n) { return restore_masked<T, n.value>; }, mask_of(list));
-      });
-    return;
-  }
-  for (DType dtype : DTYPES)
-    by_dtype(dtype, [&]<class T>(T*) { launch(spans(list, dtype), gpu, [](auto n) { return copy<T, n.value>; }); });
-}
-
 }  // namespace flatops::cuda
 
 namespace flatops {
@@ -242,10 +238,21 @@ template <> void ascend_(TensorList& list, const double* rho, const double* norm
   using namespace cuda;
   for (DType dtype : DTYPES)
     by_dtype(dtype, [&]<class T>(T*) {
-      if (is_masked(list))
+      if (list.masked())
         launch(reduces(list, dtype), gpu, [](auto n) { return ascend_masked<T, n.value>; }, mask_of(list), rho, norm, adaptive);
       else
         launch(spans(list, dtype), gpu, [](auto n) { return ascend<T, n.value>; }, rho, norm, adaptive);
+    });
+}
+
+template <> void restore_(TensorList& list, const Gpu& gpu) {
+  using namespace cuda;
+  for (DType dtype : DTYPES)
+    by_dtype(dtype, [&]<class T>(T*) {
+      if (list.masked())
+        launch(reduces(list, dtype), gpu, [](auto n) { return restore_masked<T, n.value>; }, mask_of(list));
+      else
+        launch(spans(list, dtype), gpu, [](auto n) { return copy<T, n.value>; });
     });
 }
 

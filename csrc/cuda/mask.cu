@@ -42,17 +42,32 @@ template <class Key> struct alignas(8) State {
   Key threshold;     // its upper bits, as far as they are known
 };
 
-// One choice among scores. Small, because a long table leaves little room to kernel parameters.
+// A tensor as one row of elements.
+struct ScoresEntry {
+  const void* scores;    // null: they are random
+  int64_t elements;
+  uint32_t first_word;   // of the tensor, in the mask
+  uint32_t first_rank;
+  uint32_t first_tile;   // in the list, whatever launch it is of
+  uint32_t tensor;       // its number in the list
+  uint32_t index;        // the noise's `tensor`
+  uint32_t first_block;
+  bool aligned;          // four neighbours can be moved at once
+};
+template <int N> using ScoresTable = Table<N, ScoresEntry>;
+
+// One choice among scores.
 template <class Key> struct Choice {
   State<Key>* state;          // and the scratch behind it
   uint32_t* marks;            // the words that get the bits of what is chosen
+  uint32_t* ranks;            // and the ranks of these
   const uint32_t* among;      // the words of elements to choose from, or null: all
   Noise noise;
   uint32_t blocks;            // of all launches of a pass
-  uint32_t place : 29;        // random: 2^32 - that is the place in the counter, where no filter is
-  uint32_t dead : 1;          // among those whose bit is not set
-  uint32_t lowest : 1;        // the lowest scores first
-  uint32_t magnitudes : 1;    // of scores of either sign
+  uint32_t place;             // random: in the counter, where no filter is
+  bool dead;                  // among those whose bit is not set
+  bool lowest;                // the lowest scores first
+  bool magnitudes;            // of scores of either sign
 
   // [blocks] over all blocks before one, chosen and << 32 equal to the threshold
   __device__ uint64_t* before() const { return (uint64_t*)(state + 1); }
@@ -72,29 +87,29 @@ template <class Key> struct Choice {
 };
 
 // The block's place in the list, whatever launch it is of.
-__device__ uint32_t block_of(const Entry& e) { return e.first_filter + (blockIdx.x - e.first_block); }
+__device__ uint32_t block_of(const ScoresEntry& e) { return e.first_tile + (blockIdx.x - e.first_block); }
 
 __device__ uint32_t bits_of(float x) { return uint32_t(__float_as_int(x)); }
 __device__ uint64_t bits_of(double x) { return uint64_t(__double_as_longlong(x)); }
 template <class Key> constexpr Key INFINITE = sizeof(Key) == 4 ? Key(0x7f800000) : Key(0x7ff0000000000000);
 
 // The flags of a lane's elements to choose from.
-template <class Key> __device__ uint32_t eligible(const Entry& e, const Part& part, const Choice<Key>& choice) {
+template <class Key> __device__ uint32_t eligible(const ScoresEntry& e, const Part& part, const Choice<Key>& choice) {
   uint32_t word = part.inside();
-  if (choice.among && part.has_word()) word &= choice.among[e.filters + part.word()] ^ (choice.dead ? ~0u : 0u);
+  if (choice.among && part.has_word()) word &= choice.among[e.first_word + part.word()] ^ (choice.dead ? ~0u : 0u);
   return flags_of(word);
 }
 
 // A lane's keys, of K steps from `first` on, and the flags of scores that have no place in the order; garbage where nothing is.
 template <class T, bool RANDOM, class Key, int K>
-__device__ __forceinline__ uint32_t load_keys(Key (&x)[K][4], int first, const Entry& e, const Part& part,
+__device__ __forceinline__ uint32_t load_keys(Key (&x)[K][4], int first, const ScoresEntry& e, const Part& part,
                                               const Choice<Key>& choice) {
   const Key flip = choice.flip();
   uint32_t bad = 0;
   if constexpr (RANDOM) {
     const uint64_t key = uint64_t(*choice.noise.key);
     const PhiloxKeys keys = philox_keys(key);
-    const PhiloxFilter filter = philox_filter(key, 0u - choice.place, e.index, uint32_t(*choice.noise.draw));
+    const PhiloxFilter filter = philox_filter(key, choice.place, e.index, uint32_t(*choice.noise.draw));
     const uint32_t block = uint32_t(uint64_t(part.start()) / 4) + first * uint32_t(LANES / 4);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -107,7 +122,7 @@ __device__ __forceinline__ uint32_t load_keys(Key (&x)[K][4], int first, const E
     }
   } else {
     Four<T> v[K];
-    load<LANES>(v, (const T*)e.data + part.start() + first * LANES, part.left - first * int(LANES));
+    load<LANES>(v, (const T*)e.scores + part.start() + first * LANES, part.left - first * int(LANES));
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
@@ -229,11 +244,11 @@ template <class Key> __device__ void find_bin(State<Key>* state, int pass, const
 // The first: of everything. Looks for bad scores on the way; those of an `earlier` choice come first.
 template <class T, bool RANDOM, class Key, int N>
 __global__ void __launch_bounds__(THREADS)
-    count_all(const __grid_constant__ Table<N> table, const Choice<Key> choice, const Wanted wanted,
+    count_all(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice, const Wanted wanted,
               const uint32_t* const earlier_bad, int64_t* const bad_tensor) {
   __shared__ uint32_t bins[BINS];
   Histogram histogram = Histogram::of(bins, choice, 0);
-  const Entry& e = table.find(blockIdx.x);
+  const ScoresEntry& e = table.find(blockIdx.x);
   const Part part(e);
   __shared__ uint32_t zeros;
   if (threadIdx.x == 0) zeros = 0;
@@ -243,7 +258,7 @@ __global__ void __launch_bounds__(THREADS)
   histogram.add(x, flags, choice.flip());
   histogram.add_zeros(choice.flip());
   if (histogram.zeros) atomicAdd(&zeros, histogram.zeros);
-  if (bad & flags) atomicMax(&choice.state->bad, ~e.index);
+  if (bad & flags) atomicMax(&choice.state->bad, ~e.tensor);
   histogram.flush(choice.state->bins[0]);
   if (threadIdx.x == 0 && zeros) atomicAdd(&choice.state->zeros, zeros);
   if (!is_last(choice.state->tickets, choice.blocks)) return;
@@ -256,13 +271,13 @@ __global__ void __launch_bounds__(THREADS)
 
 // The second: marks what lies above the first bin, keeps what lies in it.
 template <class T, bool RANDOM, class Key, int N>
-__global__ void __launch_bounds__(THREADS) mark_sure(const __grid_constant__ Table<N> table, const Choice<Key> choice) {
+__global__ void __launch_bounds__(THREADS) mark_sure(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice) {
   constexpr int SHIFT = shift_of<Key>(0);
   static_assert(SHIFT + OFFSET_BITS <= 8 * sizeof(Key));
   __shared__ uint32_t bins[BINS];
   Histogram histogram = Histogram::of(bins, choice, 1);
   histogram.clear();
-  const Entry& e = table.find(blockIdx.x);
+  const ScoresEntry& e = table.find(blockIdx.x);
   const Part part(e);
   const bool exact = choice.state->exact;
   const int shift = exact ? 0 : SHIFT;
@@ -281,7 +296,7 @@ __global__ void __launch_bounds__(THREADS) mark_sure(const __grid_constant__ Tab
     }
   sure &= flags, within &= flags;
   const uint32_t word = word_of(sure);
-  if (part.has_word()) choice.marks[e.filters + part.word()] = word;
+  if (part.has_word()) choice.marks[e.first_word + part.word()] = word;
   const uint32_t mine = __popc(within), before = sum_before(mine);
   const uint32_t sum = __shfl_sync(WHOLE_WARP, before + mine, WARP - 1), count = sum_warp(uint32_t(__popc(sure)));
   const int64_t warp = int64_t(block_of(e)) * WARPS + threadIdx.x / WARP;
@@ -324,10 +339,10 @@ template <class Key> struct Candidates {
 // Others: of what lies in the last pass's bin.
 template <class T, bool RANDOM, class Key, int N>
 __global__ void __launch_bounds__(THREADS)
-    count_within(const __grid_constant__ Table<N> table, const Choice<Key> choice, const int pass) {
+    count_within(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice, const int pass) {
   __shared__ uint32_t bins[BINS];
   if (choice.state->exact) return;
-  const Entry& e = table.find(blockIdx.x);
+  const ScoresEntry& e = table.find(blockIdx.x);
   const Part part(e);
   const int shift = shift_of<Key>(pass - 1), warp = threadIdx.x / WARP;
   const Key threshold = choice.state->threshold, low = (Key(1) << shift_of<Key>(0)) - 1;
@@ -368,7 +383,7 @@ __global__ void __launch_bounds__(THREADS)
 
 // Reads a REDUCE again: the flags of a lane's elements that lie above the threshold, and of those equal to it.
 template <class T, bool RANDOM, class Key>
-__device__ void compare(const Entry& e, const Part& part, const Choice<Key>& choice, Key threshold, uint32_t& above,
+__device__ void compare(const ScoresEntry& e, const Part& part, const Choice<Key>& choice, Key threshold, uint32_t& above,
                         uint32_t& equal) {
   const uint32_t flags = eligible(e, part, choice);
   above = equal = 0;
@@ -391,9 +406,9 @@ __device__ uint64_t apart(uint32_t counts) { return (counts & 0xffff) | uint64_t
 // The threshold is known: marks the candidates above it, and counts what is equal to it.
 template <class T, bool RANDOM, class Key, int N>
 __global__ void __launch_bounds__(THREADS, 4)
-    mark_candidates(const __grid_constant__ Table<N> table, const Choice<Key> choice) {
+    mark_candidates(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice) {
   __shared__ uint32_t added[THREADS], sums;
-  const Entry& e = table.find(blockIdx.x);
+  const ScoresEntry& e = table.find(blockIdx.x);
   const Part part(e);
   const Key threshold = choice.state->threshold;
   const uint32_t block = block_of(e);
@@ -416,7 +431,7 @@ __global__ void __launch_bounds__(THREADS, 4)
     equals = __popc(equal);
   }
   __syncthreads();
-  uint32_t* const word = choice.marks + e.filters + part.word();
+  uint32_t* const word = choice.marks + e.first_word + part.word();
   const uint32_t marks = part.has_word() && n ? *word | added[threadIdx.x] : 0;
   if (part.has_word() && n) *word = marks;
   const uint32_t sum = sum_warp(uint32_t(__popc(marks)) | equals << 16);
@@ -452,8 +467,8 @@ __global__ void __launch_bounds__(THREADS, 4)
 
 // The last: ranks, and the first of those equal to the threshold.
 template <class T, bool RANDOM, class Key, int N>
-__global__ void __launch_bounds__(THREADS) mark_equal(const __grid_constant__ Table<N> table, const Choice<Key> choice) {
-  const Entry& e = table.find(blockIdx.x);
+__global__ void __launch_bounds__(THREADS) mark_equal(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice) {
+  const ScoresEntry& e = table.find(blockIdx.x);
   const Part part(e);
   if (part.elements <= 0) return;
   const uint32_t block = block_of(e), missing = choice.state->missing;
@@ -466,9 +481,9 @@ __global__ void __launch_bounds__(THREADS) mark_equal(const __grid_constant__ Ta
   }
   mine >>= 16;
   const uint32_t taken = min(equals, missing), take = min(mine, missing - taken);
-  if (part.lane == 0) ((uint32_t*)e.backup)[part.reduce] = chosen + taken;
+  if (part.lane == 0) choice.ranks[e.first_rank + part.reduce] = chosen + taken;
   if (!take) return;
-  uint32_t* const marks = choice.marks + e.filters + part.word();
+  uint32_t* const marks = choice.marks + e.first_word + part.word();
   uint32_t word, above, equal;
   if (threshold == 0) {  // what is not above it
     equal = eligible(e, part, choice);
@@ -528,20 +543,22 @@ struct Marks {
 template <bool RANDOM, class Key>
 const uint32_t* choose(const TensorList& list, const Question& q, const Marks& marks, const Gpu& gpu) {
   const int64_t blocks = Size(list).blocks;
-  const Choice<Key> choice{(State<Key>*)gpu.scratch(Choice<Key>::scratch(blocks)), marks.words, q.among, q.noise,
-                           uint32_t(blocks), q.place, q.dead, q.lowest, q.magnitudes};
+  const Choice<Key> choice{.state = (State<Key>*)gpu.scratch(Choice<Key>::scratch(blocks)), .marks = marks.words,
+                           .ranks = marks.ranks, .among = q.among, .noise = q.noise, .blocks = uint32_t(blocks),
+                           .place = q.place, .dead = q.dead, .lowest = q.lowest, .magnitudes = q.magnitudes};
   check(cudaMemsetAsync(choice.state, 0, sizeof(State<Key>), (cudaStream_t)gpu.stream));
 
   // Random scores know no dtypes.
-  Work work[std::size(DTYPES)];
-  int64_t word = 0, reduce = 0, block = 0;
+  Work<ScoresEntry> work[std::size(DTYPES)];
+  int64_t word = 0, rank = 0, tile = 0;
   for (size_t i = 0; i < list.tensors.size(); ++i) {
     const Tensor& t = list.tensors[i];
-    Entry e = masked(t, word, block);
-    e.backup = marks.ranks + reduce;
-    if (!RANDOM) e.index = uint32_t(i);
-    work[int(RANDOM ? DType::f32 : t.dtype)].add(e, ceil_div(t.numel(), TILE));
-    word += words(t.numel()), reduce += ranks(t.numel()), block += ceil_div(t.numel(), TILE);
+    const int64_t n = t.numel(), tiles = ceil_div(n, TILE);
+    work[int(RANDOM ? DType::f32 : t.dtype)].add(
+        {.scores = t.scores, .elements = n, .first_word = uint32_t(word), .first_rank = uint32_t(rank),
+         .first_tile = uint32_t(tile), .tensor = uint32_t(i), .index = t.index, .aligned = are_aligned(t.dtype, {t.scores})},
+        tiles);
+    word += words(n), rank += ranks(n), tile += tiles;
   }
   const auto each_dtype = [&](const auto& f) {
     if constexpr (RANDOM) return f((float*)nullptr, work[int(DType::f32)]);
@@ -551,20 +568,20 @@ const uint32_t* choose(const TensorList& list, const Question& q, const Marks& m
           if constexpr ((sizeof(T) == 8) == (sizeof(Key) == 8)) f(null, work[int(dtype)]);
         });
   };
-  each_dtype([&]<class T>(T*, const Work& w) {
+  each_dtype([&]<class T>(T*, const Work<ScoresEntry>& w) {
     launch(w, gpu, [](auto n) { return count_all<T, RANDOM, Key, n.value>; }, choice, q.wanted, q.earlier_bad, q.bad_tensor);
   });
-  each_dtype([&]<class T>(T*, const Work& w) {
+  each_dtype([&]<class T>(T*, const Work<ScoresEntry>& w) {
     launch(w, gpu, [](auto n) { return mark_sure<T, RANDOM, Key, n.value>; }, choice);
   });
   for (int pass = 2; pass < PASSES<Key>; ++pass)
-    each_dtype([&]<class T>(T*, const Work& w) {
+    each_dtype([&]<class T>(T*, const Work<ScoresEntry>& w) {
       launch(w, gpu, [](auto n) { return count_within<T, RANDOM, Key, n.value>; }, choice, pass);
     });
-  each_dtype([&]<class T>(T*, const Work& w) {
+  each_dtype([&]<class T>(T*, const Work<ScoresEntry>& w) {
     launch(w, gpu, [](auto n) { return mark_candidates<T, RANDOM, Key, n.value>; }, choice);
   });
-  each_dtype([&]<class T>(T*, const Work& w) {
+  each_dtype([&]<class T>(T*, const Work<ScoresEntry>& w) {
     launch(w, gpu, [](auto n) { return mark_equal<T, RANDOM, Key, n.value>; }, choice);
   });
   return &choice.state->bad;
@@ -588,10 +605,8 @@ namespace flatops {
 template <> void topk_mask(TensorList& list, int64_t count, int64_t* bad, const Gpu& gpu) {
   using namespace cuda;
   if (!Size(list).elements) return check(cudaMemsetAsync(bad, 0xff, sizeof(*bad), (cudaStream_t)gpu.stream));
-  Question q{};
-  q.wanted.count = uint32_t(count);
-  q.bad_tensor = bad;
-  choose(list, q, {list.tensors[0].bits, list.tensors[0].ranks}, gpu);
+  const Question q{.wanted = {.count = uint32_t(count)}, .bad_tensor = bad};
+  choose(list, q, {.words = list.tensors[0].bits, .ranks = list.tensors[0].ranks}, gpu);
 }
 
 template <>
@@ -600,17 +615,15 @@ void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise
   const Size size(drop);
   if (!size.elements) return check(cudaMemsetAsync(bad, 0xff, sizeof(*bad), (cudaStream_t)gpu.stream));
   const auto room = [&](int64_t n) { return (uint32_t*)gpu.scratch(n * sizeof(uint32_t)); };
-  const Marks mask{drop.tensors[0].bits, drop.tensors[0].ranks};
-  const Marks dropped{room(size.words), room(size.reduces)}, grown{room(size.words), room(size.reduces)};
-  Question q{};
-  q.magnitudes = true;
-  q.among = mask.words;
-  q.noise = noise;
-  q.wanted = {uint32_t(std::min(count, size.elements)), uint32_t(size.elements)};
-  q.bad_tensor = bad;
-  q.random = random.drop, q.lowest = !random.drop, q.place = 2;
+  const Marks mask{.words = drop.tensors[0].bits, .ranks = drop.tensors[0].ranks};
+  const Marks dropped{.words = room(size.words), .ranks = room(size.reduces)};
+  const Marks grown{.words = room(size.words), .ranks = room(size.reduces)};
+  Question q{.random = random.drop, .magnitudes = true, .lowest = !random.drop, .among = mask.words, .noise = noise,
+             .place = 0xfffffffe,
+             .wanted = {.count = uint32_t(std::min(count, size.elements)), .elements = uint32_t(size.elements)},
+             .bad_tensor = bad};
   q.earlier_bad = choose(drop, q, dropped, gpu);
-  q.random = random.grow, q.lowest = false, q.dead = true, q.place = 1;
+  q.random = random.grow, q.lowest = false, q.dead = true, q.place = 0xffffffff;
   choose(grow, q, grown, gpu);
 
   cudaLaunchConfig_t config{};

@@ -15,9 +15,10 @@ struct Part {
   int elements;    // of the REDUCE; not above 0 where there is none
   Left left;       // from the lane's first element on
 
-  __device__ Part(const Entry& e)
+  template <class E>
+  __device__ Part(const E& e)
       : reduce(int64_t(blockIdx.x - e.first_block) * WARPS + threadIdx.x / WARP), lane(threadIdx.x % WARP) {
-    elements = int(min(e.length - reduce * REDUCE, REDUCE));
+    elements = int(min(e.elements - reduce * REDUCE, REDUCE));
     left.elements = elements - 4 * lane;
     left.vector = e.aligned ? left.elements : 0;
   }
@@ -68,17 +69,6 @@ template <class X> __device__ inline X sum_warp(X x) {
 #pragma unroll
   for (int d = WARP / 2; d >= 1; d /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, d);
   return x;
-}
-
-// A tensor that counts as one filter, with places in a mask and in another array in fields that filters have no use for.
-inline Entry masked(const Tensor& t, int64_t word, int64_t place) {
-  Tensor bare = t;
-  bare.backup = nullptr;  // the list's, and no matter how it is aligned
-  Entry e = flat(bare);
-  e.backup = t.backup;
-  e.filters = uint32_t(word);
-  e.first_filter = uint32_t(place);
-  return e;
 }
 
 }  // namespace flatops::cuda

@@ -1,5 +1,4 @@
-// perturb_, restore_ and normal_: a filter waits in registers while its norm is made, then its noise is added.
-#include "ascend.h"
+// perturb_, subtract_noise_ and normal_: a filter waits in registers while its norm is made, then its noise is added.
 #include "long_filters.h"
 #include "noise.h"
 #include "sum.h"
@@ -7,14 +6,14 @@
 namespace flatops::cuda {
 namespace {
 
-struct PerturbArgs {
-  float* scales;        // [list.filters]; written for sigma, read where the norm is known or the noise is taken away
-  const double* sigma;
+enum class Mode { perturb, subtract, normal };
+
+template <Mode MODE> struct PerturbArgs {
+  std::conditional_t<MODE == Mode::perturb, float, const float>* scales;  // [list.filters]; normal: none
+  const double* sigma;                                                    // perturb
   Noise noise;
   float eta;
 };
-
-enum class Mode { perturb, take_away, normal };
 
 __device__ float adapted(float scale, float eta, float fisher) {
   return __fdiv_rn(scale, __fsqrt_rn(__fmaf_rn(eta, fisher, 1.0f)));
@@ -25,7 +24,7 @@ __device__ double add(float scale, float z, double w) { return __dadd_rn(w, __dm
 
 // A thread's share of a block's work. VECTOR: every four is whole and aligned, which saves a branch each.
 template <class T, Mode MODE, bool VECTOR>
-__device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bool split, const PerturbArgs& args) {
+__device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bool split, const PerturbArgs<MODE>& args) {
   __shared__ double sums[WARPS];
   const int64_t at = s.filter * e.length + s.offset;
   T* const w = (T*)e.data + at;
@@ -36,14 +35,14 @@ __device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bo
   if constexpr (MODE != Mode::normal) {
     load<LANES, VECTOR>(x, w, s.left);
     if (e.backup) store<LANES, VECTOR>((T*)e.backup + at, x, s.left);
-    float* const stored = args.scales + e.first_filter + s.filter;
-    if (MODE == Mode::perturb && !split) {
+    auto* const stored = args.scales + e.first_filter + s.filter;
+    if (MODE == Mode::subtract || split) {
+      if (s.left.elements > 0) scale = *stored;
+    } else if constexpr (MODE == Mode::perturb) {
       scale = __fmul_rn(float(*args.sigma), __fsqrt_rn(float(sum_filter(x, s, sums))));
       if (s.first && s.left.elements > 0) *stored = scale;
-    } else if (s.left.elements > 0) {
-      scale = *stored;
     }
-    if (MODE == Mode::take_away) scale = -scale;
+    if (MODE == Mode::subtract) scale = -scale;
     if (!VECTOR && e.other && e.one_dim) fisher = e.fisher() + s.offset;
     else if (e.other && s.left.elements > 0) scale = adapted(scale, args.eta, e.fisher()[s.filter]);
   }
@@ -76,7 +75,7 @@ __device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bo
 
 template <class T, Mode MODE, int N>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
-    perturb(const __grid_constant__ Table<N> table, const PerturbArgs args) {
+    perturb(const __grid_constant__ Table<N> table, const PerturbArgs<MODE> args) {
   const Entry& e = table.find(blockIdx.x);
   const bool split = e.length > TILE;
   const Share s = share(e, blockIdx.x - e.first_block, split);
@@ -84,9 +83,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 2 : 3)
   else perturb_share<T, MODE, false>(e, s, split, args);
 }
 
-template <Mode MODE> void launch_perturb(const TensorList& list, const PerturbArgs& args, const Gpu& gpu) {
+template <Mode MODE> void launch_perturb(const TensorList& list, const PerturbArgs<MODE>& args, const Gpu& gpu) {
   for (DType dtype : DTYPES) {
-    Work work;
+    Work<> work;
     for (const Tensor& t : list.tensors)
       if (t.dtype == dtype && t.filters) work.add(entry(t), blocks_for(t.filters, t.length));
     if constexpr (MODE == Mode::normal)
@@ -103,17 +102,17 @@ namespace flatops {
 
 template <>
 void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Gpu& gpu) {
-  cuda::long_filters(list, {cuda::Finish::scale, scales, sigma}, gpu);  // before any part of one changes
-  cuda::launch_perturb<cuda::Mode::perturb>(list, {scales, sigma, noise, float(eta)}, gpu);
+  using namespace cuda;
+  long_filters(list, {.kind = Finish::scale, .out = scales, .scalar = sigma}, gpu);  // before any part of one changes
+  launch_perturb<Mode::perturb>(list, {.scales = scales, .sigma = sigma, .noise = noise, .eta = float(eta)}, gpu);
+}
+
+template <> void subtract_noise_(TensorList& list, const float* scales, Noise noise, double eta, const Gpu& gpu) {
+  cuda::launch_perturb<cuda::Mode::subtract>(list, {.scales = scales, .noise = noise, .eta = float(eta)}, gpu);
 }
 
 template <> void normal_(TensorList& list, Noise noise, const Gpu& gpu) {
-  cuda::launch_perturb<cuda::Mode::normal>(list, {nullptr, nullptr, noise, 0.0f}, gpu);
-}
-
-template <> void restore_(TensorList& list, const float* scales, Noise noise, double eta, const Gpu& gpu) {
-  if (scales) cuda::launch_perturb<cuda::Mode::take_away>(list, {const_cast<float*>(scales), nullptr, noise, float(eta)}, gpu);
-  else cuda::copy_back(list, gpu);
+  cuda::launch_perturb<cuda::Mode::normal>(list, {.noise = noise}, gpu);
 }
 
 }  // namespace flatops

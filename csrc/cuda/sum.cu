@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // The launch of part_sums for those entries that are of one dtype.
-template <class T> void launch_part_sums(const Work& work, bool product, double* sums, uint32_t* ticket, const Gpu& gpu) {
+template <class T> void launch_part_sums(const Work<>& work, bool product, double* sums, uint32_t* ticket, const Gpu& gpu) {
   if (product) launch(work, gpu, [](auto n) { return part_sums<T, true, n.value>; }, sums, ticket);
   else launch(work, gpu, [](auto n) { return part_sums<T, false, n.value>; }, sums, ticket);
 }
@@ -123,7 +123,7 @@ template <class T> void launch_part_sums(const Work& work, bool product, double*
 }  // namespace
 
 void long_filters(const TensorList& list, const Finish& finish, const Gpu& gpu) {
-  Work parts[std::size(DTYPES)], all;
+  Work<> parts[std::size(DTYPES)], all;
   int64_t sums = 0;
   for (const Tensor& t : list.tensors) {
     if (!t.filters || t.length <= TILE || (finish.kind == Finish::fisher && t.one_dim)) continue;
@@ -142,7 +142,7 @@ void long_filters(const TensorList& list, const Finish& finish, const Gpu& gpu) 
 
 static void finish_filters(const TensorList& list, const Finish& finish, const Gpu& gpu) {
   for (DType dtype : DTYPES) {
-    Work work;
+    Work<> work;
     for (const Tensor& t : list.tensors) {
       if (t.dtype != dtype || !t.filters) continue;
       if (finish.kind == Finish::fisher && t.one_dim) work.add(entry(t), ceil_div(t.length, TILE));
@@ -158,16 +158,16 @@ static void finish_filters(const TensorList& list, const Finish& finish, const G
 namespace flatops {
 
 template <> void filter_norms(TensorList& list, float* out, const Gpu& gpu) {
-  cuda::finish_filters(list, {cuda::Finish::norm, out}, gpu);
+  cuda::finish_filters(list, {.kind = cuda::Finish::norm, .out = out}, gpu);
 }
 
 template <> void filter_fisher_(TensorList& list, double beta, const double* scale, const Gpu& gpu) {
-  cuda::finish_filters(list, {cuda::Finish::fisher, nullptr, scale, beta}, gpu);
+  cuda::finish_filters(list, {.kind = cuda::Finish::fisher, .scalar = scale, .beta = beta}, gpu);
 }
 
 template <> void grad_norm(TensorList& list, bool adaptive, double* out, const Gpu& gpu) {
   using namespace cuda;
-  Work parts[std::size(DTYPES)], all;
+  Work<> parts[std::size(DTYPES)], all;
   int64_t sums = 0;
   for (size_t i = 0; i < list.tensors.size(); ++i) {
     const Tensor& t = list.tensors[i];

@@ -16,7 +16,7 @@ constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
 constexpr int STEPS = REDUCE / LANES;         // a warp's lanes take four neighbours each, LANES a step, REDUCE in all
 constexpr int64_t TILE = WARPS * REDUCE;      // what a block holds in its registers; a longer filter is split
 
-// A tensor in a table. Small, because kernel parameters end at 32,764 bytes.
+// A tensor in a table, filter by filter. Small, because kernel parameters end at 32,764 bytes.
 struct Entry {
   void* data;
   const void* other;      // the gradient, or ARWP's Fisher
@@ -34,12 +34,12 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 56);
 
-template <int N>
+template <int N, class E = Entry>
 struct Table {
   int32_t count;
-  Entry entries[N];
+  E entries[N];
 
-  __device__ const Entry& find(uint32_t block) const {
+  __device__ const E& find(uint32_t block) const {
     int low = 0, high = count - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
@@ -120,14 +120,19 @@ inline void check(cudaError_t error) {
   throw std::runtime_error(message);
 }
 
+// Whether four neighbours can be moved at once in arrays of a dtype that begin at these addresses.
+inline bool are_aligned(DType dtype, std::initializer_list<const void*> starts) {
+  const uintptr_t size = size_of(dtype), four = size < 4 ? 4 * size : 16;
+  return std::all_of(starts.begin(), starts.end(), [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % four == 0; });
+}
+
 inline Entry entry(const Tensor& t) {
   if (t.filters > int64_t(UINT32_MAX) || t.first_filter + t.filters > int64_t(UINT32_MAX))
     throw std::invalid_argument("flatops: more than 2^32 filters in one list: pass fewer tensors a call");
-  const uintptr_t size = size_of(t.dtype), four = size < 4 ? 4 * size : 16;
-  const auto at = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % four == 0; };
-  const bool aligned = at(t.data) && at(t.grad) && at(t.backup) && (t.length % 4 == 0 || t.filters == 1);
-  return {t.data, t.grad ? t.grad : t.fisher, t.backup, t.length, uint32_t(t.filters), uint32_t(t.first_filter),
-          t.index, t.first_row, 0, aligned, t.one_dim};
+  const bool aligned = are_aligned(t.dtype, {t.data, t.grad, t.backup}) && (t.length % 4 == 0 || t.filters == 1);
+  return {.data = t.data, .other = t.grad ? t.grad : t.fisher, .backup = t.backup, .length = t.length,
+          .filters = uint32_t(t.filters), .first_filter = uint32_t(t.first_filter), .index = t.index,
+          .first_row = t.first_row, .aligned = aligned, .one_dim = t.one_dim};
 }
 
 // The same tensor with all its elements as one filter, for what knows no filters.
@@ -139,20 +144,21 @@ inline Entry flat(const Tensor& t) {
 }
 
 // Entries for one kernel, with the number of blocks that each needs.
+template <class E = Entry>
 struct Work {
-  std::vector<Entry> entries;
+  std::vector<E> entries;
   std::vector<int64_t> blocks;
 
-  void add(const Entry& e, int64_t n) {
+  void add(const E& e, int64_t n) {
     if (n) entries.push_back(e), blocks.push_back(n);
   }
 };
 
-template <int N, class KernelOf, class... Args>
-void launch_tables(const Work& work, const Gpu& gpu, KernelOf kernel_of, const Args&... args) {
+template <int N, class E, class KernelOf, class... Args>
+void launch_tables(const Work<E>& work, const Gpu& gpu, KernelOf kernel_of, const Args&... args) {
   const auto kernel = kernel_of(std::integral_constant<int, N>{});
   for (size_t i = 0; i < work.entries.size();) {
-    Table<N> table;
+    Table<N, E> table;
     int64_t blocks = 0;
     table.count = 0;
     for (; i < work.entries.size() && table.count < N && blocks + work.blocks[i] <= INT32_MAX; ++i) {
@@ -170,8 +176,8 @@ void launch_tables(const Work& work, const Gpu& gpu, KernelOf kernel_of, const A
 }
 
 // Launches kernel_of(capacity)(table, args...) on all of the work: once, unless it does not fit a table.
-template <class KernelOf, class... Args>
-void launch(const Work& work, const Gpu& gpu, KernelOf kernel_of, const Args&... args) {
+template <class E, class KernelOf, class... Args>
+void launch(const Work<E>& work, const Gpu& gpu, KernelOf kernel_of, const Args&... args) {
   if (work.entries.size() <= SHORT_TABLE) launch_tables<SHORT_TABLE>(work, gpu, kernel_of, args...);
   else launch_tables<LONG_TABLE>(work, gpu, kernel_of, args...);
 }
