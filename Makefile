@@ -9,6 +9,7 @@ EXTRAS ?= train,test
 TESTS ?=
 BIN := $(VENV)/bin
 SHELL := /bin/bash
+CPP := $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Files are shared out over processes of one thread each: tensors in tests are too small for more.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -18,7 +19,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 -
 install: $(VENV)/installed
 
 # torch first: what is there when the extension is built is what it is built against.
-$(VENV)/installed: setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+$(VENV)/installed: setup.py pyproject.toml $(filter csrc/%,$(CPP))
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[$(EXTRAS)]"
@@ -30,6 +31,8 @@ matrix: ; @.ci/matrix
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 docs: $(VENV)/docs
