@@ -15,7 +15,9 @@ from setuptools import setup
 if importlib.util.find_spec("torch") is None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     find = "import importlib.util as util; torch = util.find_spec('torch'); print(torch.origin if torch else '')"
-    found = subprocess.run([sys.executable, "-c", find], cwd="/", env=environment, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", find], cwd="/", env=environment, capture_output=True, text=True, check=True
+    )
     if found.stdout.strip():
         sys.path.append(str(Path(found.stdout.strip()).parent.parent))
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -25,15 +27,7 @@ SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").g
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 DEFAULT_CUDA = "/usr/local/cuda"
-ARCHITECTURES = [
-    "7.5",
-    "8.0",
-    "8.6",
-    "8.9",
-    "9.0",
-    "10.0",
-    "12.0",
-]  # one binary runs on later minor versions too
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # one binary runs on later minor versions too
 
 
 def find_cuda(wanted: str | None) -> Path | None:
@@ -44,11 +38,7 @@ def find_cuda(wanted: str | None) -> Path | None:
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), DEFAULT_CUDA]
     if nvcc:  # /usr/local/bin/nvcc may be a link, or a script that calls /usr/local/cuda/bin/nvcc
-        homes += [
-            Path(nvcc).resolve().parent.parent,
-            Path(nvcc).parent.parent,
-            Path(nvcc).parent.parent / "cuda",
-        ]
+        homes += [Path(nvcc).resolve().parent.parent, Path(nvcc).parent.parent, Path(nvcc).parent.parent / "cuda"]
     for home in map(Path, filter(None, homes)):
         if not ((home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists()):
             continue
@@ -104,13 +94,7 @@ def compiled_core() -> dict:
             "-fvisibility=hidden",
             *openmp,
         ],
-        "nvcc": [
-            "-O3",
-            "-std=c++20",
-            "-fmad=false",
-            "-Xfatbin=-compress-all",
-            "-Xcompiler=-fvisibility=hidden",
-        ],
+        "nvcc": ["-O3", "-std=c++20", "-fmad=false", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"],
     }
     how = {"sources": SOURCES, "include_dirs": [str(Path("csrc").absolute())], "extra_link_args": openmp}
     if cuda:
@@ -138,7 +122,11 @@ setup(
         *("flatops", "flatops.benchmarks", "flatops.integrations", "flatops.kernels", "flatops.landscape"),
         *("flatops.optim", "flatops.train", "flatops.train.datasets", "flatops.train.presets"),
     ],
-    package_data={"flatops": ["py.typed"], "flatops.train.presets": ["*.toml"], "flatops.benchmarks": ["results/tuning.json"]},
+    package_data={
+        "flatops": ["py.typed"],
+        "flatops.train.presets": ["*.toml"],
+        "flatops.benchmarks": ["results/tuning.json"],
+    },
     package_dir={"flatops": "flatops", "flatops.benchmarks": "benchmarks", "flatops.kernels": "kernels"},
     setup_requires=[] if HAS_TORCH else ["torch>=" + ".".join(map(str, OLDEST))],
     **(compiled_core() if HAS_TORCH and wants_core else {}),

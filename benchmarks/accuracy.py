@@ -113,7 +113,9 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for claim, one, other, kind, paper in CLAIMS:
         for schedule in SEEDS:
             found = difference(by[schedule, one], by[schedule, other])
-            result.append({"claim": claim, "paper": paper, "schedule": schedule, **found, "verdict": verdict(found, kind)})
+            result.append(
+                {"claim": claim, "paper": paper, "schedule": schedule, **found, "verdict": verdict(found, kind)}
+            )
     return result
 
 

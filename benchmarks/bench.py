@@ -91,7 +91,10 @@ class Buffers:
     def __init__(self, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> None:
         self.shapes, self.device, self.dtype = shapes, device, dtype
         self.params, self.grads = (
-            [ops.normal(s, seed=1, draw=draw, tensor=i, device=device).mul_(scale).to(dtype) for i, s in enumerate(shapes)]
+            [
+                ops.normal(s, seed=1, draw=draw, tensor=i, device=device).mul_(scale).to(dtype)
+                for i, s in enumerate(shapes)
+            ]
             for draw, scale in enumerate((0.05, 1e-3))
         )
         self.weights = sum(p.numel() for p in self.params)
@@ -113,7 +116,9 @@ class Buffers:
         """float32, of several kinds."""
         squares = [g.float().square() for g in self.grads]
         generator = torch.Generator(self.device).manual_seed(0)
-        zeros = [s.masked_fill(torch.rand(s.shape, generator=generator, device=self.device) < 0.8, 0.0) for s in squares]
+        zeros = [
+            s.masked_fill(torch.rand(s.shape, generator=generator, device=self.device) < 0.8, 0.0) for s in squares
+        ]
         return {"some": squares, "zeros": zeros, "equal": [torch.ones_like(s) for s in squares]}
 
     @cached_property
@@ -257,12 +262,7 @@ def operator_rows(
         Row("normals alone", lambda: namespace.normal_(next(turn).noise, key, draw, 0), 4),
         Row("torch.Tensor.normal_", lambda: next(turn).noise.normal_(), peer=True),
         Row("topk_mask, half", topk("some", weights // 2), 4),
-        Row(
-            "the papers' code",
-            lambda: papers.mask(next(turn).scores["some"], weights // 2),
-            peer=True,
-            slow=True,
-        ),
+        Row("the papers' code", lambda: papers.mask(next(turn).scores["some"], weights // 2), peer=True, slow=True),
         Row("topk_mask, 5 %", topk("some", weights // 20), 4),
         Row("topk_mask, 80 % zeros", topk("zeros", weights // 2), 4),
         Row("topk_mask, all equal", topk("equal", weights // 2), 4),
@@ -302,7 +302,12 @@ def measure(config: Config = Config(), processes: int = 2) -> dict[str, Any]:
     papers_mask = next(row["ms"] for row in reversed(table) if row["name"] == "the papers' code")
     gain = [("perturb_, two threads against one", "≥", 1.7, wall[1] / wall[2])] if wall else []
     checks = [
-        ("normals, times faster than torch.Tensor.normal_", "≥", 6.0, by_name["torch.Tensor.normal_"] / by_name["normals alone"]),
+        (
+            "normals, times faster than torch.Tensor.normal_",
+            "≥",
+            6.0,
+            by_name["torch.Tensor.normal_"] / by_name["normals alone"],
+        ),
         ("topk_mask, half, times faster than the papers' code", "≥", 150.0, papers_mask / by_name["topk_mask, half"]),
         *[
             (f"{name}: flatops' share of a step, digits CNN", "≤", 0.10, steps[f"{name}, own"] / steps[name])

@@ -55,9 +55,7 @@ def measure(config: bench.Config) -> dict[str, Any]:
 
     for backend, missing in backends.items():
         for dtype in DTYPES if not missing else ():
-            groups.append(
-                _timed(result, shapes, device, backend, dtype, peers=not groups, rounds=config.rounds)
-            )
+            groups.append(_timed(result, shapes, device, backend, dtype, peers=not groups, rounds=config.rounds))
             result["rows"] += groups[-1][0]
             keep()
     # Counts after all times, for a profiler stays attached; captures after all else, for one that fails leaves its traces.
@@ -170,18 +168,7 @@ def show(result: dict[str, Any]) -> None:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("operator", no_wrap=True)
-    columns = (
-        "µs",
-        "floors",
-        "limit",
-        "by bytes",
-        "GB/s",
-        "host µs",
-        "wall µs",
-        "graph µs",
-        "launches",
-        "syncs",
-    )
+    columns = ("µs", "floors", "limit", "by bytes", "GB/s", "host µs", "wall µs", "graph µs", "launches", "syncs")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     group = None

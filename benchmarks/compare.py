@@ -79,9 +79,7 @@ def main(a: Path, b: Path) -> int:
         found = differences(read(old), read(new))
         apart = {name: each for name, each in found.items() if each[2] > AGREE}
         largest = max((each[2] for each in found.values()), default=0.0)
-        print(
-            f"{new.name}: {len(found)} ratios, {len(apart)} more than {AGREE:.0%} apart, the largest {largest:.1%}"
-        )
+        print(f"{new.name}: {len(found)} ratios, {len(apart)} more than {AGREE:.0%} apart, the largest {largest:.1%}")
         for name, (x, y, far) in sorted(apart.items(), key=lambda item: -item[1][2]):
             print(f"  {name}: {_shown(x)} and {_shown(y)}, {far:.0%}")
         status |= bool(apart)

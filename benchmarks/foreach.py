@@ -10,9 +10,7 @@ from torch import Tensor
 def perturb(params: list[Tensor], sigma: float, backup: list[Tensor]) -> None:
     """RWP's noise, after a copy of the weights into `backup`. Only the norms of filters still take a loop."""
     torch._foreach_copy_(backup, params)
-    norms = [
-        torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())) or None, keepdim=p.dim() > 1) for p in params
-    ]
+    norms = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())) or None, keepdim=p.dim() > 1) for p in params]
     torch._foreach_mul_(norms, sigma)
     noise = [torch.randn_like(p) for p in params]
     torch._foreach_mul_(noise, norms)

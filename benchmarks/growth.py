@@ -16,7 +16,10 @@ import torch
 from flatops import ops
 from flatops.benchmarks.measure import available_memory, best_of_processes, best_times, provenance
 
-TENSORS, FILTER = 16, 640  # whole registers, as most filters of networks are: at 625 a weight costs perturb_ a fifth more
+TENSORS, FILTER = (
+    16,
+    640,
+)  # whole registers, as most filters of networks are: at 625 a weight costs perturb_ a fifth more
 SIZES = tuple(m * 10**e for e in range(4, 9) for m in (1, 3)) + (10**9,)
 LINEAR = 10**5  # weights from which cost is held to be a line ...
 MEMORY = 10**7  # ... and those that are too many for a cache
@@ -70,9 +73,7 @@ def measure(
             for name, (a, b, worst) in lines.items()
         ],
         "points": [{"name": m, "weights": n, "us": t[m] * 1e6} for n, t in by_weights.items() for m in names],
-        "tensors": [
-            {"name": m, "tensors": n, "us": t[m] * 1e6} for n, t in by_tensors.items() for m in names
-        ],
+        "tensors": [{"name": m, "tensors": n, "us": t[m] * 1e6} for n, t in by_tensors.items() for m in names],
     }
 
 

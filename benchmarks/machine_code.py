@@ -132,9 +132,7 @@ class Kernel:
     def blocks(self) -> list[tuple[Instruction, ...]]:
         """The code in basic blocks."""
         starts = {i.target for i in self.code} | {
-            b.address
-            for a, b in zip(self.code, self.code[1:])
-            if a.target is not None or a.ends or a.name == "EXIT"
+            b.address for a, b in zip(self.code, self.code[1:]) if a.target is not None or a.ends or a.name == "EXIT"
         }
         blocks: list[list[Instruction]] = []
         for i in self.code:
@@ -219,10 +217,7 @@ def tool(name: str = "cuobjdump") -> str | None:
     folders = [
         os.environ.get("PATH", os.defpath),
         *(str(Path(home, "bin")) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home),
-        *(
-            str(Path(folder, "backends/nvidia/bin"))
-            for folder in (triton.submodule_search_locations if triton else ())
-        ),
+        *(str(Path(folder, "backends/nvidia/bin")) for folder in (triton.submodule_search_locations if triton else ())),
     ]
     return shutil.which(name, path=os.pathsep.join(folders))
 
@@ -268,9 +263,7 @@ def parse(text: str) -> dict[str, Kernel]:
     without = {"REG": 0, "SHARED": 0, "STACK": 0}
     found = {}
     for (arch, name), lines in code.items():
-        used = resources.get((arch, name)) or resources.get(
-            ("", name), without
-        )  # a cubin tells its arch too late
+        used = resources.get((arch, name)) or resources.get(("", name), without)  # a cubin tells its arch too late
         found[name] = Kernel(name, arch, used["REG"], used["SHARED"], used["STACK"], tuple(lines))
     return found
 

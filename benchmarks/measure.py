@@ -78,9 +78,7 @@ def best_times(
     return {name: min(seconds) for name, seconds in times.items()}
 
 
-def best_of_processes(
-    rows_of: Callable[..., list[dict[str, Any]]], *args: Any, processes: int
-) -> list[dict[str, Any]]:
+def best_of_processes(rows_of: Callable[..., list[dict[str, Any]]], *args: Any, processes: int) -> list[dict[str, Any]]:
     """The rows of several processes, each with the least `ms` that any of them found."""
     found = of_processes(rows_of, *args, processes=processes)
     return [rows[0] | {"ms": min(row["ms"] for row in rows)} for rows in zip(*found, strict=True)]
@@ -316,7 +314,9 @@ def available_memory() -> int:
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Machine, versions, commit and date: part of every result."""
     here = Path(__file__).resolve().parent
-    git = lambda *what: subprocess.run(["git", *what], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *what: subprocess.run(
+        ["git", *what], cwd=here, capture_output=True, text=True, check=True
+    ).stdout.strip()
     try:
         commit = git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain"))  # +: and changes
     except (OSError, subprocess.CalledProcessError):

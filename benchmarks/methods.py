@@ -40,7 +40,12 @@ def _rows(networks: dict[str, tuple[str, int, int]], rounds: int) -> list[dict[s
         about = {"network": network, "side": side, "batch": batch}
         found = profile(config, Console(file=io.StringIO()), rounds)
         rows += [
-            about | {"method": row["method"], "to_sgd": row["ratio"], "share": row["flatops"] if row["method"] != "sgd" else None}
+            about
+            | {
+                "method": row["method"],
+                "to_sgd": row["ratio"],
+                "share": row["flatops"] if row["method"] != "sgd" else None,
+            }
             for row in found
         ]
     return rows

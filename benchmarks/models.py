@@ -39,9 +39,7 @@ def wide_resnet_28_10() -> Shapes:
     return shapes + [(640,), (640,), (100, 640), (100,)]
 
 
-def llama(
-    layers: int = 22, width: int = 2048, hidden: int = 5632, keys: int = 256, words: int = 32000
-) -> Shapes:
+def llama(layers: int = 22, width: int = 2048, hidden: int = 5632, keys: int = 256, words: int = 32000) -> Shapes:
     """A decoder of Llama's kind; as it stands TinyLlama's 1.1 billion weights (arXiv 2401.02385)."""
     attention = [(width, width), (keys, width), (keys, width), (width, width)]
     layer = attention + [(hidden, width), (hidden, width), (width, hidden), (width,), (width,)]

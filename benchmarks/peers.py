@@ -68,9 +68,7 @@ def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
         return two_steps(optimizer)
 
     def foreach_sam() -> None:
-        kept = [
-            torch.empty_like(p) for p in params
-        ]  # as pytorch_optimizer: made anew each time, and then freed
+        kept = [torch.empty_like(p) for p in params]  # as pytorch_optimizer: made anew each time, and then freed
         foreach.ascend(params, grads, RHO, foreach.grad_norm(grads), kept)
         foreach.copy_back(params, kept)
 
@@ -84,9 +82,7 @@ def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
     @torch.no_grad()
     def papers_asam() -> None:
         norm = papers.grad_norm([p.abs() * g for p, g in zip(params, grads)])
-        papers.copy_back(
-            params, papers.ascend(params, [p.square() * g for p, g in zip(params, grads)], RHO, norm)
-        )
+        papers.copy_back(params, papers.ascend(params, [p.square() * g for p, g in zip(params, grads)], RHO, norm))
 
     def papers_sam() -> None:
         papers.copy_back(params, papers.ascend(params, grads, RHO, papers.grad_norm(grads)))

@@ -106,7 +106,9 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     figure, both = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for axes, (schedule, title) in zip(both, (("fixed", "one schedule for all"), ("tuned", "each tuned on held-out images"))):
+    for axes, (schedule, title) in zip(
+        both, (("fixed", "one schedule for all"), ("tuned", "each tuned on held-out images"))
+    ):
         rows = [row for row in result["rows"] if row["schedule"] == schedule]
         [sgd] = [row["curve"] for row in rows if row["method"] == "sgd"]
         epoch = sum(seconds for _, seconds in sgd) / len(sgd)
@@ -116,7 +118,9 @@ def draw_accuracy(result: dict[str, Any], path: Path) -> None:
             method = METHODS[row["method"]]
             axes.plot(times, accuracies, color=method.colour, lw=1.6, label=method.label)
             axes.plot(times[-1], accuracies[-1], "o", color=method.colour)
-        axes.set(title=f"{title}, {result['seeds'][schedule]} seeds", xlabel="training time, epochs of SGD", ylim=(0.6, 1))
+        axes.set(
+            title=f"{title}, {result['seeds'][schedule]} seeds", xlabel="training time, epochs of SGD", ylim=(0.6, 1)
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")
     both[0].set_ylabel("test accuracy, mean")

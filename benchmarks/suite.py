@@ -25,10 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # The file of rows, and the module whose measure() makes them. What is timed has the machine to itself.
-TIMED = {"cpu": "bench"} | {name: name for name in ("models", "peers", "memory", "growth", "methods", "distributed", "machine_code")}
+TIMED = {"cpu": "bench"} | {
+    name: name for name in ("models", "peers", "memory", "growth", "methods", "distributed", "machine_code")
+}
 TOGETHER = {name: name for name in ("flatness", "accuracy")}
 QUESTIONS = TIMED | TOGETHER
-PICTURES = {"cpu": "bench.png", "growth": "growth.png", "peers": "peers.png", "flatness": "landscape.png", "accuracy": "accuracy.png"}
+PICTURES = {
+    "cpu": "bench.png",
+    "growth": "growth.png",
+    "peers": "peers.png",
+    "flatness": "landscape.png",
+    "accuracy": "accuracy.png",
+}
 
 
 def ask(modules: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -52,9 +60,7 @@ def main(config: bench.Config) -> int:
     """Asks all, writes the rows; and README's and docs' tables and pictures, unless the rows go to a folder of one's own."""
     here = not config.results
     if here and not (ROOT / "README.md").exists():
-        raise ValueError(
-            "there is no README here to write tables into: say --results FOLDER, or run it in a checkout"
-        )
+        raise ValueError("there is no README here to write tables into: say --results FOLDER, or run it in a checkout")
     for module in QUESTIONS.values():
         importlib.import_module(f"flatops.benchmarks.{module}")  # what is missing is missed now
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of each of its starts

@@ -105,13 +105,20 @@ def operators(results: Results) -> str:
         ours = named(cpu["rows"], name=row["of"])
         label = f"`{row['name']}`" if not row["peer"] else f"{row['name']}: `{row['of']}`"
         level = ", AVX2 forced" if row["simd"] != cpu["simd"] else ""
-        note = (
-            f"{number(row['floors'] / ours['floors'])} × flatops" if row["peer"] else BETWEEN.get(row["name"], "")
-        )
+        note = f"{number(row['floors'] / ours['floors'])} × flatops" if row["peer"] else BETWEEN.get(row["name"], "")
         figures = [row["bytes_per_weight"], row["floors_by_bytes"], row["must"], row["floors"]]
         counts = [str(row["operations"]), str(row["host_reads"])]
         body.append([label + level, *map(number, figures), *counts, note])
-    head = ["operator", "bytes per weight", "floors by bytes", "limit", "floors measured", "operations", "host syncs", "notes"]
+    head = [
+        "operator",
+        "bytes per weight",
+        "floors by bytes",
+        "limit",
+        "floors measured",
+        "operations",
+        "host syncs",
+        "notes",
+    ]
     also = [f"- {c['name']}: {number(c['value'])} (limit: {c['sign']} {c['must']:g})." for c in cpu["checks"]]
     return "\n\n".join([table(head, body), "\n".join(also), where(cpu)])
 
@@ -119,22 +126,16 @@ def operators(results: Results) -> str:
 def models(results: Results) -> str:
     """Floors of each operator, a line for each model and dtype."""
     result = results["models"]
-    names = list(
-        dict.fromkeys((row["of"], row["name"]) for row in result["rows"][1:] if row["name"] != "floor")
-    )
+    names = list(dict.fromkeys((row["of"], row["name"]) for row in result["rows"][1:] if row["name"] != "floor"))
     cases = dict.fromkeys((row["model"], row["dtype"]) for row in result["rows"])
     body = []
     for model, dtype in cases:
         of = lambda **fields: named(result["rows"], model=model, dtype=dtype, **fields)
         millions = number(of(name="floor")["weights"] / 1e6)
         found = [of(of=operator, name=name) for operator, name in names]
-        body.append(
-            [f"{model}, {millions} million, {dtype}", *(number(row and row["floors"]) for row in found)]
-        )
+        body.append([f"{model}, {millions} million, {dtype}", *(number(row and row["floors"]) for row in found)])
     head = [f"`{name}`" if name == of else name for of, name in names]
-    gain = ", ".join(
-        f"`{row['name']}` {number(row['times'])}" for row in result["gain"] if row["name"] != "floor"
-    )
+    gain = ", ".join(f"`{row['name']}` {number(row['times'])}" for row in result["gain"] if row["name"] != "floor")
     more = f"{result['threads']} threads against one, ResNet-50, wall-clock time: {gain}." if gain else ""
     skipped = f"Not enough memory for: {'; '.join(result['skipped'])}." if result["skipped"] else ""
     return "\n\n".join(filter(None, [table(["", *head], body), more, skipped, where(result)]))
@@ -150,12 +151,7 @@ def peers(results: Results) -> str:
             exact = "" if row["times_ours"] is None else "yes" if row["exact"] else "no"
             body.append(
                 [row["method"], row["name"], number(row["floors"]), number(row["times_ours"]), exact]
-                + [
-                    str(row["operations"]),
-                    str(row["host_reads"]),
-                    number(tiny["ms"] * 1e3),
-                    number(tiny["times_ours"]),
-                ]
+                + [str(row["operations"]), str(row["host_reads"]), number(tiny["ms"] * 1e3), number(tiny["times_ours"])]
             )
     head = ["method", "implementation", "floors", "× flatops", "restored bit for bit", "operations", "host syncs"]
     return "\n\n".join([table([*head, "small CNN, µs", "small CNN, × flatops"], body), where(result)])
@@ -232,7 +228,11 @@ def steps(results: Results) -> str:
         found = [named(result["rows"], network=network, method=method) for network in networks]
         body.append([METHODS[method].label, *(f"{row['to_sgd']:.2f}" for row in found)])
         body[-1] += [f"{row['share']:.1%}" if row["share"] is not None else "" for row in found]
-    head = ["", *(f"{network}, SGD = 1" for network in networks), *(f"{network}: flatops' share" for network in networks)]
+    head = [
+        "",
+        *(f"{network}, SGD = 1" for network in networks),
+        *(f"{network}: flatops' share" for network in networks),
+    ]
     sizes = [named(result["rows"], network=network) for network in networks]
     about = "; ".join(f"{row['network']}: {row['batch']} images of {row['side']}×{row['side']}" for row in sizes)
     return "\n\n".join([table(head, body), f"{about}; float32, one thread. {where(result)}"])
@@ -246,9 +246,14 @@ def distributed(results: Results) -> str:
     body = []
     for method in dict.fromkeys(row["method"] for row in rows):
         found = [named(rows, method=method, parallel=kind) for kind in kinds]
-        body.append([method, *(cell for row in found for cell in (step_of(row), str(row["collectives"]) if row else ""))])
+        body.append(
+            [method, *(cell for row in found for cell in (step_of(row), str(row["collectives"]) if row else ""))]
+        )
     about = f"{config['model']}, {config['image']}×{config['image']}, batch {config['batch']}, {config['processes']} processes"
-    head = [about, *(cell for label in kinds.values() for cell in (f"{label}: step, SGD = 1 (quartiles)", "collectives"))]
+    head = [
+        about,
+        *(cell for label in kinds.values() for cell in (f"{label}: step, SGD = 1 (quartiles)", "collectives")),
+    ]
     return "\n\n".join([table(head, body), where(result)])
 
 
@@ -286,7 +291,12 @@ def verdicts(results: Results) -> str:
         for row in (row for row in found if row["claim"] == claim):
             label = f"{claim} ({arxiv(row['paper'])})" if row["schedule"] == "fixed" else ""
             body.append([label, f"{row['schedule']}: {between(row)}", f"**{row['verdict']}**"])
-    return "\n\n".join([table(["claim", "measured (accuracies: paired difference, 95 % interval)", "verdict"], body), where(results["accuracy"])])
+    return "\n\n".join(
+        [
+            table(["claim", "measured (accuracies: paired difference, 95 % interval)", "verdict"], body),
+            where(results["accuracy"]),
+        ]
+    )
 
 
 def flatness(results: Results) -> str:
@@ -309,7 +319,22 @@ def arxiv(number: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    block.__name__: block for block in (speed, operators, models, peers, memory, growth, fixed, tuned, steps, distributed, machine_code, verdicts, flatness)
+    block.__name__: block
+    for block in (
+        speed,
+        operators,
+        models,
+        peers,
+        memory,
+        growth,
+        fixed,
+        tuned,
+        steps,
+        distributed,
+        machine_code,
+        verdicts,
+        flatness,
+    )
 }
 
 

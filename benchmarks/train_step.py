@@ -22,15 +22,7 @@ from torch.nn.functional import cross_entropy
 import flatops
 from flatops import terminal
 from flatops.benchmarks import papers
-from flatops.benchmarks.measure import (
-    Batch,
-    in_turn,
-    provenance,
-    quantile,
-    synchronize,
-    traced,
-    waits,
-)
+from flatops.benchmarks.measure import Batch, in_turn, provenance, quantile, synchronize, traced, waits
 from flatops.methods import METHODS
 from flatops.train import models
 
@@ -61,9 +53,7 @@ class Contender:
 
     name: str
     step: Callable[[], Any]
-    own: Callable[[], Any] | None = (
-        None  # what it does beside forward, backward and the base optimizer's step
-    )
+    own: Callable[[], Any] | None = None  # what it does beside forward, backward and the base optimizer's step
     must: float | None = None  # times SGD's step, at most
     seconds: list[float] = field(default_factory=list)  # a step
 
@@ -76,9 +66,7 @@ def build_contenders(config: Config) -> list[Contender]:
 
     def batch() -> tuple[Tensor, Tensor]:
         shape = (config.batch, 3, config.image, config.image)
-        x = torch.randn(shape, generator=generator, device=device).contiguous(
-            memory_format=torch.channels_last
-        )
+        x = torch.randn(shape, generator=generator, device=device).contiguous(memory_format=torch.channels_last)
         return x, torch.randint(1000, (config.batch,), generator=generator, device=device)
 
     first, second = batch(), batch()

@@ -68,7 +68,9 @@ def spread(call: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
         return list(processes.map(call, jobs))
 
 
-def search(method: str, count: int = TRIALS, seeds: Iterable[int] = SEEDS, more: Iterable[int] = MORE_SEEDS) -> list[dict[str, Any]]:
+def search(
+    method: str, count: int = TRIALS, seeds: Iterable[int] = SEEDS, more: Iterable[int] = MORE_SEEDS
+) -> list[dict[str, Any]]:
     """A row for every trial: its options and its accuracies by seed; the finalists first, the best of all before them."""
 
     def look(rows: list[dict[str, Any]], seeds: Iterable[int]) -> None:

@@ -79,24 +79,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda_version") = pybind11::none();
 #endif
   m.attr("cuda_archs") = archs;
-  m.def("insist", [](pybind11::function f) {
-    return pybind11::cpp_function([f](const pybind11::args& args) {
-      try {
-        return f(*args);
-      } catch (pybind11::error_already_set&) {
-        f(*args);
-        throw;
-      }
-    });
-  }, "f, called once more if it raises before the error goes on. Unlike Python code it cannot be interrupted before its first line.");
+  m.def("insist", [](pybind11::function f) { return pybind11::cpp_function([f](const pybind11::args& args) {
+                                               try {
+                                                 return f(*args);
+                                               } catch (pybind11::error_already_set&) {
+                                                 f(*args);
+                                                 throw;
+                                               }
+                                             }); }, "f, called once more if it raises before the error goes on. Unlike Python code it cannot be interrupted before its first line.");
   m.def("simd", [] { return cpu::level_name(cpu::level()); }, "The SIMD level in use.");
   m.def("set_simd", set_simd, "Use another SIMD level, for tests and benchmarks.");
   m.def("simd_levels", [] {
     pybind11::list names;
     for (cpu::Level l : {cpu::Level::portable, cpu::Level::avx2, cpu::Level::avx512})
       if (cpu::supports(l)) names.append(cpu::level_name(l));
-    return names;
-  }, "The SIMD levels that this machine can run.");
+    return names; }, "The SIMD levels that this machine can run.");
 }
 
 }  // namespace flatops

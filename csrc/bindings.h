@@ -102,7 +102,8 @@ struct Launch {
       const at::Tensor& t = data[i];
       TORCH_CHECK(t.device() == device, "flatops: tensor ", i, " is on ", t.device(), ", expected ", device);
       const bool one_dim = t.dim() <= 1;
-      const int64_t filters = t.numel() == 0 ? 0 : one_dim ? 1 : t.size(0);
+      const int64_t filters = t.numel() == 0 ? 0 : one_dim ? 1
+                                                           : t.size(0);
       float* f = nullptr;
       if (!fisher.empty()) {
         const at::Tensor& q = fisher[i];
@@ -115,9 +116,13 @@ struct Launch {
                               .grad = grads.empty() ? nullptr : operands.like(i, grads[i], read_),
                               .scores = scores.empty() ? nullptr : operands.like(i, scores[i], read_),
                               .backup = backup.empty() || mask ? nullptr : operands.like(i, backup[i], backups_),
-                              .fisher = f, .filters = filters, .length = filters ? t.numel() / filters : 0,
-                              .first_filter = list.filters, .index = uint32_t(index.empty() ? i : index[i]),
-                              .first_row = first_row.empty() ? 0 : uint32_t(first_row[i]), .dtype = dtype_of(t),
+                              .fisher = f,
+                              .filters = filters,
+                              .length = filters ? t.numel() / filters : 0,
+                              .first_filter = list.filters,
+                              .index = uint32_t(index.empty() ? i : index[i]),
+                              .first_row = first_row.empty() ? 0 : uint32_t(first_row[i]),
+                              .dtype = dtype_of(t),
                               .one_dim = one_dim});
       list.filters += filters;
     }

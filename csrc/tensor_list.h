@@ -6,8 +6,12 @@
 
 namespace flatops {
 
-enum class DType : int32_t { f32, bf16, f16, f64 };
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+enum class DType : int32_t { f32,
+                             bf16,
+                             f16,
+                             f64 };
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4
+                                                                                              : 2; }
 
 // A tensor whose filters (slices along dim 0) lie one after the other in memory: `filters` rows of `length` elements.
 // A tensor of one dimension or none is one filter.
@@ -75,8 +79,7 @@ struct TensorList {
         for (int64_t f = 0; f < filters; ++f)
           for (int64_t start = 0; start < length; start += BLOCK) {
             const int64_t n = std::min(BLOCK, length - start);
-            blocks.push_back({.tensor = int32_t(i), .part = true, .filter = f, .filters = 1, .start = start, .length = n,
-                              .first_sum = sums});
+            blocks.push_back({.tensor = int32_t(i), .part = true, .filter = f, .filters = 1, .start = start, .length = n, .first_sum = sums});
             sums += (n + REDUCE - 1) / REDUCE;
           }
       } else {

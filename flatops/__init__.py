@@ -5,5 +5,16 @@ from flatops.backend import backend
 from flatops.optim import RWP, SAM, SSAM, CosineRamp, freeze_batchnorm_stats, passes, unwrap
 from flatops.perturb import perturb
 
-__all__ = ["RWP", "SAM", "SSAM", "CosineRamp", "backend", "freeze_batchnorm_stats", "ops", "passes", "perturb", "unwrap"]
+__all__ = [
+    "RWP",
+    "SAM",
+    "SSAM",
+    "CosineRamp",
+    "backend",
+    "freeze_batchnorm_stats",
+    "ops",
+    "passes",
+    "perturb",
+    "unwrap",
+]
 __version__ = "0.1.0"

@@ -49,10 +49,7 @@ def outside_graphs(function: F) -> F:
 
 
 schemas.define("flatops")
-for _namespace, _kernel in (
-    ("flatops_ref", lambda name: getattr(reference, name)),
-    ("flatops_triton", _triton_kernel),
-):
+for _namespace, _kernel in (("flatops_ref", lambda name: getattr(reference, name)), ("flatops_triton", _triton_kernel)):
     _library = schemas.define(_namespace)
     for _name in schemas.SCHEMAS:
         _library.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
@@ -64,15 +61,12 @@ _C: Any = None  # the compiled core, where there is one
 try:
     _C = importlib.import_module("flatops._C")
 except ImportError as error:
-    WHY_NOT_COMPILED = str(
-        error
-    )  # "No module named ..." in a source tree, a missing symbol after torch has changed
+    WHY_NOT_COMPILED = str(error)  # "No module named ..." in a source tree, a missing symbol after torch has changed
 else:
     WHY_NOT_COMPILED = ""
     if _C.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
-            f"flatops was compiled for torch {_C.torch_version} and this is torch {torch.__version__}; "
-            + _AGAIN
+            f"flatops was compiled for torch {_C.torch_version} and this is torch {torch.__version__}; " + _AGAIN
         )
 
 

@@ -154,6 +154,4 @@ def main(arguments: list[str] | None = None) -> int:
 def usage() -> str:
     """The sub-commands and what they do."""
     lines = [f"  {name:<11}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: flatops COMMAND [OPTIONS]", "", *lines, "", "flatops COMMAND --help lists its options."]
-    )
+    return "\n".join(["usage: flatops COMMAND [OPTIONS]", "", *lines, "", "flatops COMMAND --help lists its options."])

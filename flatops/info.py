@@ -55,9 +55,7 @@ def report() -> dict[str, Any]:
         "core": core,
         "threads": torch.get_num_threads(),
         "backends": list(BACKENDS),
-        "devices": {
-            name: {"name": what, "backend": choose(torch.device(name))} for name, what in devices.items()
-        },
+        "devices": {name: {"name": what, "backend": choose(torch.device(name))} for name, what in devices.items()},
     }
 
 

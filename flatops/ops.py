@@ -226,9 +226,7 @@ def restore_(
     if seed is None or draw is None:
         raise ValueError("restore_ by scales needs the seed and the draw that perturb_ had")
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
-        raise TypeError(
-            "bfloat16 and float16 weights cannot be restored by drawing again: give perturb_ a backup"
-        )
+        raise TypeError("bfloat16 and float16 weights cannot be restored by drawing again: give perturb_ a backup")
     if fisher is not None:
         check_fisher(fisher, params)
     if first_row is not None:
@@ -271,9 +269,7 @@ def filter_fisher_(
     operators(device, backend).filter_fisher_(fisher, grads, beta, scalar("scale", scale, device))
 
 
-def grad_norm(
-    grads: Sequence[Tensor], params: Sequence[Tensor] | None = None, *, backend: str | None = None
-) -> Tensor:
+def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None, *, backend: str | None = None) -> Tensor:
     """The Euclidean norm over all gradients together, ||g||_2; with `params` that of w g, for ASAM.
 
     Args:
@@ -340,11 +336,7 @@ def ascend_(
 
 
 def fisher_(
-    fisher: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    *,
-    scale: float | Tensor = 1.0,
-    backend: str | None = None,
+    fisher: Sequence[Tensor], grads: Sequence[Tensor], *, scale: float | Tensor = 1.0, backend: str | None = None
 ) -> None:
     """The empirical Fisher, summed up: F <- F + (scale g)^2, in place, in float32.
 

@@ -111,9 +111,7 @@ def sum_squares(x: Tensor) -> Tensor:
 _M0, _M1, _W0, _W1, _WORD = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four int64 tensors of 32-bit words in, four out. `key` is an int64 scalar, low word first.
 
     Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
@@ -161,9 +159,7 @@ def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int, fi
     """
     block = torch.arange((length + 3) // 4, device=key.device)[None, :]
     filter = first_row + torch.arange(filters, device=key.device)[:, None]
-    counter = torch.broadcast_tensors(
-        block, filter, torch.full_like(block, index), (draw & _WORD).reshape(1, 1)
-    )
+    counter = torch.broadcast_tensors(block, filter, torch.full_like(block, index), (draw & _WORD).reshape(1, 1))
     x0, x1, x2, x3 = philox(counter, key)
     z = torch.stack([*box_muller(x0, x1), *box_muller(x2, x3)], dim=-1)
     return z.reshape(filters, 4 * block.numel())[:, :length]
@@ -193,8 +189,7 @@ def _add_noise(params, scales: Tensor, key, draw, index, first_row, fisher, eta)
 
 
 @operator(
-    "(Tensor[] params) -> Tensor",
-    lambda params: params[0].new_empty(sum(map(filters, params)), dtype=torch.float32),
+    "(Tensor[] params) -> Tensor", lambda params: params[0].new_empty(sum(map(filters, params)), dtype=torch.float32)
 )
 def filter_norms(params: list[Tensor]) -> Tensor:
     return torch.cat([sqrt(sum_squares(_exact(rows(p))).float()) for p in params])
@@ -369,12 +364,7 @@ def _random_scores(params: list[Tensor], key: Tensor, draw: Tensor, index: list[
     out = []
     for p, i in zip(params, index):
         block = torch.arange((p.numel() + 3) // 4, device=key.device)
-        counter = (
-            block,
-            torch.full_like(block, place),
-            torch.full_like(block, i),
-            (draw & _WORD).expand_as(block),
-        )
+        counter = (block, torch.full_like(block, place), torch.full_like(block, i), (draw & _WORD).expand_as(block))
         out.append(torch.stack(philox(counter, key), -1).reshape(-1)[: p.numel()] >> 8)
     return torch.cat(out).double()
 

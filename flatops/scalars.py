@@ -34,7 +34,9 @@ def check_tensor(name: str, value: Tensor, floating: bool = True) -> None:
     right = value.is_floating_point() if floating else value.dtype == torch.int64
     if not (value.numel() == 1 and right):
         kind = "floating-point" if floating else "int64"
-        raise ValueError(f"{name} must be one {kind} number, not a tensor of shape {tuple(value.shape)} and {value.dtype}")
+        raise ValueError(
+            f"{name} must be one {kind} number, not a tensor of shape {tuple(value.shape)} and {value.dtype}"
+        )
 
 
 def check_range(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:

@@ -50,7 +50,13 @@ class Weights:
         with torch.inference_mode(False):  # an inference tensor has no version
             for i, w in zip(index, mine):
                 b = self.backups.get(i)
-                if b is None or b.shape != w.shape or b.dtype != w.dtype or b.device != device or b.stride() != w.stride():
+                if (
+                    b is None
+                    or b.shape != w.shape
+                    or b.dtype != w.dtype
+                    or b.device != device
+                    or b.stride() != w.stride()
+                ):
                     pinned = offload and w.is_cuda
                     self.backups[i] = torch.empty_like(w, device=device, pin_memory=pinned, requires_grad=False)
         return [self.backups[i] for i in index]
@@ -114,7 +120,13 @@ class Weights:
                 ops.perturb_(mine, sigma, **drawn)
 
     def _add_gathered(
-        self, params: list[Tensor], index: list[int], mine: list[Tensor], sigma: float | Tensor, restore: str, noise: Any
+        self,
+        params: list[Tensor],
+        index: list[int],
+        mine: list[Tensor],
+        sigma: float | Tensor,
+        restore: str,
+        noise: Any,
     ) -> None:
         """One filter each, whose norm and noise need all of it: biases and scales, small enough to be gathered whole."""
         whole = distributed.gather(params, mine)

@@ -37,13 +37,7 @@ def scale_of(rho, norm):
 
 @triton.jit
 def climb(
-    vector: tl.constexpr,
-    tensor,
-    block,
-    scale,
-    dtype: tl.constexpr,
-    adaptive: tl.constexpr,
-    backup: tl.constexpr,
+    vector: tl.constexpr, tensor, block, scale, dtype: tl.constexpr, adaptive: tl.constexpr, backup: tl.constexpr
 ):
     data, grad, saved, place, count, _, _, steps = rows_of(tensor, block, dtype, True, False, vector)
     step = 0
@@ -59,16 +53,7 @@ def climb(
 
 
 @triton.jit(do_not_specialize=["first"])
-def ascend_kernel(
-    tensors,
-    blocks,
-    first,
-    rho,
-    norm,
-    dtype: tl.constexpr,
-    adaptive: tl.constexpr,
-    backup: tl.constexpr,
-):
+def ascend_kernel(tensors, blocks, first, rho, norm, dtype: tl.constexpr, adaptive: tl.constexpr, backup: tl.constexpr):
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
     scale = scale_of(rho, norm)
@@ -195,7 +180,5 @@ def ascend_(params, grads, backup, mask, rho, norm, adaptive):
         tensors.check_mask(mask)
         slots = check_slots(backup, params)
         room, width = (0, 0) if slots is None else (slots.numel(), slots.itemsize)
-        tensors.run(
-            ascend_masked_kernel, "whole", mask, rho, norm, slots, room, adaptive=adaptive, width=width
-        )
+        tensors.run(ascend_masked_kernel, "whole", mask, rho, norm, slots, room, adaptive=adaptive, width=width)
     tensors.wrote(*params, *backup)

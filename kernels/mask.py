@@ -18,17 +18,7 @@ from torch import Tensor
 from .arithmetic import INTERPRETED, widen
 from .bits import WORDS, first_ones, is_set, ones, reduces_of
 from .philox import philox
-from .tensor_list import (
-    DATA,
-    DROP,
-    FIELDS,
-    FIRST_RANK,
-    GROW,
-    INDEX,
-    ROWS,
-    TensorList,
-    operator,
-)
+from .tensor_list import DATA, DROP, FIELDS, FIRST_RANK, GROW, INDEX, ROWS, TensorList, operator
 
 # How many bits of a key can differ between two scores of a dtype: bfloat16 and float16 are widened to float32 first, and the sign's
 # place is left out. Random scores are 24 bits of a word.
@@ -251,9 +241,7 @@ def chosen_of(word, rank, there, found, size, wanted):
 
 
 @triton.jit(do_not_specialize=["first", "size"])
-def mask_kernel(
-    tensors, blocks, first, mask, found, size: tl.int64, result, regrow: tl.constexpr, dtype: tl.constexpr
-):
+def mask_kernel(tensors, blocks, first, mask, found, size: tl.int64, result, regrow: tl.constexpr, dtype: tl.constexpr):
     """Writes what was chosen; or takes it away from the mask and adds what was chosen next, unless something is bad."""
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
@@ -289,21 +277,14 @@ class Selections:
         self.found = torch.empty(2 * choices, self.size, dtype=torch.int32, device=tensors.device)
         self.result = torch.full((choices, 2), -1, dtype=torch.int64, device=tensors.device)
 
-    def choose(
-        self, choice: int, k: int, column=None, mask=None, key=None, draw=None, place=None, **constants
-    ) -> None:
+    def choose(self, choice: int, k: int, column=None, mask=None, key=None, draw=None, place=None, **constants) -> None:
         """Finds the `k` first; under a mask as many as can be exchanged, if that is less."""
         tensors = self.tensors
         bits = RANDOM_BITS if column is None else max(KEY_BITS[d] for d in tensors.shapes.dtypes)
         digits = triton.cdiv(bits, DIGIT.value)
         state = torch.zeros(digits + 1, STATE.value, dtype=torch.int64, device=tensors.device)
         args = (mask, key, draw, state, k, tensors.shapes.elements)
-        constants |= {
-            "column": column,
-            "place": place,
-            "bits": digits * DIGIT.value,
-            "by_dtype": column is not None,
-        }
+        constants |= {"column": column, "place": place, "bits": digits * DIGIT.value, "by_dtype": column is not None}
         for i in range(digits):
             tensors.run(histogram_kernel, "whole", *args, i, **constants)
         args += (digits, self.found[2 * choice], self.size, self.result[choice])

@@ -108,9 +108,7 @@ def perturb_kernel(
         if sigma is None:
             scale = -scale
         elif tl.load(tensor + LENGTH) <= TILE:
-            scale = tl.load(sigma).to(tl.float32) * tl.sqrt_rn(
-                sum_filters(tensor, block, dtype).to(tl.float32)
-            )
+            scale = tl.load(sigma).to(tl.float32) * tl.sqrt_rn(sum_filters(tensor, block, dtype).to(tl.float32))
             tl.store(at, scale, there)
     if tl.load(tensor + ALIGNED) != 0:
         add_noise(True, tensor, block, scale, key, draw, eta, dtype, backup, fisher)

@@ -35,9 +35,7 @@ def fold(x):
 
 
 @triton.jit
-def sum_by(
-    vector: tl.constexpr, tensor, block, dtype: tl.constexpr, product: tl.constexpr, whole: tl.constexpr
-):
+def sum_by(vector: tl.constexpr, tensor, block, dtype: tl.constexpr, product: tl.constexpr, whole: tl.constexpr):
     data, other, _, place, count, _, _, steps = rows_of(tensor, block, dtype, whole, True, vector)
     lanes = tl.zeros([ROWS, LANES], tl.float64 if dtype == tl.float64 else tl.float32)
     step = 0

@@ -26,12 +26,7 @@ ROWS, TILE = tl.constexpr(1 << LOG_ROWS.value), tl.constexpr(REDUCE.value << LOG
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 FOLD_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}  # a row of LANES at a time, and no barriers
 
-TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,
-}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
 # --- what a program reads: a row of int64 for each tensor, a row of int32 for each block -------------------------------------
@@ -45,9 +40,7 @@ FIRST_WORD, FIRST_RANK, FIELDS = map(tl.constexpr, range(14, 17))
 
 
 @triton.jit
-def rows_of(
-    tensor, block, dtype: tl.constexpr, whole: tl.constexpr, reduces: tl.constexpr, vector: tl.constexpr
-):
+def rows_of(tensor, block, dtype: tl.constexpr, whole: tl.constexpr, reduces: tl.constexpr, vector: tl.constexpr):
     """How the rows of a block share its elements: REDUCE each with `reduces`, else evenly.
 
     Args:
@@ -284,11 +277,7 @@ class TensorList:
         return self._copies[-1][2]
 
     def _table(
-        self,
-        addresses: tuple[tuple[int, ...], ...],
-        index: Sequence[int],
-        first_row: Sequence[int],
-        changed: bool,
+        self, addresses: tuple[tuple[int, ...], ...], index: Sequence[int], first_row: Sequence[int], changed: bool
     ) -> Tensor:
         shapes, none = self.shapes, [0] * len(self.shapes.dtypes)
         if changed:
@@ -343,9 +332,7 @@ class TensorList:
                 torch.autograd.graph.increment_version(t)
 
 
-def _check_array(
-    name: str, t: Tensor, size: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> None:
+def _check_array(name: str, t: Tensor, size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
     if (t.dtype, t.numel(), t.device) != (dtype, size, device) or not t.is_contiguous():
         raise ValueError(f"{name} must be a contiguous {dtype} tensor of {size} entries on {device}")
 

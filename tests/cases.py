@@ -255,9 +255,7 @@ def _restore_masked(case: Case) -> tuple:
     mask = mask_of(params)
     backup = ops.new_backup(params, mask)
     backup[0].view(torch.uint8).copy_(
-        torch.randint(
-            0, 256, (backup[0].nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
-        )
+        torch.randint(0, 256, (backup[0].nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     )
     return params, backup, mask
 
@@ -282,9 +280,7 @@ def _ascend(
 def _scores(case: Case, ties: bool = False) -> list[Tensor]:
     """Scores as topk_mask takes them: not negative, and no NaN; with `ties`, of few values, zero most of all."""
     dtype = torch.float32 if case.dtype is None else case.dtype
-    scores = [
-        twin(t).abs_().nan_to_num_(nan=0.5, posinf=torch.inf) for t in replace(case, dtype=dtype).tensors(3)
-    ]
+    scores = [twin(t).abs_().nan_to_num_(nan=0.5, posinf=torch.inf) for t in replace(case, dtype=dtype).tensors(3)]
     return [s.mul_(2).floor_() for s in scores] if ties else scores
 
 
@@ -297,8 +293,7 @@ def _regrow(case: Case, drop: bool, grow: bool) -> tuple:
     dtype = torch.float32 if case.dtype is None else case.dtype
     params = replace(case, dtype=dtype).tensors(1)
     scores = [
-        replace(case, dtype=dtype).tensors(seed, scale=0.1) if given else []
-        for seed, given in ((4, drop), (5, grow))
+        replace(case, dtype=dtype).tensors(seed, scale=0.1) if given else [] for seed, given in ((4, drop), (5, grow))
     ]
     count = sum(p.numel() for p in params) // 7
     return mask_of(params), params, *scores, KEY, DRAW, _index(params), count
@@ -327,11 +322,7 @@ OPERATORS: dict[str, Callable[[Case], tuple]] = {
     "ascend_,masked": lambda case: _ascend(case, masked=True),
     "ascend_,masked,bare": lambda case: _ascend(case, masked=True, backup=False, adaptive=True),
     "ascend_,masked,otherwise": lambda case: _ascend(case, masked=True, otherwise=True),
-    "fisher_": lambda case: (
-        replace(case, dtype=torch.float32).tensors(1),
-        case.tensors(2),
-        _number(0.5),
-    ),
+    "fisher_": lambda case: (replace(case, dtype=torch.float32).tensors(1), case.tensors(2), _number(0.5)),
     "topk_mask": lambda case: _topk(case, 0.5),
     "topk_mask,few": lambda case: _topk(case, 0.01),
     "topk_mask,ties": lambda case: _topk(case, 0.6, ties=True),

@@ -61,7 +61,11 @@ def state():
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
         "folder": os.getcwd(),
         # What libraries set when they are imported is not for a test to take back.
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("FLATOPS", "TRITON", "CUDA", "MASTER", "RANK", "WORLD"))},
+        "environment": {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith(("FLATOPS", "TRITON", "CUDA", "MASTER", "RANK", "WORLD"))
+        },
     }
 
 

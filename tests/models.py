@@ -26,9 +26,7 @@ class Net(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
-def make_net(
-    seed: int = 0, dtype: torch.dtype = torch.float32, norm: type[nn.Module] = nn.BatchNorm2d
-) -> Net:
+def make_net(seed: int = 0, dtype: torch.dtype = torch.float32, norm: type[nn.Module] = nn.BatchNorm2d) -> Net:
     torch.manual_seed(seed)
     return Net(norm).to(dtype)
 

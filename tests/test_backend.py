@@ -18,7 +18,9 @@ def test_every_backend_has_the_operators_that_are_declared_and_no_others():
     for device in ("CPU", *(["CUDA"] if _C.cuda_archs else [])):
         for name in SCHEMAS:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flatops::{name}", device), name
-    assert not [impl for impl in torch._C._dispatch_find_dangling_impls() if "flatops" in impl]  # registered, not declared
+    assert not [
+        impl for impl in torch._C._dispatch_find_dangling_impls() if "flatops" in impl
+    ]  # registered, not declared
     assert set(pytest.importorskip("flatops.kernels", exc_type=ImportError).OPERATORS) == set(SCHEMAS)
     functions = {"normal_": "normal", "subtract_noise_": "restore_"}  # of another name
     assert {functions.get(name, name) for name in SCHEMAS} <= set(ops.__all__)
@@ -93,9 +95,7 @@ def test_the_reference_is_chosen_with_one_warning_where_there_is_nothing_else(ma
         assert choose(GPU) == "reference"
 
 
-@pytest.mark.parametrize(
-    "triton, interpreted, says", [((3, 5), "0", "3.6 or later"), ((3, 6), "1", "unset it")]
-)
+@pytest.mark.parametrize("triton, interpreted, says", [((3, 5), "0", "3.6 or later"), ((3, 6), "1", "unset it")])
 def test_a_triton_that_cannot_be_used(machine, monkeypatch, triton, interpreted, says):
     machine((9, 0), [], triton=triton)
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)

@@ -157,9 +157,7 @@ def test_every_ratio_has_a_name_of_its_own():
         assert len(compare.ratios(result)) == values > 0, name
 
 
-@pytest.mark.parametrize(
-    "value, shown", [(None, ""), (199.4, "199"), (4.44, "4.4"), (0.825, "0.82"), (10, "10")]
-)
+@pytest.mark.parametrize("value, shown", [(None, ""), (199.4, "199"), (4.44, "4.4"), (0.825, "0.82"), (10, "10")])
 def test_numbers(value, shown):
     assert tables.number(value) == shown
 
@@ -208,9 +206,7 @@ def test_models(monkeypatch):
     shapes = [(16, 3, 3, 3), (1024,), (3, 700)]
     result = models.measure({"tiny": lambda: shapes, models.THREADED[0]: lambda: shapes}, rounds=1, processes=1)
     assert result.keys() == committed("models").keys() and not result["skipped"]
-    assert {frozenset(row) for row in result["rows"]} == {
-        frozenset(row) for row in committed("models")["rows"]
-    }
+    assert {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in committed("models")["rows"]}
     assert {row["dtype"] for row in result["rows"]} == set(models.DTYPES)
     assert all(row["floors"] > 0 for row in result["rows"])
     monkeypatch.setattr(models, "available_memory", lambda: 0)
@@ -220,7 +216,9 @@ def test_models(monkeypatch):
 def test_more_threads_are_measured_beside_one():
     rows = models._rows([(*models.THREADED, [(64, 64)])], threads=2, rounds=1)
     assert {row["threads"] for row in rows if "threads" in row} == {1, 2} and torch.get_num_threads() == 1
-    assert {row["name"] for row in rows if "threads" in row} == {row["name"] for row in rows if row.get("peer") is False}
+    assert {row["name"] for row in rows if "threads" in row} == {
+        row["name"] for row in rows if row.get("peer") is False
+    }
 
 
 def test_shapes_that_timm_does_not_have():
@@ -232,9 +230,7 @@ def test_peers():
     result = peers.measure({"cnn": (1, 2)})
     rows = {(row["method"], row["name"]): row for row in result["rows"]}
     kept = committed("peers")
-    assert result.keys() == kept.keys() and {(row["method"], row["name"]) for row in kept["rows"]} == set(
-        rows
-    )
+    assert result.keys() == kept.keys() and {(row["method"], row["name"]) for row in kept["rows"]} == set(rows)
     assert all(row["exact"] for (_, name), row in rows.items() if name == "flatops")
     assert not rows["RWP", tables.PAPERS]["exact"]  # w + e - e is not w
     assert rows["RWP", "flatops"]["host_reads"] == rows["SAM", "flatops"]["host_reads"] == 0
@@ -278,7 +274,9 @@ def test_distributed():
     """More passes make more collectives, local ascent and parallel m-RWP as many as SGD."""
     result = distributed.measure(distributed.Config(model="cnn", batch=4, image=8, rounds=1))
     kept = committed("distributed")
-    assert result.keys() == kept.keys() and {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in kept["rows"]}
+    assert result.keys() == kept.keys() and {frozenset(row) for row in result["rows"]} == {
+        frozenset(row) for row in kept["rows"]
+    }
     calls = {(row["parallel"], row["method"]): row["collectives"] for row in result["rows"]}
     assert calls.keys() == {(row["parallel"], row["method"]) for row in kept["rows"]}
     once = {calls["ddp", name] for name in ("SGD", "RWP", "m-RWP, parallel", "SAM, local ascent")}
@@ -294,7 +292,9 @@ def test_machine_code(monkeypatch):
     kept = committed("machine_code")
     assert [row["name"] for row in kept["rows"]] == [name for name, *_ in machine_code.OPERATORS]
     found = machine_code.measure()
-    assert found.keys() == kept.keys() and {frozenset(row) for row in found["rows"]} <= {frozenset(row) for row in kept["rows"]}
+    assert found.keys() == kept.keys() and {frozenset(row) for row in found["rows"]} <= {
+        frozenset(row) for row in kept["rows"]
+    }
     monkeypatch.setattr(machine_code, "tool", lambda: None)
     nothing = machine_code.measure()
     assert nothing["rows"] == [] and "no code for sm_90" in tables.machine_code({"machine_code": nothing})
@@ -303,13 +303,19 @@ def test_machine_code(monkeypatch):
 def test_flatness(one_thread):
     result = flatness.measure(1, points=3, iterations=1, batches=1, draws=2)
     kept = committed("flatness")
-    assert result.keys() == kept.keys() and {frozenset(row) for row in result["rows"]} == {frozenset(row) for row in kept["rows"]}
-    assert [(row["network"], row["images"]) for row in result["rows"]] == [(row["network"], row["images"]) for row in kept["rows"]]
+    assert result.keys() == kept.keys() and {frozenset(row) for row in result["rows"]} == {
+        frozenset(row) for row in kept["rows"]
+    }
+    assert [(row["network"], row["images"]) for row in result["rows"]] == [
+        (row["network"], row["images"]) for row in kept["rows"]
+    ]
 
 
 def test_accuracies_are_those_of_the_last_epoch(monkeypatch):
     """Of every method and seed; SGD's own is nothing above SGD's."""
-    monkeypatch.setattr(accuracy, "options_of", lambda schedule: {"sgd": {"epochs": 1}, "rwp": {"epochs": 2, "sigma": 0.1}})
+    monkeypatch.setattr(
+        accuracy, "options_of", lambda schedule: {"sgd": {"epochs": 1}, "rwp": {"epochs": 2, "sigma": 0.1}}
+    )
     monkeypatch.setattr(tuning, "LABEL_NOISE", 0.0)
     runs = [run for seed in (0, 1) for run in accuracy.runs_of(("tuned", seed))]
     sgd, rwp = rows = accuracy.accuracies("tuned", runs)
@@ -346,7 +352,14 @@ def test_verdicts_are_paired():
     rows = [
         {"schedule": schedule, "method": method, "accuracies": [easy + more, hard + more, easy + more / 2]}
         for schedule in accuracy.SEEDS
-        for method, more in (("sgd", 0.0), ("rwp", 0.0), ("mrwp", 0.009), ("arwp", -0.009), ("sam", 0.001), ("ssam", 0.0))
+        for method, more in (
+            ("sgd", 0.0),
+            ("rwp", 0.0),
+            ("mrwp", 0.009),
+            ("arwp", -0.009),
+            ("sam", 0.001),
+            ("ssam", 0.0),
+        )
     ]
     found = {row["claim"]: row["verdict"] for row in accuracy.verdicts(rows)}
     assert found == {
@@ -398,7 +411,11 @@ def test_a_search_tries_every_radius_and_looks_at_the_best_again(method, monkeyp
     monkeypatch.setattr(tuning, "spread", spread)
     rows = tuning.search(method)
     radii = tuning.RADII[method]
-    on_one = [row["options"] for row in rows if {k: row["options"][k] for k in tuning.SCHEDULE} == {k: rows[0]["options"][k] for k in tuning.SCHEDULE}]
+    on_one = [
+        row["options"]
+        for row in rows
+        if {k: row["options"][k] for k in tuning.SCHEDULE} == {k: rows[0]["options"][k] for k in tuning.SCHEDULE}
+    ]
     assert len(on_one) == math.prod(map(len, radii.values()))
     assert tuning.TRIALS <= len(rows) <= tuning.TRIALS + len(on_one) - 1
     assert [len(row["accuracies"]) for row in rows] == [12] * tuning.FINALISTS + [4] * (len(rows) - tuning.FINALISTS)
@@ -408,7 +425,11 @@ def test_a_search_tries_every_radius_and_looks_at_the_best_again(method, monkeyp
 
 def test_tuning_never_sees_the_test_images(monkeypatch):
     seen = []
-    monkeypatch.setattr(tuning, "run_seed", lambda configs, seed: seen.append((configs, seed)) or [{"history": [{"test_accuracy": 1.0}]}])
+    monkeypatch.setattr(
+        tuning,
+        "run_seed",
+        lambda configs, seed: seen.append((configs, seed)) or [{"history": [{"test_accuracy": 1.0}]}],
+    )
     assert tuning.accuracy(("sam", {"rho": 0.1, "epochs": 10}, 1003)) == 1.0
     [(configs, seed)] = seen
     assert configs["sam"].validation == 0.2 and configs["sam"].rho == 0.1 and seed == 1003

@@ -96,13 +96,7 @@ def test_a_batch_waits_in_the_queue_until_it_is_whole(monkeypatch):
     cuda.said.clear()
     sample = batch()
     calls = ["call"] * batch.calls
-    assert cuda.said == [
-        *("synchronize", "sleep", "record"),
-        *calls,
-        *("record", "synchronize"),
-        *calls,
-        "synchronize",
-    ]
+    assert cuda.said == [*("synchronize", "sleep", "record"), *calls, *("record", "synchronize"), *calls, "synchronize"]
     assert sample.queued and sample.device == pytest.approx(3e-3 / batch.calls)
     assert sample.host > 0 and sample.wall > 0
 
@@ -164,19 +158,14 @@ def test_rehearsal(tmp_path, capsys):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {
-        *("summary.txt", "log.txt", "tests.xml", "info.json", "bench_cnn.json", "train_step.json"),
-    }
+    assert names == {*("summary.txt", "log.txt", "tests.xml", "info.json", "bench_cnn.json", "train_step.json")}
     summary = (tmp_path / "summary.txt").read_text()
     assert "failed" not in summary and summary.splitlines()[-1].startswith("all")
     assert json.loads((tmp_path / "info.json").read_text())["core"]["built"]
 
     table = json.loads((tmp_path / "bench_cnn.json").read_text())
     assert table["backends"]["cpp"] == "" and table["weights"] > 0
-    assert {(row["backend"], row["dtype"]) for row in table["rows"]} >= {
-        ("cpp", "float32"),
-        ("cpp", "bfloat16"),
-    }
+    assert {(row["backend"], row["dtype"]) for row in table["rows"]} >= {("cpp", "float32"), ("cpp", "bfloat16")}
     for row in table["rows"]:
         assert row["error"] is None
         assert row["device_ms"] > 0 and row["host_ms"] > 0 and row["wall_ms"] > 0 and row["floors"] > 0

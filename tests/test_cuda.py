@@ -9,15 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
-    BACKENDS,
-    OPERATORS,
-    Case,
-    arguments,
-    assert_same_bits,
-    tensors_of,
-    whole,
-)
+from cases import BACKENDS, OPERATORS, Case, arguments, assert_same_bits, tensors_of, whole
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,9 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU: torch.cuda.is_available() is False", allow_module_level=True)
 
 ON_GPU = [b for b in BACKENDS if b.device == "cuda"]
-on_kernels = pytest.mark.parametrize(
-    "backend", [b for b in ON_GPU if b.name != "reference"], ids=str, indirect=True
-)
+on_kernels = pytest.mark.parametrize("backend", [b for b in ON_GPU if b.name != "reference"], ids=str, indirect=True)
 on_operators = pytest.mark.parametrize("operator", OPERATORS)
 
 KINDS = {
@@ -467,8 +457,7 @@ def test_tensors_elsewhere_are_refused(match):
 def noise_at(filter: Tensor, offset: Tensor, key: int, draw: int, index: int) -> Tensor:
     """The reference's normals at single places."""
     words = reference.philox(
-        (offset // 4, filter, torch.full_like(offset, index), torch.full_like(offset, draw)),
-        torch.tensor(key),
+        (offset // 4, filter, torch.full_like(offset, index), torch.full_like(offset, draw)), torch.tensor(key)
     )
     z = torch.stack([*reference.box_muller(*words[:2]), *reference.box_muller(*words[2:])], -1)
     return z.gather(-1, (offset % 4)[:, None])[:, 0]

@@ -34,7 +34,15 @@ METHODS = {
     "ssam dynamic": (flatops.SSAM, {"seed": 0, "rho": 0.1, "mask": "dynamic", "update_every": 2}),
     "ssam dynamic by weight": (
         flatops.SSAM,
-        {"seed": 0, "rho": 0.1, "mask": "dynamic", "update_every": 2, "drop": "weight", "grow": "gradient", "pattern": "layer"},
+        {
+            "seed": 0,
+            "rho": 0.1,
+            "mask": "dynamic",
+            "update_every": 2,
+            "drop": "weight",
+            "grow": "gradient",
+            "pattern": "layer",
+        },
     ),
     "rwp regenerating": (flatops.RWP, {"seed": 0, "sigma": 0.1, "restore": "regenerate", "stream": 0}),
     "ssam skipping": (flatops.SSAM, {"seed": 0, "rho": 0.1, "pattern": "filter", "sparsity": 0.7, "skip_masked": True}),
@@ -133,7 +141,9 @@ def parallel_against_one_process(lam: float, closure: str) -> None:
     assert_close([p.grad for p in net.parameters()], expected)
 
 
-@pytest.mark.parametrize("closure", ["", "plain", "that knows its weight"], ids=lambda c: f"closure {c}" if c else "explicit")
+@pytest.mark.parametrize(
+    "closure", ["", "plain", "that knows its weight"], ids=lambda c: f"closure {c}" if c else "explicit"
+)
 @pytest.mark.parametrize("world, lam", [(2, 0.5), (2, 0.3), (3, 0.5), (4, 0.7)])
 def test_parallel_mrwp_is_the_mixed_gradient_of_one_process(world, lam, closure):
     run(parallel_against_one_process, world, lam, closure)
@@ -144,7 +154,9 @@ def roles() -> None:
     optimizer = make_optimizer("mrwp parallel", make_net())
     group = optimizer.role_group()
     members = dist.get_process_group_ranks(group)
-    assert rank in members and set(members) == set(range(world // 2, world) if optimizer.perturbs else range(world // 2))
+    assert rank in members and set(members) == set(
+        range(world // 2, world) if optimizer.perturbs else range(world // 2)
+    )
     lone = make_optimizer("mrwp parallel", make_net(), lam=1.0)  # nothing to mix: all perturb
     assert lone.perturbs and lone.perturbed_weight == 1.0
 
@@ -160,7 +172,9 @@ def regenerating() -> None:
     with pytest.raises(ValueError, match="restore='regenerate'"), optimizer.perturbed():
         pass
     assert_same_bits(before, all_bits(model.parameters()))
-    optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.1, lam=0.5, eta=1.0, restore="regenerate", stream=0, lr=0.1)
+    optimizer = flatops.RWP(
+        model.parameters(), SGD, sigma=0.1, lam=0.5, eta=1.0, restore="regenerate", stream=0, lr=0.1
+    )
     with pytest.raises(ValueError, match="no mixed ARWP"), optimizer.perturbed():
         pass
 
@@ -451,7 +465,9 @@ def resume_in_mid_epoch(method: str) -> None:
     def steps(model, optimizer, which):
         for i in which:
             optimizer.zero_grad()
-            passes(method, model, optimizer, make_batch(2 * i + dist.get_rank()), make_batch(50 + 2 * i + dist.get_rank()))
+            passes(
+                method, model, optimizer, make_batch(2 * i + dist.get_rank()), make_batch(50 + 2 * i + dist.get_rank())
+            )
             optimizer.step()
 
     model, optimizer = new()

@@ -27,7 +27,12 @@ def test_a_page_runs_as_it_would_be_pasted(page, tmp_path, monkeypatch):
 def _distributed():
     for block in snippets("distributed.md"):
         torch.manual_seed(0)
-        namespace = {"torch": torch, "flatops": flatops, "fully_shard": fully_shard, "DistributedDataParallel": DistributedDataParallel}
+        namespace = {
+            "torch": torch,
+            "flatops": flatops,
+            "fully_shard": fully_shard,
+            "DistributedDataParallel": DistributedDataParallel,
+        }
         namespace |= {"net": torch.nn.Linear(8, 3), "loss_fn": torch.nn.functional.cross_entropy}
         exec(block, namespace | {"x": torch.randn(4, 8), "y": torch.randint(3, (4,))})
 

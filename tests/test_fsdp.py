@@ -78,7 +78,10 @@ def shards_against_none(method: str) -> None:
         optimizer.step()
         expected.step()
         if isinstance(optimizer, flatops.SSAM):
-            assert optimizer.state_dict()["param_groups"][0]["mask_bits"] == expected.state_dict()["param_groups"][0]["mask_bits"]
+            assert (
+                optimizer.state_dict()["param_groups"][0]["mask_bits"]
+                == expected.state_dict()["param_groups"][0]["mask_bits"]
+            )
         if world == 1:
             assert_same_bits(wholes(model), alone.parameters())
     assert_close(wholes(model), list(alone.parameters()), 2e-5)
@@ -368,7 +371,9 @@ def micro_batches(method: str, how: str) -> None:
     for i in range(3):
         for net, optimizer in pairs:
             optimizer.zero_grad()
-            if how == "passes":  # an ascent for each micro-batch, which needs its gradient; RWP needs none before the step
+            if (
+                how == "passes"
+            ):  # an ascent for each micro-batch, which needs its gradient; RWP needs none before the step
                 for k in range(2):
                     for one_pass in flatops.passes(optimizer, net):
                         with one_pass:
@@ -386,7 +391,14 @@ def micro_batches(method: str, how: str) -> None:
 
 @pytest.mark.parametrize(
     "method, how",
-    [("rwp", "passes"), ("arwp", "passes"), ("sam", "passes"), ("ssam dynamic", "passes"), ("sam", "whole"), ("mrwp", "whole")],
+    [
+        ("rwp", "passes"),
+        ("arwp", "passes"),
+        ("sam", "passes"),
+        ("ssam dynamic", "passes"),
+        ("sam", "whole"),
+        ("mrwp", "whole"),
+    ],
 )
 def test_accumulation_reduces_gradients_where_they_are_needed(method, how):
     run(micro_batches, 2, method, how)
@@ -395,13 +407,21 @@ def test_accumulation_reduces_gradients_where_they_are_needed(method, how):
 def held_back(pass_of: str, method: str, hold: str) -> None:
     """What fully_shard has not reduced, all of it or a module's, in either pass: an error, and the weights as they were."""
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")) if hold == "all-reduce" else None
+    mesh = (
+        init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        if hold == "all-reduce"
+        else None
+    )
     policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if hold == "low precision" else {}
     model = shard(make_net(4, norm=groupnorm), mesh, **policy)
     other = shard(make_net(4, norm=groupnorm))  # accumulates as it likes
     other.set_requires_gradient_sync(False)
     loss_of(other, make_batch(0)).backward()
-    optimizer = flatops.RWP(model.parameters(), SGD, lam=0.5, eta=1.0, lr=0.1) if method == "marwp" else make_optimizer(method, model)
+    optimizer = (
+        flatops.RWP(model.parameters(), SGD, lam=0.5, eta=1.0, lr=0.1)
+        if method == "marwp"
+        else make_optimizer(method, model)
+    )
 
     def backward(sync):
         if hold == "all-reduce":
@@ -507,7 +527,9 @@ def first_kind(use_orig_params: bool, after: bool, frozen: bool) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(2)])
     net[0].weight.requires_grad_(not frozen)
-    wrap = lambda module: FullyShardedDataParallel(module, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    wrap = lambda module: FullyShardedDataParallel(
+        module, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
     refused = pytest.raises(ValueError, match=r"params\[0\] is flattened by FullyShardedDataParallel.*use fully_shard")
     if not after:
         model = wrap(net)
@@ -613,7 +635,8 @@ def save_and_resume(method: str, base, folder: str, phase: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method, base", [("rwp", SGD), ("arwp", ADAMW), ("mrwp", SGD), ("sam", ADAMW), ("ssam", SGD), ("ssam dynamic", ADAMW)]
+    "method, base",
+    [("rwp", SGD), ("arwp", ADAMW), ("mrwp", SGD), ("sam", ADAMW), ("ssam", SGD), ("ssam dynamic", ADAMW)],
 )
 def test_checkpoints_go_on_with_any_number_of_shards(method, base, tmp_path):
     run(save_and_resume, 2, method, base, str(tmp_path), "save")

@@ -21,11 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
     )
 
 
@@ -66,9 +62,7 @@ def toolkit(path: Path, version: str, header: bool = True) -> Path:
     (path / "include").mkdir()
     if header:
         (path / "include/cuda_runtime.h").touch()
-    (path / "bin/nvcc").write_text(
-        f"#!/bin/sh\necho Cuda compilation tools, release {version}, V{version}.1\n"
-    )
+    (path / "bin/nvcc").write_text(f"#!/bin/sh\necho Cuda compilation tools, release {version}, V{version}.1\n")
     (path / "bin/nvcc").chmod(0o755)
     return path
 
@@ -129,7 +123,9 @@ def test_the_oldest_torch_is_the_same_everywhere(setup):
 
 def test_pips_isolation_does_not_hide_the_torch_that_is_installed(tmp_path):
     """As pip isolates: by a PYTHONPATH whose sitecustomize takes the interpreter's own packages away."""
-    (tmp_path / "sitecustomize.py").write_text("import site, sys\nsys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import site, sys\nsys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+    )
     setuptools = "import sys, types; sys.modules['setuptools'] = types.SimpleNamespace(setup=lambda **kwargs: print(kwargs['setup_requires']))"
     program = f"{setuptools}; import runpy; assert not any('site-packages' in p for p in sys.path); runpy.run_path('setup.py')"
     done = run("-c", program, PYTHONPATH=str(tmp_path), PYTHONNOUSERSITE="1")
@@ -199,9 +195,7 @@ def test_info_shows_the_cuda_build():
 
 @pytest.mark.parametrize("level", _C.simd_levels())
 def test_flatops_simd_forces_a_level(level):
-    assert (
-        json.loads(run("-m", "flatops", "info", "--json", FLATOPS_SIMD=level).stdout)["core"]["simd"] == level
-    )
+    assert json.loads(run("-m", "flatops", "info", "--json", FLATOPS_SIMD=level).stdout)["core"]["simd"] == level
 
 
 @pytest.mark.parametrize("variable, value", [("FLATOPS_SIMD", "mmx"), ("FLATOPS_BACKEND", "metal")])

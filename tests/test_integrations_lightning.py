@@ -17,10 +17,7 @@ from torch.amp import GradScaler
 import flatops
 from flatops.integrations.lightning import FlatMinima, FlatMinimaMixin
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore"),
-]  # Lightning's advice
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]  # Lightning's advice
 SGD = torch.optim.SGD
 METHODS = {
     "sam": (flatops.SAM, {"rho": 0.1}),
@@ -100,9 +97,7 @@ def plain(method, batches, precision="fp32", accumulate=1, clip=None, factors=No
     dtype = PRECISIONS[precision]
 
     def backward(i):
-        with torch.autocast(
-            "cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
-        ):
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
             loss = loss_of(model, batches[i])
             scaled = loss * (factors or {}).get(i, 1.0) / accumulate
         scaler.scale(scaled).backward()
@@ -121,12 +116,7 @@ def test_automatic_optimization_equals_a_plain_loop(method, precision, accumulat
     model, optimizer, losses, _ = plain(method, batches, precision, accumulate, clip)
     module, seen = Net(method), Seen()
     trainer = fit(
-        module,
-        batches,
-        precision,
-        [FlatMinima(), seen],
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip,
+        module, batches, precision, [FlatMinima(), seen], accumulate_grad_batches=accumulate, gradient_clip_val=clip
     )
     assert_same_bits(module.net.state_dict().values(), model.state_dict().values())
     ours = flatops.unwrap(trainer.optimizers[0])
@@ -171,9 +161,7 @@ def test_manual_optimization_equals_a_plain_loop(method, precision, own):
                 with flat.perturbed():
                     self.manual_backward(loss_of(self.net, batch))
             else:
-                weights = (
-                    (1, 1) if method == "sam" else (flat.clean_weight, flat.perturbed_weight)
-                )  # powers of two
+                weights = (1, 1) if method == "sam" else (flat.clean_weight, flat.perturbed_weight)  # powers of two
                 self.manual_backward(weights[0] * loss_of(self.net, batch))
                 with flat.perturbed(), flatops.freeze_batchnorm_stats(self):
                     self.manual_backward(weights[1] * loss_of(self.net, batch))
@@ -403,9 +391,13 @@ def test_no_callback_sees_or_saves_perturbed_weights(method, kind, at, precision
     assert len(files) == 3
     for file in files:
         saved = torch.load(file, weights_only=False)["state_dict"]
-        assert_same_bits([all_bits([saved[f"net.{name}"]])[0] for name, _ in module.net.named_parameters()], looks.weights)
+        assert_same_bits(
+            [all_bits([saved[f"net.{name}"]])[0] for name, _ in module.net.named_parameters()], looks.weights
+        )
     assert "training_step" not in vars(module.trainer.strategy)
-    assert flatops.unwrap(module.optimizers()).run.is_ready is (at == "on_after_backward")  # a pass that was broken off is none
+    assert flatops.unwrap(module.optimizers()).run.is_ready is (
+        at == "on_after_backward"
+    )  # a pass that was broken off is none
 
 
 def test_what_it_cannot_do_is_refused():

@@ -109,7 +109,9 @@ def scripts_loop(name, precision, accumulate, clip, form):
             return (loss, result) if form == "loss, result" else loss
 
         def _backward(closure):
-            return loss_scaler(closure, optimizer, clip_grad=clip, parameters=model.parameters(), need_update=need_update)
+            return loss_scaler(
+                closure, optimizer, clip_grad=clip, parameters=model.parameters(), need_update=need_update
+            )
 
         if form == "loss, result":
             loss, result = _backward(_forward)
@@ -174,7 +176,9 @@ def test_resume_in_another_precision(saved, loaded, tmp_path):
     scaled = scaler is not None and scaler._scaler.is_enabled()
     if scaled:
         scaler._scaler = GradScaler("cpu", init_scale=8.0)
-    saver = CheckpointSaver(model, optimizer, amp_scaler=scaler, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver = CheckpointSaver(
+        model, optimizer, amp_scaler=scaler, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+    )
     saver.save_checkpoint(3)
     model, optimizer, scaler = new(loaded)
     assert timm.models.resume_checkpoint(model, str(tmp_path / "last.pth.tar"), optimizer, scaler, log_info=False) == 4
@@ -201,7 +205,9 @@ def test_f_does_not_depend_on_what_the_loss_is_divided_by():
             scaler(forward, optimizer, need_update=False)
         seen.append(list(optimizer.fisher.values()))
     torch.testing.assert_close(*seen)
-    assert sum(f.max() > 0 for f in seen[0]) > len(seen[0]) / 2  # a residual branch that begins at zero has no gradients
+    assert (
+        sum(f.max() > 0 for f in seen[0]) > len(seen[0]) / 2
+    )  # a residual branch that begins at zero has no gradients
 
 
 def test_a_loss_in_the_place_of_the_forward_is_refused():
@@ -215,9 +221,7 @@ def test_clipping_needs_parameters():
     x, y = make_data(0)
     with pytest.raises(TypeError, match="parameters"):
         forward = lambda: torch.nn.functional.cross_entropy(model(x), y)
-        FlatScaler(model, "cpu", enabled=False)(
-            forward, create_optimizer_v2(model, "samsgd", lr=0.1), clip_grad=1.0
-        )
+        FlatScaler(model, "cpu", enabled=False)(forward, create_optimizer_v2(model, "samsgd", lr=0.1), clip_grad=1.0)
 
 
 def test_the_snippets_of_the_documentation_run():

@@ -135,9 +135,7 @@ def plain(method, items, precision="fp32", accumulate=1, clip=1.0, steps=4, fact
 def test_the_trainer_equals_a_plain_loop(method, precision, accumulate, tmp_path):
     """Weights and AdamW's state to the bit, gradients clipped; the clean losses are logged."""
     options = {"bf16": True} if precision == "bf16" else {}
-    trainer = make_trainer(
-        method, tmp_path, gradient_accumulation_steps=accumulate, max_grad_norm=0.1, **options
-    )
+    trainer = make_trainer(method, tmp_path, gradient_accumulation_steps=accumulate, max_grad_norm=0.1, **options)
     if precision == "fp16":
         use_scaler(trainer.accelerator)
     trainer.train()
@@ -198,9 +196,7 @@ def test_resume_in_mid_epoch_equals_no_interruption(method, precision, accumulat
     second = trainer("part")
     second.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
     assert_same_bits(second.model.parameters(), whole.model.parameters())
-    assert_same_bits(
-        state_tensors(flatops.unwrap(second.optimizer)), state_tensors(flatops.unwrap(whole.optimizer))
-    )
+    assert_same_bits(state_tensors(flatops.unwrap(second.optimizer)), state_tensors(flatops.unwrap(whole.optimizer)))
     if precision == "fp16":
         scalers = [one.accelerator.scaler.state_dict() for one in (second, whole)]
         assert scalers[0] == scalers[1] and scalers[0]["scale"] == 4 * SCALE

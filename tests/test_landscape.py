@@ -37,7 +37,9 @@ def batches(dtype: torch.dtype = torch.float32) -> list:
 def mean_loss(model: nn.Module, pairs: list) -> float:
     model.eval()
     with torch.no_grad():
-        return float(sum(loss_of(model, pair).double() * len(pair[1]) for pair in pairs) / sum(len(y) for _, y in pairs))
+        return float(
+            sum(loss_of(model, pair).double() * len(pair[1]) for pair in pairs) / sum(len(y) for _, y in pairs)
+        )
 
 
 def explicit(w: torch.Tensor, draw: int, index: int, seed: int = 0) -> torch.Tensor:
@@ -310,6 +312,7 @@ def test_worst_sharpness_begins_with_sams_step_and_never_leaves_the_ball():
 
 def test_the_worst_in_a_ball_of_an_uneven_bowl():
     """The ascent turns to the steep side: 1/2 h rho^2 + g rho is the most there is."""
+
     class Uneven(nn.Module):
         def __init__(self):
             super().__init__()
@@ -544,7 +547,9 @@ def test_ema_draws_the_averaged_weights(runs, program, tmp_path):
     config = LandscapeConfig(runs=(runs / "sgd",), ema=True, output=tmp_path, **quick)
     found = program.landscape(config, Console(file=StringIO()))
     [average], title = found["networks"], found["title"]
-    [same] = program.landscape(replace(config, runs=(tmp_path / "average.pt",), ema=False), Console(file=StringIO()))["networks"]
+    [same] = program.landscape(replace(config, runs=(tmp_path / "average.pt",), ema=False), Console(file=StringIO()))[
+        "networks"
+    ]
     [network] = program.landscape(replace(config, ema=False), Console(file=StringIO()))["networks"]
     assert average["plane"] == same["plane"] != network["plane"] and "the averaged weights of cnn" in title
     assert average["test_accuracy"] == state["history"][-1]["ema_accuracy"]
@@ -581,9 +586,7 @@ def test_a_network_that_breaks_is_shown_with_holes(runs, program, tmp_path):
         (["sgd", "--output", "sgd/last.pt"], "output"),
     ],
 )
-def test_mistakes_name_the_argument_and_cost_status_2(
-    arguments, message, runs, program, tmp_path, capsys, monkeypatch
-):
+def test_mistakes_name_the_argument_and_cost_status_2(arguments, message, runs, program, tmp_path, capsys, monkeypatch):
     (runs / "damaged.pt").write_bytes((runs / "sgd/last.pt").read_bytes()[:1000])
     state = torch.load(runs / "sgd/last.pt", weights_only=True)
     torch.save(state | {"data": "3 images"}, runs / "changed.pt")

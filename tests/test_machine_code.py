@@ -47,8 +47,7 @@ def test_weights_and_gradients_move_128_bits_at_once(kernels):
         if re.search(FLOAT32, name):
             path = kernel.path(machine_code.SEARCH)
             loads, stores = (
-                sum(n for i, n in path.items() if i.name == access and i.bits == 128)
-                for access in ("LDG", "STG")
+                sum(n for i, n in path.items() if i.name == access and i.bits == 128) for access in ("LDG", "STG")
             )
             narrow = sum(n for i, n in path.items() if i.name in ("LDG", "STG") and i.bits < 128)
             assert loads + stores >= 8 and narrow < 16, name
@@ -60,9 +59,7 @@ def test_nothing_is_approximate(kernels):
         assert not any(re.match(r"MUFU\.(LG2|EX2|SIN|COS|SQRT|TANH)", opcode) for opcode in kernel.instructions), name
 
 
-@pytest.mark.skipif(
-    "sm_90" not in ARCHS, reason="the model is of an H100, and TORCH_CUDA_ARCH_LIST left it out"
-)
+@pytest.mark.skipif("sm_90" not in ARCHS, reason="the model is of an H100, and TORCH_CUDA_ARCH_LIST left it out")
 def test_memory_and_not_arithmetic_bounds_an_h100():
     """By the model in docs/performance.md: bytes take longer than instructions in all that moves weights."""
     kernels = machine_code.kernels(_C.__file__, "sm_90")

@@ -63,11 +63,7 @@ LARGE = [b for b in CONFORMING if not b.slow]
 def test_a_large_mask_is_what_a_stable_sort_chooses(on, kind):
     """Large enough for a sample to bracket the threshold, and for it to fall among ties, beside them and between."""
     generator = torch.Generator().manual_seed(1)
-    scores = [
-        SCORES[kind]((300, 701), generator),
-        SCORES["any"]((5,), generator),
-        SCORES[kind]((90001,), generator),
-    ]
+    scores = [SCORES[kind]((300, 701), generator), SCORES["any"]((5,), generator), SCORES[kind]((90001,), generator)]
     scores[0][:, :100] = torch.rand(300, 100, generator=generator)  # the sample's steps see what they see
     there = [s.to(on.device) for s in scores]
     row = torch.cat([s.flatten() for s in scores])
@@ -112,9 +108,7 @@ def test_bits_lie_in_storage_order():
 def test_only_the_masked_change_and_all_come_back(dtype, backend):
     """Whatever bits the others have, they keep them; the backup has a slot for each of the masked."""
     generator = torch.Generator().manual_seed(5)
-    params = [
-        make(shape, dtype, "contiguous", generator).to(backend.device) for shape in ((9, 130), (1500,), (3,))
-    ]
+    params = [make(shape, dtype, "contiguous", generator).to(backend.device) for shape in ((9, 130), (1500,), (3,))]
     params[0].view(-1)[7] = math.nan
     before = [twin(p) for p in params]
     grads = [torch.ones_like(p) for p in params]
@@ -230,11 +224,7 @@ BAD = [
     (lambda: ops.unpack_mask(M.long(), S), ValueError, "int32"),
     (lambda: ops.pack_mask(S), TypeError, "boolean"),
     (lambda: ops.ascend_(P, P, 0.1, norm=torch.ones(()), mask=M[:-1]), ValueError, "mask must be int32"),
-    (
-        lambda: ops.ascend_(P, P, 0.1, norm=torch.ones(()), mask=M, backup=ops.new_backup(P)),
-        ValueError,
-        "new_backup",
-    ),
+    (lambda: ops.ascend_(P, P, 0.1, norm=torch.ones(()), mask=M, backup=ops.new_backup(P)), ValueError, "new_backup"),
     (lambda: ops.ascend_(P, P, 0.1, norm=torch.ones(()), backup=ops.new_backup(P, M)), ValueError, "backup"),
     (lambda: ops.restore_(P, mask=M, scales=torch.ones(4), seed=0, draw=0), ValueError, "never masked"),
     (lambda: ops.regrow_mask_(M, P, -1, seed=0, draw=0), ValueError, "count"),

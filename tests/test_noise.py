@@ -34,9 +34,7 @@ def signed(x: int) -> int:
 @pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, expected):
     low, high = words(key)
-    out = reference.philox(
-        tuple(torch.tensor([c]) for c in words(counter)), torch.tensor(signed(high << 32 | low))
-    )
+    out = reference.philox(tuple(torch.tensor([c]) for c in words(counter)), torch.tensor(signed(high << 32 | low)))
     assert [int(x) for x in out] == words(expected)
 
 
@@ -90,9 +88,7 @@ def test_a_shard_of_rows_draws_what_the_whole_does(backend):
     """However parameters are cut into rows, and cut anew before their noise is drawn again."""
 
     @settings(max_examples=2 if backend.slow else 6, deadline=None)
-    @given(
-        st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.sampled_from([0.0, 0.7])
-    )
+    @given(st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.sampled_from([0.0, 0.7]))
     def check(seed, dtype, layout, eta):
         generator = torch.Generator().manual_seed(seed)
         case = Case("shards", dtype, layout)
@@ -106,12 +102,7 @@ def test_a_shard_of_rows_draws_what_the_whole_does(backend):
 
         def where(shards):
             index, first_row, _ = zip(*shards)
-            return {
-                **how,
-                "fisher": fisher and of_shards(shards, fisher),
-                "index": index,
-                "first_row": first_row,
-            }
+            return {**how, "fisher": fisher and of_shards(shards, fisher), "index": index, "first_row": first_row}
 
         shards = cut(params, generator)
         scales = ops.perturb_(expected, 0.03, **how, fisher=fisher)
@@ -182,10 +173,7 @@ def test_nothing_is_correlated(sample):
         "tensor": (base, flatops.ops.normal(sample.shape, **here, tensor=1).numpy().ravel()),
         "draw": (base, flatops.ops.normal(sample.shape, seed=here["seed"], draw=6).numpy().ravel()),
         "seed": (base, flatops.ops.normal(sample.shape, seed=here["seed"] + 1, draw=5).numpy().ravel()),
-        "seed, high": (
-            base,
-            flatops.ops.normal(sample.shape, seed=here["seed"] + 2**33, draw=5).numpy().ravel(),
-        ),
+        "seed, high": (base, flatops.ops.normal(sample.shape, seed=here["seed"] + 2**33, draw=5).numpy().ravel()),
         "stream": (base, flatops.ops.normal(sample.shape, **here, stream=1).numpy().ravel()),
     }
     for name, (x, y) in others.items():

@@ -219,9 +219,7 @@ def test_a_number_of_another_mode_is_of_no_other_use(unreal, first):
             with torch.inference_mode():
                 perturbed(start)
 
-    for run in (
-        (in_mode, lambda: perturbed(start)) if first == "unreal" else (lambda: perturbed(start), in_mode)
-    ):
+    for run in (in_mode, lambda: perturbed(start)) if first == "unreal" else (lambda: perturbed(start), in_mode):
         run()
     assert_same_bits(perturbed(start), expected)
     number = checks.scalar("sigma", 0.25, CPU)
@@ -346,16 +344,8 @@ BAD = [
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, backend="cuda"), ValueError, "does not serve cpu"),
     (lambda: ops.restore_([W]), ValueError, "backup or scales"),
     (lambda: ops.restore_([W], scales=torch.ones(3)), ValueError, "seed"),
-    (
-        lambda: ops.restore_([W], scales=torch.ones(3), seed=0, draw=0, first_row=[]),
-        ValueError,
-        "first_row",
-    ),
-    (
-        lambda: ops.restore_([W[0]], scales=torch.ones(1), seed=0, draw=0, first_row=[1]),
-        ValueError,
-        r"first_row\[0\]",
-    ),
+    (lambda: ops.restore_([W], scales=torch.ones(3), seed=0, draw=0, first_row=[]), ValueError, "first_row"),
+    (lambda: ops.restore_([W[0]], scales=torch.ones(1), seed=0, draw=0, first_row=[1]), ValueError, r"first_row\[0\]"),
     (lambda: ops.restore_([W], scales=torch.ones(3), seed=0, draw=0, index=[1, 2]), ValueError, "index"),
     (lambda: ops.restore_([W], backup=[W, W]), ValueError, "backup"),
     (lambda: ops.restore_([W.bfloat16()], scales=torch.ones(3), seed=0, draw=0), TypeError, "bfloat16"),
@@ -368,17 +358,9 @@ BAD = [
     (lambda: ops.filter_fisher_([torch.ones(3)], [W], 1.5), ValueError, "beta"),
     (lambda: ops.filter_norms([W, torch.ones(2, device="meta")]), ValueError, r"params\[1\] is on meta"),
     (lambda: ops.grad_norm([ELSEWHERE], [W]), ValueError, r"grads\[0\] is on meta"),
-    (
-        lambda: ops.perturb_([W], 0.1, seed=0, draw=0, backup=[ELSEWHERE]),
-        ValueError,
-        r"backup\[0\] is on meta",
-    ),
+    (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, backup=[ELSEWHERE]), ValueError, r"backup\[0\] is on meta"),
     (lambda: ops.restore_([W], backup=[ELSEWHERE]), ValueError, r"backup\[0\] is on meta"),
-    (
-        lambda: ops.perturb_([W], 0.1, seed=0, draw=0, fisher=[ELSEWHERE[:, 0].clone()]),
-        ValueError,
-        r"fisher\[0\]",
-    ),
+    (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, fisher=[ELSEWHERE[:, 0].clone()]), ValueError, r"fisher\[0\]"),
     (lambda: ops.filter_fisher_([ELSEWHERE[:, 0].clone()], [W], 0.5), ValueError, r"fisher\[0\]"),
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, scales=ELSEWHERE[:, 0]), ValueError, "scales"),
     (lambda: ops.perturb_([W], ELSEWHERE[0, 0], seed=0, draw=0), ValueError, "sigma is on meta"),
@@ -393,11 +375,7 @@ BAD = [
     (lambda: ops.ascend_([W], [W], ELSEWHERE[0, 0], norm=torch.ones(())), ValueError, "rho is on meta"),
     (lambda: ops.ascend_([W], [W], 0.1, norm=ELSEWHERE[0, 0]), ValueError, "norm is on meta"),
     (lambda: ops.ascend_([W], [W], 0.1, norm=torch.ones(2)), ValueError, "norm"),
-    (
-        lambda: ops.filter_fisher_([torch.ones(3)], [W], 0.5, scale=ELSEWHERE[0, 0]),
-        ValueError,
-        "scale is on meta",
-    ),
+    (lambda: ops.filter_fisher_([torch.ones(3)], [W], 0.5, scale=ELSEWHERE[0, 0]), ValueError, "scale is on meta"),
     (lambda: flatops.backend("metal"), ValueError, "unknown backend 'metal'"),
 ]
 
@@ -414,9 +392,7 @@ def test_backend_precedence(monkeypatch):
     """Argument over context manager over environment over what is best."""
     cpu = torch.device("cpu")
     assert choose(cpu) == "cpp"
-    monkeypatch.setattr(
-        sys.modules["flatops.backend"], "_forced", "reference"
-    )  # as FLATOPS_BACKEND does at import
+    monkeypatch.setattr(sys.modules["flatops.backend"], "_forced", "reference")  # as FLATOPS_BACKEND does at import
     assert choose(cpu) == "reference"
     with flatops.backend("cpp"):
         assert choose(cpu) == "cpp"

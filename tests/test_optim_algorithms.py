@@ -95,10 +95,7 @@ class Definition:
         else:
             lam = self.options.get("lam", 1.0)
             perturbed = gradients(
-                self.model,
-                second,
-                random_offsets(params, self.draw, fisher=self.fisher, **self.options),
-                lam == 1,
+                self.model, second, random_offsets(params, self.draw, fisher=self.fisher, **self.options), lam == 1
             )
             self.draw += 1
             for f, g in zip(self.fisher, perturbed):
@@ -201,12 +198,8 @@ def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, drive
         if name.endswith("num_batches_tracked"):
             assert ours.item() == theirs.item() == STEPS
         else:
-            torch.testing.assert_close(
-                ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item(), msg=name
-            )
-    assert all(
-        (p - s).abs().max() > 100 * tolerance * s.abs().max() for p, s in zip(model.parameters(), start)
-    )
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item(), msg=name)
+    assert all((p - s).abs().max() > 100 * tolerance * s.abs().max() for p, s in zip(model.parameters(), start))
 
 
 @pytest.mark.parametrize("algorithm", ["arwp", "marwp"])
@@ -214,9 +207,7 @@ def test_one_number_a_filter_is_the_fisher(algorithm):
     """F is beta F + g^2 of the perturbed gradient, summed over a filter, per element in one dimension."""
     model = make_net(dtype=torch.float64)
     definition = Definition(algorithm, copy.deepcopy(model), *BASES["sgd"])
-    optimizer = flatops.RWP(
-        model.parameters(), torch.optim.SGD, **ALGORITHMS[algorithm][1], **BASES["sgd"][1]
-    )
+    optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, **ALGORITHMS[algorithm][1], **BASES["sgd"][1])
     for i in range(5):
         explicit(optimizer, model, make_batch(i, torch.float64), make_batch(10 + i, torch.float64))
         definition.step(make_batch(i, torch.float64), make_batch(10 + i, torch.float64))
@@ -284,9 +275,7 @@ def test_zero_is_the_base_optimizer_to_the_bit(zero, drive, base):
     assert_same_bits(state_tensors(optimizer), state_tensors(reference))
 
 
-@pytest.mark.parametrize(
-    "algorithm, key", [("sam", "rho"), ("asam", "rho"), ("rwp", "sigma"), ("arwp", "sigma")]
-)
+@pytest.mark.parametrize("algorithm, key", [("sam", "rho"), ("asam", "rho"), ("rwp", "sigma"), ("arwp", "sigma")])
 def test_zero_in_one_group_leaves_that_group_alone(algorithm, key):
     """A group with rho = 0 or sigma = 0 keeps its bits in the perturbed pass; the others are as ever."""
     flat, options = ALGORITHMS[algorithm]

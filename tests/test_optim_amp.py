@@ -112,8 +112,7 @@ def test_float16_autocast_under_a_scaler(algorithm):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    "algorithm, where",
-    [*((a, "second") for a in ALGORITHMS), *((a, "first") for a in ALGORITHMS if a not in ONE_PASS)],
+    "algorithm, where", [*((a, "second") for a in ALGORITHMS), *((a, "first") for a in ALGORITHMS if a not in ONE_PASS)]
 )
 def test_an_overflow_skips_the_step_and_backs_off(algorithm, base, where):
     """In either pass: weights, momentum and F keep their bits, statistics count the clean pass alone."""
@@ -240,10 +239,7 @@ def test_both_passes_in_one_autocast_block_see_their_own_weights(algorithm, ente
         x = torch.randn(8, 16)
         flat = {"sam": flatops.SAM, "rwp": flatops.RWP}[algorithm]
         optimizer = flat(
-            model.parameters(),
-            torch.optim.SGD,
-            lr=0.1,
-            **({"rho": 1.0} if algorithm == "sam" else {"sigma": 0.5}),
+            model.parameters(), torch.optim.SGD, lr=0.1, **({"rho": 1.0} if algorithm == "sam" else {"sigma": 0.5})
         )
 
         def loss():

@@ -97,9 +97,7 @@ def test_no_parameters(make, params):
 
 
 @pytest.mark.parametrize("make", [sam, rwp])
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.uint8, torch.bool, torch.complex32, torch.float8_e4m3fn], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex32, torch.float8_e4m3fn], ids=str)
 def test_parameters_of_other_dtypes(make, dtype):
     """Integers and halves of complex numbers, at the start or in a group added later: a TypeError with place and dtype."""
     bad = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)

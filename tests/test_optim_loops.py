@@ -23,9 +23,7 @@ KINDS = {
 def make(kind, model, base=SGD, **changed):
     flat, options = KINDS[kind]
     return flat(
-        model.parameters(),
-        base,
-        **{**options, "lr": 0.05, **({"momentum": 0.9} if base is SGD else {}), **changed},
+        model.parameters(), base, **{**options, "lr": 0.05, **({"momentum": 0.9} if base is SGD else {}), **changed}
     )
 
 
@@ -69,9 +67,7 @@ DRIVES = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
 def test_an_optimizer_is_both_its_classes():
     """isinstance holds for the algorithm and for the base; the class is made once, named after both."""
     first, second = make("sam", make_net()), make("sam", make_net())
-    assert (
-        isinstance(first, flatops.SAM) and isinstance(first, SGD) and isinstance(first, torch.optim.Optimizer)
-    )
+    assert isinstance(first, flatops.SAM) and isinstance(first, SGD) and isinstance(first, torch.optim.Optimizer)
     assert type(first) is type(second) and type(first).__name__ == "SAMSGD"
     assert not isinstance(make("rwp", make_net(), torch.optim.AdamW), (SGD, flatops.SAM))
     assert "rho: 0.1" in repr(first)
@@ -106,12 +102,7 @@ def test_unwrap_says_what_it_was_given():
     """Where there is no flatops optimizer, also in a circle of wrappers: a TypeError."""
     circle = Wrapper(None)
     circle.optimizer = circle
-    for wrapped in (
-        SGD(make_net().parameters(), lr=0.1),
-        Wrapper(SGD(make_net().parameters(), lr=0.1)),
-        circle,
-        None,
-    ):
+    for wrapped in (SGD(make_net().parameters(), lr=0.1), Wrapper(SGD(make_net().parameters(), lr=0.1)), circle, None):
         with pytest.raises(TypeError, match=type(wrapped).__name__):
             flatops.unwrap(wrapped)
 
@@ -335,10 +326,7 @@ def test_schedulers_drive_it_as_they_drive_the_base(kind, schedule, drive):
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_gradients_equal_one_big_batch(kind):
     """Two half batches a pass, without BatchNorm: the step of the whole batch."""
-    model, whole = (
-        make_net(dtype=torch.float64, norm=nn.Identity),
-        make_net(dtype=torch.float64, norm=nn.Identity),
-    )
+    model, whole = (make_net(dtype=torch.float64, norm=nn.Identity), make_net(dtype=torch.float64, norm=nn.Identity))
     optimizer, big = make(kind, model), make(kind, whole)
     for i in range(3):
         x, y = make_batch(i, torch.float64)

@@ -78,9 +78,7 @@ def test_groups_that_agree_are_one_operator_call(monkeypatch, operator, kind, ke
     """Three groups, two values: two calls, and lr does not count."""
     params, calls = some_params(), []
     original = getattr(ops, operator)
-    monkeypatch.setattr(
-        ops, operator, lambda *args, **kwargs: (calls.append(len(args[0])), original(*args, **kwargs))
-    )
+    monkeypatch.setattr(ops, operator, lambda *args, **kwargs: (calls.append(len(args[0])), original(*args, **kwargs)))
     optimizer = make(
         kind, [{"params": params[:1], "lr": 1.0}, {"params": params[1:2], key: 0.3}, {"params": params[2:]}]
     )
@@ -360,9 +358,7 @@ BASES = [
 
 
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
-@pytest.mark.parametrize(
-    "base, options", BASES, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v)
-)
+@pytest.mark.parametrize("base, options", BASES, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v))
 def test_the_step_is_the_base_optimizers_own(kind, base, options):
     """Given the perturbed pass's gradient, weights and state are the base optimizer's, to the bit."""
     model, plain = make_net(), make_net()

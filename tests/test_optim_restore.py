@@ -286,9 +286,7 @@ class Interrupt:
     Those places are the start of a function or generator, the end of a call and the jump back of a loop.
     """
 
-    def __init__(
-        self, k: int, error: type[BaseException], modules: tuple[str, ...], starts_only: bool
-    ) -> None:
+    def __init__(self, k: int, error: type[BaseException], modules: tuple[str, ...], starts_only: bool) -> None:
         self.k, self.error, self.modules, self.starts_only = k, error, modules, starts_only
         self.seen, self.where = 0, ""
 
@@ -296,9 +294,7 @@ class Interrupt:
     @functools.cache
     def answers(code):
         names = {i.offset: i.opname for i in dis.get_instructions(code)}
-        return {
-            offset for offset, name in names.items() if name.startswith(("CALL", "JUMP_BACKWARD", "RESUME"))
-        }
+        return {offset for offset, name in names.items() if name.startswith(("CALL", "JUMP_BACKWARD", "RESUME"))}
 
     def trace(self, frame, event, arg):
         if not frame.f_globals.get("__name__", "").startswith(self.modules):
@@ -360,9 +356,7 @@ knows_the_opcodes = pytest.mark.skipif(sys.version_info < (3, 11), reason="opcod
 
 
 @knows_the_opcodes
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # in a generator that is being closed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a generator that is being closed
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("kind", [rwp, mixed_arwp, sam, regenerating])
 def test_an_interrupt_at_any_moment_leaves_the_weights(kind, error):
@@ -372,16 +366,12 @@ def test_an_interrupt_at_any_moment_leaves_the_weights(kind, error):
 
 
 @knows_the_opcodes
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # in a generator that is being closed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a generator that is being closed
 @pytest.mark.parametrize("kind", [rwp, sam])
 def test_an_interrupt_inside_the_reference_backend_leaves_the_weights(kind):
     """The reference changes one tensor after another, in Python: those that it has changed come back too."""
     with flatops.backend("reference"):
-        wrong = moments_that_go_wrong(
-            kind, KeyboardInterrupt, modules=(reference.__name__,), starts_only=True
-        )
+        wrong = moments_that_go_wrong(kind, KeyboardInterrupt, modules=(reference.__name__,), starts_only=True)
     assert not wrong, f"{len(wrong)} places: " + ", ".join(wrong)
 
 
@@ -406,15 +396,11 @@ def test_interrupts_by_the_clock_leave_the_weights(kind):
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 caught += 1
-                wrong += optimizer.is_perturbed or any(
-                    not torch.equal(bits(p), b) for p, b in zip(params, before)
-                )
+                wrong += optimizer.is_perturbed or any(not torch.equal(bits(p), b) for p, b in zip(params, before))
             torch.set_grad_enabled(True)  # torch.no_grad's own end may have been interrupted
             if optimizer.is_perturbed:
                 optimizer.restore()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    assert wrong == 0, (
-        f"{wrong} of {caught} interrupts left the weights perturbed, or the optimizer marked so"
-    )
+    assert wrong == 0, f"{wrong} of {caught} interrupts left the weights perturbed, or the optimizer marked so"

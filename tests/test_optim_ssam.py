@@ -63,9 +63,7 @@ def train(model, optimizer, steps):
 
 def flat(tensors):
     """All elements in storage order: dim 0 first, then as they lie in memory."""
-    return torch.cat(
-        [t.permute(0, *sorted(range(1, t.dim()), key=lambda d: -t.stride(d))).flatten() for t in tensors]
-    )
+    return torch.cat([t.permute(0, *sorted(range(1, t.dim()), key=lambda d: -t.stride(d))).flatten() for t in tensors])
 
 
 def lives(optimizer):
@@ -134,8 +132,7 @@ class Definition:
         rows = {"gradient": flat(grads).abs(), "weight": flat(self.params).detach().abs()}
         key, draw = torch.tensor(7), torch.tensor(self.updates)
         random = [
-            reference._random_scores(self.params, key, draw, range(len(self.params)), 2**32 - 2 + i)
-            for i in (0, 1)
+            reference._random_scores(self.params, key, draw, range(len(self.params)), 2**32 - 2 + i) for i in (0, 1)
         ]
         dropping = -rows[drop] if drop != "random" else random[0]
         growing = rows[grow] if grow != "random" else random[1]
@@ -169,9 +166,7 @@ def assert_close(model, definition):
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
-)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vmap"])
 def test_ssam_f_equals_the_definition(layout, adaptive, vectorize):
     """20 steps with masks before the 1st, 8th and 15th: mask, weights and statistics are the definition's."""
@@ -198,9 +193,7 @@ def test_ssam_d_equals_the_definition(drop, grow, how):
     model = make_net()
     definition = Definition(copy.deepcopy(model), 0.5)
     options = {"drop": drop, "grow": grow, "drop_rate": 0.6, "total_updates": 3}
-    optimizer = ssam(
-        model, mask="dynamic", sparsity=0.7, seed=7, update_every=7 * (how == "scheduled"), **options
-    )
+    optimizer = ssam(model, mask="dynamic", sparsity=0.7, seed=7, update_every=7 * (how == "scheduled"), **options)
     for i in range(20):
         backward(model, i)
         if how == "called" and i in (7, 14):
@@ -297,9 +290,7 @@ def test_a_layer_pattern_counts_in_every_tensor(kind):
     assert kind == "fisher" or not all(torch.equal(a, b) for a, b in zip(lives(optimizer), before))
 
 
-@pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
-)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_a_filter_pattern_keeps_whole_filters(layout):
     """F - ceil(s F) filters of the model, those of the largest mean; a one-dimensional tensor is one."""
     model = make_net().to(memory_format=layout)
@@ -315,17 +306,13 @@ def test_a_filter_pattern_keeps_whole_filters(layout):
     assert torch.equal(kept, largest(means, int(kept.sum())))
 
 
-@pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
-)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (3, 7), (1, 100), (4, 4)])
 def test_an_n_of_m_pattern(n, m, layout):
     """In each group of m along a filter's storage the n largest, ties to the first; ceil(r n / m) of r left over."""
     model = make_net().to(memory_format=layout)
     scores = [
-        (torch.randint(4, p.shape) / 4.0).to(memory_format=layout)
-        if p.dim() == 4
-        else torch.randint(4, p.shape) / 4.0
+        (torch.randint(4, p.shape) / 4.0).to(memory_format=layout) if p.dim() == 4 else torch.randint(4, p.shape) / 4.0
         for p in model.parameters()
     ]
     mask = flatops.optim.masks.choose(scores, f"{n}:{m}", 1 - n / m)
@@ -354,11 +341,7 @@ def test_ties_go_to_the_first():
 def test_the_first_dynamic_mask_is_random_and_follows_the_seed():
     """The same for the same seed, whatever the layout; another for another; half of it shared by chance."""
     masks = []
-    for seed, layout in (
-        (0, torch.contiguous_format),
-        (0, torch.channels_last),
-        (1, torch.contiguous_format),
-    ):
+    for seed, layout in ((0, torch.contiguous_format), (0, torch.channels_last), (1, torch.contiguous_format)):
         model = nn.Conv2d(32, 32, 3).to(memory_format=layout)
         optimizer = flatops.SSAM(model.parameters(), SGD, lr=0.1, mask="dynamic", seed=seed)
         for p in model.parameters():
@@ -536,9 +519,7 @@ def head_only(model, **options):
 @pytest.mark.parametrize("drive", ["explicit", "closure", "closure with perturbed()"])
 def test_skipping_what_does_not_climb(drive):
     """No gradient is made for it in the first pass, the norm is over the others, the second pass has all gradients."""
-    (model, optimizer), (other, definition) = [
-        (m, SGD(m.parameters(), 0.05, 0.9)) for m in (make_net(), make_net())
-    ]
+    (model, optimizer), (other, definition) = [(m, SGD(m.parameters(), 0.05, 0.9)) for m in (make_net(), make_net())]
     optimizer, live = head_only(model, skip_masked=True)
     seen = []
     for i in range(3):
@@ -663,9 +644,7 @@ def test_resume_equals_no_interruption(kind, at):
     state.test_resume_equals_no_interruption(kind, at)
 
 
-@pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
-)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_resume_between_sampled_masks(layout):
     """The mask is that of the checkpoint until the next update, which is the same for both."""
     model, optimizer = masked(make_net().to(memory_format=layout), sparsity=0.9)
@@ -682,8 +661,7 @@ def test_resume_between_sampled_masks(layout):
         train(*pair, range(5, 7))
     same_masks(optimizer, its)
     assert_same_bits(
-        [*model.state_dict().values(), *state_tensors(optimizer)],
-        [*other.state_dict().values(), *state_tensors(its)],
+        [*model.state_dict().values(), *state_tensors(optimizer)], [*other.state_dict().values(), *state_tensors(its)]
     )
 
 
@@ -896,11 +874,7 @@ def test_update_mask_takes_what_loaders_give():
 
     for vectorize in (False, True):
         optimizer.update_mask(
-            Unpacking(),
-            lambda out, y: F.cross_entropy(out, y["y"]),
-            endless(),
-            samples=12,
-            vectorize=vectorize,
+            Unpacking(), lambda out, y: F.cross_entropy(out, y["y"]), endless(), samples=12, vectorize=vectorize
         )
     assert len(drawn) == 6 and sum(map(torch.count_nonzero, lives(optimizer))) == k_of(0.5, 15)
 

@@ -30,12 +30,7 @@ KINDS = {
     "rwp, sigma and seed on the device": (
         flatops.RWP,
         SGD,
-        {
-            "sigma": torch.tensor(0.05, dtype=torch.float64),
-            "seed": torch.tensor(-5),
-            "lr": 0.05,
-            "momentum": 0.9,
-        },
+        {"sigma": torch.tensor(0.05, dtype=torch.float64), "seed": torch.tensor(-5), "lr": 0.05, "momentum": 0.9},
     ),
     "regenerating": (flatops.RWP, SGD, {"sigma": 0.05, "restore": "regenerate", "lr": 0.05, "momentum": 0.9}),
 }
@@ -308,9 +303,7 @@ state_dict_api = pytest.importorskip("torch.distributed.checkpoint.state_dict")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.filterwarnings(
-    "ignore:.*without a perturbed pass:UserWarning"
-)  # it initialises state by a step of lr 0
+@pytest.mark.filterwarnings("ignore:.*without a perturbed pass:UserWarning")  # it initialises state by a step of lr 0
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("by", ["memory", "disk"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -327,9 +320,7 @@ def test_resume_from_a_distributed_checkpoint(kind, by, flatten):
 
         with tempfile.TemporaryDirectory() as folder:
             dcp.save({"optimizer": state}, checkpoint_id=folder, no_dist=True)
-            template = {
-                "optimizer": state_dict_api.get_optimizer_state_dict(fresh_model, fresh, options=options)
-            }
+            template = {"optimizer": state_dict_api.get_optimizer_state_dict(fresh_model, fresh, options=options)}
             dcp.load(template, checkpoint_id=folder, no_dist=True)
         state = template["optimizer"]
     state_dict_api.set_optimizer_state_dict(fresh_model, fresh, copy.deepcopy(state), options=options)

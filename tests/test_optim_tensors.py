@@ -61,11 +61,7 @@ def step(optimizer, model, i, scaler=None):
 
 
 def everything(optimizer, model):
-    return [
-        *model.state_dict().values(),
-        *state_tensors(optimizer),
-        *getattr(optimizer, "fisher", {}).values(),
-    ]
+    return [*model.state_dict().values(), *state_tensors(optimizer), *getattr(optimizer, "fisher", {}).values()]
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
@@ -254,9 +250,7 @@ def test_checkpoints_of_numbers_and_of_tensors_are_the_same(kind, saved, loaded)
     fresh_model = make_net(1)
     fresh = make(kind, fresh_model, loaded, **{"rho" if "sam" in kind else "sigma": 0.7})
     step(fresh, fresh_model, 5)  # its own past is forgotten
-    live = [
-        {k: v for k, v in g.items() if k in fresh.options and torch.is_tensor(v)} for g in fresh.param_groups
-    ]
+    live = [{k: v for k, v in g.items() if k in fresh.options and torch.is_tensor(v)} for g in fresh.param_groups]
     fishers = list(getattr(fresh, "fisher", {}).values())
     fresh_model.load_state_dict(model.state_dict())
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))

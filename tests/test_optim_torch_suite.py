@@ -28,7 +28,6 @@ import flatops
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-
 def classes_of(module, kind):
     """Name -> class, of all in a module that are of a kind; without the kind itself."""
     found = {c.__name__: c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, kind)}
@@ -124,9 +123,7 @@ def over_inputs(test):
             raise AssertionError(f"{len(failed)} inputs: {failed}") from next(iter(failed.values()))
 
     del run.__wrapped__  # pytest is not to see that there is one argument more
-    run.__signature__ = inspect.Signature(
-        [p for p in inspect.signature(test).parameters.values() if p.name != "given"]
-    )
+    run.__signature__ = inspect.Signature([p for p in inspect.signature(test).parameters.values() if p.name != "given"])
     return run
 
 
@@ -225,7 +222,10 @@ class Pair:
         if "weight_decay" in inspect.signature(base_class).parameters and kind != "sparse":
             self.own["weight_decay"] = 0.05
         self.ours, self.theirs = parameters(kind, base), parameters(kind, base)
-        flat, base_class = make(method, base, strength, **kwargs), functools.partial(base_class, **copy.deepcopy(kwargs))
+        flat, base_class = (
+            make(method, base, strength, **kwargs),
+            functools.partial(base_class, **copy.deepcopy(kwargs)),
+        )
         self.agree(
             outcome(lambda: setattr(self, "optimizer", flat(self.groups(self.ours)))),
             outcome(lambda: setattr(self, "twin", base_class(self.groups(self.theirs)))),
@@ -280,9 +280,7 @@ class Pair:
         fresh = self.again(named=not self.named)
         states = [optimizer.state_dict() for _, optimizer in self.both()]
         kept = copy.deepcopy(states)
-        for (params, optimizer), (values, _), state in zip(
-            fresh.both(), self.both(), states[:: -1 if swap else 1]
-        ):
+        for (params, optimizer), (values, _), state in zip(fresh.both(), self.both(), states[:: -1 if swap else 1]):
             place(params, values)
             optimizer.load_state_dict(change(copy.deepcopy(state)))
         assert same(states, kept), "loading changed the state dict"
@@ -316,7 +314,9 @@ def state_of(optimizer):
 KINDS = {
     "real": lambda known, kwargs: not known.only_supports_sparse_grads,
     "complex": lambda known, kwargs: known.supports_complex and "fused" not in kwargs,
-    "sparse": lambda known, kwargs: known.only_supports_sparse_grads or known.supports_sparse and not kwargs.keys() & NOT_SPARSE,
+    "sparse": lambda known, kwargs: (
+        known.only_supports_sparse_grads or known.supports_sparse and not kwargs.keys() & NOT_SPARSE
+    ),
 }
 NOT_SPARSE = {"fused", "weight_decay"}
 STEPS = [(m, b, kind, True) for m, b in CASES for kind in KINDS if kind != "sparse" or m not in DENSE_ONLY]
@@ -331,7 +331,9 @@ def test_every_step_is_the_bases(method, base, kind, strength, given):
     On the way a parameter is frozen, and a group added.
     """
     pair = Pair(method, base, kind, strength, **given.kwargs)
-    grows = not pair.refused and not pair.twin.state  # Adagrad of older torches makes its state at once, and none for a new group
+    grows = (
+        not pair.refused and not pair.twin.state
+    )  # Adagrad of older torches makes its state at once, and none for a new group
     for i in range(3):
         if pair.refused:
             break
@@ -426,11 +428,7 @@ def test_a_complex_parameter_is_pairs_of_reals(method):
 
     def evaluate_pairs(weight=1.0):
         assert same(seen.pop(0), [p.detach().clone() for p in pairs])
-        backward(
-            [torch.view_as_complex(pair) if p.is_complex() else pair for p, pair in zip(params, pairs)],
-            1,
-            weight,
-        )
+        backward([torch.view_as_complex(pair) if p.is_complex() else pair for p, pair in zip(params, pairs)], 1, weight)
 
     for drive in DRIVES:
         place(pairs, as_real())  # torch's steps of complex numbers round in another way
@@ -517,7 +515,9 @@ def test_it_goes_on_elsewhere_as_the_base_does(method, base, given):
         pair.step(i)
     elsewhere = (AS_HERE + OTHERWISE)[given.turn % 6]
     other = elsewhere(pair, base)
-    assert type(other.optimizer) is type(pair.optimizer) and repr(other.optimizer).startswith(type(pair.optimizer).__name__)
+    assert type(other.optimizer) is type(pair.optimizer) and repr(other.optimizer).startswith(
+        type(pair.optimizer).__name__
+    )
     assert public(other.optimizer) == public(pair.optimizer)
     other.check()
     other.step(steps)
@@ -568,10 +568,7 @@ def test_hooks_of_steps(method, base):
         register_optimizer_step_post_hook(note("all, after")),
     ]
     for _, optimizer in pair.both():
-        handles += [
-            optimizer.register_step_pre_hook(note("before")),
-            optimizer.register_step_post_hook(note("after")),
-        ]
+        handles += [optimizer.register_step_pre_hook(note("before")), optimizer.register_step_post_hook(note("after"))]
     try:
         for i in range(3):
             pair.step(i)

@@ -33,10 +33,7 @@ def test_the_noise_is_that_of_rwp(restore):
     optimizer = flatops.RWP(twin.parameters(), SGD, sigma=0.05, seed=7, stream=2, lr=0.1)
     model.requires_grad_(False)
     for draw in range(3):
-        with (
-            flatops.perturb(model, 0.05, seed=7, draw=draw, stream=2, restore=restore),
-            optimizer.perturbed(),
-        ):
+        with flatops.perturb(model, 0.05, seed=7, draw=draw, stream=2, restore=restore), optimizer.perturbed():
             if restore != "regenerate" or draw == 0:
                 assert_same_bits(model.parameters(), twin.parameters())
             else:
@@ -56,10 +53,7 @@ def test_draws_seeds_and_streams_differ():
 def test_a_choice_of_weights():
     """What is not named stays as it is; buffers always do. One tensor is a list of one."""
     model = make_net()
-    before, buffers = (
-        all_bits(model.parameters()),
-        all_bits(b for b in model.buffers() if b.is_floating_point()),
-    )
+    before, buffers = (all_bits(model.parameters()), all_bits(b for b in model.buffers() if b.is_floating_point()))
     chosen = [p for name, p in model.named_parameters() if name.startswith("head")]
     with flatops.perturb((p for p in chosen), 0.1):
         now = all_bits(model.parameters())
@@ -136,10 +130,7 @@ def test_shared_memory_is_refused(restore):
     """A weight perturbed twice could be lost. A tied parameter of a module is one."""
     base = torch.randn(4, 6)
     before = bits(base)
-    with (
-        pytest.raises(ValueError, match="share memory"),
-        flatops.perturb([base, base[1]], 0.3, restore=restore),
-    ):
+    with pytest.raises(ValueError, match="share memory"), flatops.perturb([base, base[1]], 0.3, restore=restore):
         pytest.fail("it was entered")
     assert torch.equal(bits(base), before)
     tied = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
@@ -164,6 +155,7 @@ def test_an_exception_passes_through(error):
 @pytest.mark.parametrize("restore", RESTORE)
 def test_an_interrupt_at_any_moment_leaves_the_weights(restore):
     """Ctrl-C wherever CPython answers it: in the handler already, the weights are back."""
+
     class Noisy:
         def __init__(self, params):
             self.perturbed_pass = flatops.perturb(params, 0.1, restore=restore)
@@ -210,10 +202,7 @@ def adapted(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.base = nn.Linear(16, 8, dtype=dtype).requires_grad_(False)
-            self.down, self.up = (
-                nn.Linear(16, 2, bias=False, dtype=dtype),
-                nn.Linear(2, 8, bias=False, dtype=dtype),
-            )
+            self.down, self.up = (nn.Linear(16, 2, bias=False, dtype=dtype), nn.Linear(2, 8, bias=False, dtype=dtype))
 
         def forward(self, x):
             return self.base(x) + self.up(self.down(x))
@@ -228,9 +217,7 @@ def test_adapters_train_on_a_noisy_frozen_base(restore, dtype):
     model, twin = adapted(dtype=dtype), adapted(dtype=dtype)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     clean = all_bits(frozen)
-    optimizers = [
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.01) for m in (model, twin)
-    ]
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.01) for m in (model, twin)]
     for step in range(4):
         x = torch.randn(4, 16, dtype=dtype)
         with flatops.perturb(frozen, 0.1, draw=step, restore=restore):

@@ -37,7 +37,9 @@ def terminal_of(encoding: str):
     """A terminal of an encoding in place of standard output and error; what it has shown, afterwards."""
     shown: list[str] = []
     screen = io.BytesIO()
-    streams = [io.TextIOWrapper(screen, encoding, errors, write_through=True) for errors in ("strict", "backslashreplace")]
+    streams = [
+        io.TextIOWrapper(screen, encoding, errors, write_through=True) for errors in ("strict", "backslashreplace")
+    ]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         yield shown
     shown.append(screen.getvalue().decode(encoding))
@@ -70,10 +72,17 @@ def test_names_are_printed_as_they_are(encoding, runs, tmp_path):
         assert cli.main(["landscape", *map(str, runs), *QUICK, "--output", str(output)]) == 0
         assert cli.main(["compare", *some, "--output", str(output)]) == 0
     [text], place = shown, spelt(str(output), encoding)
-    for line in (f"see {place}/run", f"Written to {place}: ", f"Written to {place}/compare.json", f"no checkpoint at {tmp_path}/none[x]"):
+    for line in (
+        f"see {place}/run",
+        f"Written to {place}: ",
+        f"Written to {place}/compare.json",
+        f"no checkpoint at {tmp_path}/none[x]",
+    ):
         assert line in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({len(row) for row in rows if "training" in row and "images" not in row}) == 1  # columns keep their places
+    assert (
+        len({len(row) for row in rows if "training" in row and "images" not in row}) == 1
+    )  # columns keep their places
     names = "".join(row.split("|")[1].replace(" ", "") for row in rows)  # which are folded
     assert all(name.replace(" ", "") in names for name in ("[bold]a :smile:", "[b] $y_^$"))
     result = json.loads((output / "landscape.json").read_text(encoding="utf-8"))

@@ -20,17 +20,7 @@ from torch import nn
 
 from flatops import cli
 from flatops.methods import METHODS
-from flatops.train import (
-    CompareConfig,
-    TrainConfig,
-    Trainer,
-    checkpoint,
-    compare,
-    data,
-    models,
-    steps,
-    train,
-)
+from flatops.train import CompareConfig, TrainConfig, Trainer, checkpoint, compare, data, models, steps, train
 from flatops.train.config import used_options
 from flatops.train.memory import InMemory
 from flatops.train.order import CLEAN, PERTURBED
@@ -120,13 +110,9 @@ def test_the_mixed_step_is_the_weighted_sum_of_two_gradients():
 
 
 def test_schedules_warm_up_fall_to_zero_and_ramp_sigma():
-    trainer = Trainer(
-        TrainConfig(method="rwp", epochs=2, warmup_epochs=1, lr=0.1, sigma=0.01, sigma_end=0.03)
-    )
+    trainer = Trainer(TrainConfig(method="rwp", epochs=2, warmup_epochs=1, lr=0.1, sigma=0.01, sigma_end=0.03))
     seen = []
-    trainer.run_epoch(
-        lambda t: seen.append((t.optimizer.param_groups[0]["lr"], t.optimizer.param_groups[0]["sigma"]))
-    )
+    trainer.run_epoch(lambda t: seen.append((t.optimizer.param_groups[0]["lr"], t.optimizer.param_groups[0]["sigma"])))
     row = trainer.run_epoch()
     rates = [rate for rate, _ in seen]
     assert rates == sorted(rates) and max(rates) == 0.1
@@ -135,9 +121,7 @@ def test_schedules_warm_up_fall_to_zero_and_ramp_sigma():
 
 
 def test_channels_last_and_timm_models_train():
-    trainer = Trainer(
-        TrainConfig(model="resnet18", method="mrwp", epochs=1, batch_size=512, channels_last=True)
-    )
+    trainer = Trainer(TrainConfig(model="resnet18", method="mrwp", epochs=1, batch_size=512, channels_last=True))
     assert trainer.model.conv1.in_channels == 1
     assert trainer.run_epoch()["train_loss"] > 0
 
@@ -164,14 +148,10 @@ def test_batches_cover_an_epoch_once_and_streams_are_independent():
     numbered = InMemory((torch.arange(1347.0).reshape(-1, 1, 1, 1), digits.train[1]), digits.test, 10)
     order = {}
     for stream in (CLEAN, PERTURBED):
-        order[stream] = torch.cat(
-            [x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=stream)]
-        )
+        order[stream] = torch.cat([x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=stream)])
         assert len(order[stream]) == 1344 == len(order[stream].unique())
     assert (order[CLEAN] == order[PERTURBED]).float().mean() < 0.02
-    late = torch.cat(
-        [x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=CLEAN, start=20)]
-    )
+    late = torch.cat([x.flatten() for x, _ in numbered.batches(64, seed=0, epoch=3, stream=CLEAN, start=20)])
     assert torch.equal(late, order[CLEAN][20 * 64 :])
 
 
@@ -434,9 +414,7 @@ def test_compare_writes_every_number_and_a_plot(tmp_path):
 
 def test_compare_shows_ssam_and_its_options(tmp_path):
     console = quiet()
-    config = CompareConfig(
-        methods=("sam", "ssam"), seeds=1, epochs=1, rho=0.1, sparsity=0.75, output=tmp_path
-    )
+    config = CompareConfig(methods=("sam", "ssam"), seeds=1, epochs=1, rho=0.1, sparsity=0.75, output=tmp_path)
     result = compare(config, console)
     assert result["summary"][0]["options"] == {"rho": 0.1}
     assert result["summary"][1]["options"]["sparsity"] == 0.75
@@ -460,18 +438,7 @@ def test_compare_refuses_an_option_that_no_method_knows(tmp_path):
 
 def test_the_command_trains_and_resumes(tmp_path):
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "flatops",
-        "train",
-        "--method",
-        "mrwp",
-        "--epochs",
-        "1",
-        "--output",
-        str(run),
-    ]
+    command = [sys.executable, "-m", "flatops", "train", "--method", "mrwp", "--epochs", "1", "--output", str(run)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"} == {path.name for path in run.iterdir()}

@@ -28,7 +28,9 @@ def tree(tmp_path):
 
 
 def settings(tree, **options) -> TrainConfig:
-    return TrainConfig(**{"data": "folder", "data_dir": tree, "image_size": 16, "batch_size": 16, "decoder": "dali"} | options)
+    return TrainConfig(
+        **{"data": "folder", "data_dir": tree, "image_size": 16, "batch_size": 16, "decoder": "dali"} | options
+    )
 
 
 def needs_dali() -> None:
@@ -62,7 +64,9 @@ def test_pixels_are_those_of_pil(tree):
     """Of the windows that the keys draw, training and test images. PIL rounds between rows and columns."""
     needs_dali()
     image = Image.open(tree / "train/ant/001.png")
-    for number, (orientation, kind) in enumerate([(6, "PNG"), (8, "JPEG"), (3, "TIFF"), (5, "PNG"), (2, "TIFF"), (7, "JPEG")]):
+    for number, (orientation, kind) in enumerate(
+        [(6, "PNG"), (8, "JPEG"), (3, "TIFF"), (5, "PNG"), (2, "TIFF"), (7, "JPEG")]
+    ):
         name = f"{number:03}.{'png' if number % 2 else 'jpg'}"  # PIL and DALI go by the content
         (tree / "train/ant" / name).write_bytes(encoded(image, kind, orientation))
     deep = Image.fromarray(np.asarray(image)[..., 0] * np.uint16(257))

@@ -127,7 +127,15 @@ def test_images_are_uint8_until_they_are_on_the_device(tree):
 @pytest.mark.parametrize("method, workers", [("mrwp", (2, 0)), ("ssam", (0, 2))])
 def test_resume_is_exact_with_workers_and_everything_random(tree, tmp_path, method, workers):
     """In mid-epoch, by another number of workers."""
-    options = {"mixup": 0.2, "cutmix": 1.0, "ema": 0.9, "erasing": 0.3, "amp": "bf16", "accumulate": 2, "clip_norm": 1.0}
+    options = {
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "ema": 0.9,
+        "erasing": 0.3,
+        "amp": "bf16",
+        "accumulate": 2,
+        "clip_norm": 1.0,
+    }
     if method == "ssam":
         options |= {"fisher_samples": 16, "rho_end": 0.05}
     settings = config(tree, method=method, randaugment="rand-m9", **options)
@@ -172,7 +180,18 @@ def tiff(pixels: np.ndarray, bits: int, kind: int = 1) -> bytes:
     height, width = pixels.shape
     text = "".join(format(int(value), f"0{bits}b") for value in pixels.flatten())
     content = int(text, 2).to_bytes(len(text) // 8, "big")
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 134, 277: 1, 278: height, 279: len(content), 339: kind}
+    tags = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: 1,
+        273: 134,
+        277: 1,
+        278: height,
+        279: len(content),
+        339: kind,
+    }
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
 
@@ -358,7 +377,9 @@ def test_names_that_are_no_utf_8_are_listed_byte_by_byte_and_remembered(own_tree
     history = train(settings, console)
     assert (settings.output / "bad_images.txt").read_bytes() == place + b": cannot identify image file\n"
     assert train(replace(settings, output=None, resume=settings.output), console) == history
-    assert console.file.getvalue().count(os.fsdecode(place)) == 2 and f"see {settings.output}" in console.file.getvalue()
+    assert (
+        console.file.getvalue().count(os.fsdecode(place)) == 2 and f"see {settings.output}" in console.file.getvalue()
+    )
 
 
 def test_a_folder_without_a_single_good_image_is_refused(tmp_path):
@@ -402,7 +423,18 @@ def test_a_reader_that_is_killed_is_named(tree, tmp_path, capsys):
     step = Trainer._train_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_train_step", lambda self, *batches: (step(self, *batches), kill(self)))
-        arguments = ["--data-dir", str(tree), "--image-size", "16", "--batch-size", "4", "--workers", "1", "--epochs", "2"]
+        arguments = [
+            "--data-dir",
+            str(tree),
+            "--image-size",
+            "16",
+            "--batch-size",
+            "4",
+            "--workers",
+            "1",
+            "--epochs",
+            "2",
+        ]
         assert cli.main(["train", "--data", "folder", *arguments, "--output", str(tmp_path / "run")]) == 2
     assert "a process that reads images was killed" in capsys.readouterr().err
 

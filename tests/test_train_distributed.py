@@ -25,9 +25,7 @@ WORKER = Path(train_worker.__file__)
 FILES = {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png"}
 
 
-def train_together(
-    *arguments: object, fault: tuple[str, int, int] = ("none", 0, 0)
-) -> subprocess.CompletedProcess:
+def train_together(*arguments: object, fault: tuple[str, int, int] = ("none", 0, 0)) -> subprocess.CompletedProcess:
     return torchrun(WORKER, *fault, "--threads", 1, *arguments)
 
 
@@ -245,7 +243,20 @@ def test_a_killed_process_ends_the_run_and_resume_repairs_it(runs, tmp_path):
 def test_a_folder_of_images_end_to_end_and_after_kill_9_to_the_bit(tmp_path):
     """bf16, mixup, erasing, EMA, accumulation and worker processes on two processes, of which one is killed in mid-epoch."""
     root = make_folder(tmp_path / "images", train=32, val=9)
-    run = ["--data", "folder", "--data-dir", root, "--image-size", 16, "--batch-size", 16, "--epochs", 2, "--method", "mrwp"]
+    run = [
+        "--data",
+        "folder",
+        "--data-dir",
+        root,
+        "--image-size",
+        16,
+        "--batch-size",
+        16,
+        "--epochs",
+        2,
+        "--method",
+        "mrwp",
+    ]
     run += ["--amp", "bf16", "--mixup", 0.2, "--erasing", 0.3, "--ema", 0.9, "--accumulate", 2, "--workers", 1]
     assert train_together(*run, "--output", tmp_path / "whole").returncode == 0
 

@@ -418,7 +418,11 @@ def on_a_small_disk(size: str, folder: Path, *options: str) -> subprocess.Comple
     namespace = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
     program = [sys.executable, "-m", "flatops", "train", "--output", "run", *options]
     command = [*namespace, "sh", "-c", SMALL_DISK, "sh", size, *program]
-    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True, timeout=300) if shutil.which("unshare") else None
+    done = (
+        subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True, timeout=300)
+        if shutil.which("unshare")
+        else None
+    )
     if done is None or done.returncode == NO_MOUNT or done.stderr.startswith("unshare:"):
         pytest.skip("no small disk to fill: only Linux has unshare, and a container may forbid it or the mount")
     return done

@@ -49,11 +49,7 @@ VARIANTS = {
     "perturb": ("perturb", "perturb_kernel", PERTURB),
     "noise": ("perturb", "perturb_kernel", {"backup": True, "fisher": False}),
     "regenerate": ("perturb", "perturb_kernel", {"backup": False, "fisher": True, "sigma": None}),
-    "normal": (
-        "perturb",
-        "perturb_kernel",
-        {"backup": False, "fisher": False, "sigma": None, "scales": None},
-    ),
+    "normal": ("perturb", "perturb_kernel", {"backup": False, "fisher": False, "sigma": None, "scales": None}),
     "copy": ("perturb", "copy_kernel", {}),
     "ascend": ("ascend", "ascend_kernel", {"adaptive": True, "backup": True}),
     "sum": ("sum", "sum_kernel", {"product": True, "whole": True}),
@@ -76,17 +72,7 @@ VARIANTS = {
 }
 FOLDS = ["long_norms", "long_fisher", "whole_sums", "whole_norm"]  # they work on float64 sums alone
 # What is compiled for every dtype.
-BY_DTYPE = [
-    "perturb",
-    "ascend",
-    "sum",
-    "norms",
-    "fisher",
-    "ascend_masked",
-    "squares",
-    "histogram_drop",
-    "compare_drop",
-]
+BY_DTYPE = ["perturb", "ascend", "sum", "norms", "fisher", "ascend_masked", "squares", "histogram_drop", "compare_drop"]
 CODE = [
     (arch, name, dtype)
     for arch in ARCHITECTURES
@@ -151,9 +137,7 @@ def compiled(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(arch)], env=environment, stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, __file__, str(arch)], env=environment, stdout=subprocess.PIPE, text=True)
         for arch in ARCHITECTURES
     ]
     found = [process.communicate()[0] for process in processes]
@@ -167,20 +151,12 @@ def test_machine_code(arch, name, dtype, compiled):
     point is what the contract allows, rounded once at each step."""
     code = compiled[arch, name, dtype]
     assert code["local memory"] == 0 and code["blocks"] >= 2
-    floating = {
-        op.replace(".rn", "").removesuffix("x2") for op in code["ptx"] if re.search(r"\.b?f(16|32|64)", op)
-    }
+    floating = {op.replace(".rn", "").removesuffix("x2") for op in code["ptx"] if re.search(r"\.b?f(16|32|64)", op)}
     floating = {op for op in floating if not re.match(r"(ld|st|mov|cvt|setp|selp|neg|abs|min|max|shfl)\.", op)}
-    assert floating <= {"fma.f32"} | {
-        f"{op}.f{n}" for op in ("add", "sub", "mul", "div", "sqrt") for n in (32, 64)
-    }
+    assert floating <= {"fma.f32"} | {f"{op}.f{n}" for op in ("add", "sub", "mul", "div", "sqrt") for n in (32, 64)}
     assert all(".rn" in op for op in code["ptx"] if op.startswith(("div.", "sqrt.", "fma.")) and ".f" in op)
     assert not any(".ftz" in op or ".approx" in op for op in code["ptx"])
-    if name not in (
-        "ascend",
-        "ascend_masked",
-        "whole_norm",
-    ):  # which divide and take roots in float64, by fma
+    if name not in ("ascend", "ascend_masked", "whole_norm"):  # which divide and take roots in float64, by fma
         assert code["contracted"] == 0
 
 

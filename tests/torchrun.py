@@ -9,6 +9,14 @@ import sys
 
 def torchrun(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
     """Runs a script, the first argument, with the others. When one process dies, torchrun leaves the other 30 s to say what it saw."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *map(str, arguments),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, env=env)

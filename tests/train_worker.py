@@ -136,9 +136,7 @@ def harm(fault: str, rank: int, step: int) -> None:
         if self.world.rank == rank and self.steps_done == step:
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if (
-                fault == "hang"
-            ):  # but not so badly that the launcher would have to wait for half a minute to kill it
+            if fault == "hang":  # but not so badly that the launcher would have to wait for half a minute to kill it
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(1000)
             if fault == "terminate":  # the launcher, which passes it on

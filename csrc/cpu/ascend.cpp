@@ -91,11 +91,13 @@ template <class T> struct alignas(64) Gathered { T x[REDUCE + W]; };
 // Between the list's backup and `count` elements beside each other, from slot `first` on.
 template <class T> FLATOPS_INLINE void to_slots(const Gathered<T>& from, const MaskedBackup& b, int64_t first, int64_t count) {
   if (b.width == sizeof(T)) __builtin_memcpy((T*)b.data + first, from.x, count * sizeof(T));
-  else for (int64_t k = 0; k < count; ++k) __builtin_memcpy((char*)b.data + (first + k) * b.width, from.x + k, sizeof(T));
+  else
+    for (int64_t k = 0; k < count; ++k) __builtin_memcpy((char*)b.data + (first + k) * b.width, from.x + k, sizeof(T));
 }
 template <class T> FLATOPS_INLINE void from_slots(Gathered<T>& to, const MaskedBackup& b, int64_t first, int64_t count) {
   if (b.width == sizeof(T)) __builtin_memcpy(to.x, (const T*)b.data + first, count * sizeof(T));
-  else for (int64_t k = 0; k < count; ++k) __builtin_memcpy(to.x + k, (const char*)b.data + (first + k) * b.width, sizeof(T));
+  else
+    for (int64_t k = 0; k < count; ++k) __builtin_memcpy(to.x + k, (const char*)b.data + (first + k) * b.width, sizeof(T));
 }
 
 // The masked of n weights are kept, and climb.

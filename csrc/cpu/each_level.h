@@ -64,8 +64,8 @@ namespace flatops::cpu::avx2 {
 #endif
 
 #define FLATOPS_BEST(kernel)                                                                 \
-  (::flatops::cpu::level() == ::flatops::cpu::Level::avx512 ? ::flatops::cpu::avx512::kernel  \
-   : ::flatops::cpu::level() == ::flatops::cpu::Level::avx2 ? ::flatops::cpu::avx2::kernel    \
+  (::flatops::cpu::level() == ::flatops::cpu::Level::avx512 ? ::flatops::cpu::avx512::kernel \
+   : ::flatops::cpu::level() == ::flatops::cpu::Level::avx2 ? ::flatops::cpu::avx2::kernel   \
                                                             : ::flatops::cpu::portable::kernel)
 #else
 #define FLATOPS_BEST(kernel) ::flatops::cpu::portable::kernel

@@ -20,7 +20,11 @@ FLATOPS_INLINE Word splat(uint32_t x) { return Word{} + x; }
 FLATOPS_INLINE Word high(Wide p) { return p >> 32; }
 FLATOPS_INLINE Word low(Wide p) { return p; }
 
-template <class V, class T> FLATOPS_INLINE V load(const T* p) { V v; __builtin_memcpy(&v, p, sizeof v); return v; }
+template <class V, class T> FLATOPS_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 template <class V, class T> FLATOPS_INLINE void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
 FLATOPS_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
@@ -192,17 +196,20 @@ FLATOPS_INLINE uint32_t from(F32 a, F32 b) {
   return out;
 }
 FLATOPS_INLINE F32 choose(uint32_t bits, F32 set, F32 clear) {
-  for (int i = 0; i < W; ++i) if (bits >> i & 1) clear[i] = set[i];
+  for (int i = 0; i < W; ++i)
+    if (bits >> i & 1) clear[i] = set[i];
   return clear;
 }
 FLATOPS_INLINE F32 compress(uint32_t bits, F32 v) {
   F32 out = {};
-  for (int i = 0, n = 0; i < W; ++i) if (bits >> i & 1) out[n++] = v[i];
+  for (int i = 0, n = 0; i < W; ++i)
+    if (bits >> i & 1) out[n++] = v[i];
   return out;
 }
 FLATOPS_INLINE F32 expand(uint32_t bits, F32 v) {
   F32 out = {};
-  for (int i = 0, n = 0; i < W; ++i) if (bits >> i & 1) out[i] = v[n++];
+  for (int i = 0, n = 0; i < W; ++i)
+    if (bits >> i & 1) out[i] = v[n++];
   return out;
 }
 

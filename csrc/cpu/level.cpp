@@ -19,7 +19,8 @@ Level choose() {
       }
     throw std::invalid_argument(std::string("FLATOPS_SIMD=") + wish + ": expected portable, avx2 or avx512");
   }
-  return supports(Level::avx512) ? Level::avx512 : supports(Level::avx2) ? Level::avx2 : Level::portable;
+  return supports(Level::avx512) ? Level::avx512 : supports(Level::avx2) ? Level::avx2
+                                                                         : Level::portable;
 }
 
 Level& chosen() {

@@ -2,7 +2,9 @@
 #pragma once
 namespace flatops::cpu {
 
-enum class Level { portable, avx2, avx512 };
+enum class Level { portable,
+                   avx2,
+                   avx512 };
 
 Level level();             // chosen at the first call
 const char* level_name(Level);  // "portable", "avx2", "avx512"

@@ -16,15 +16,20 @@ namespace flatops::cpu {
 
 // Scores in an order of their own: the larger, the sooner an element is marked.
 struct Scores {
-  enum Kind { value, magnitude, random } kind;
+  enum Kind { value,
+              magnitude,
+              random } kind;
   bool lowest = false;                // the lowest first
-  enum Among { all, live, dead } among = all;  // among the elements whose bit is, or is not, set already
+  enum Among { all,
+               live,
+               dead } among = all;  // among the elements whose bit is, or is not, set already
   Noise noise = {};                   // random: the words ...
   uint32_t filter = 0;                // ... at a place of the counter that no filter has
 
   DType dtype(const Tensor& t) const { return kind == random ? DType::f32 : t.dtype; }
   uint32_t eligible(const Tensor& t, int64_t word) const {
-    return among == all ? ~0u : among == live ? t.bits[word] : ~t.bits[word];
+    return among == all ? ~0u : among == live ? t.bits[word]
+                                              : ~t.bits[word];
   }
 };
 
@@ -91,7 +96,7 @@ FLATOPS_INLINE int64_t places(const uint32_t (&words)[REDUCE / 32], uint32_t bas
     uint64_t bits = words[w] | uint64_t(words[w + 1]) << 32;
     const int n = __builtin_popcountll(bits);
     FLATOPS_UNROLL for (int k = 0; k < 4; ++k, bits &= bits - 1)
-      out[k] = base + 32 * w + __builtin_ctzll(bits | uint64_t(1) << 63);
+        out[k] = base + 32 * w + __builtin_ctzll(bits | uint64_t(1) << 63);
     for (int k = 4; k < n; ++k, bits &= bits - 1) out[k] = base + 32 * w + __builtin_ctzll(bits);
     out += n;
   }
@@ -353,7 +358,11 @@ struct Selection {
       for (int64_t k = 0; k < f.size; ++k) ++bins[bin(f.scores<X>()[k])];
     int last = BINS - 1;
     while (last > 0 && bins[last] <= missing) missing -= bins[last--];
-    struct Rest { X score; size_t block; uint32_t offset; };
+    struct Rest {
+      X score;
+      size_t block;
+      uint32_t offset;
+    };
     std::vector<Rest> rest;
     for (size_t i = 0; i < found.size(); ++i) {
       uint32_t* const words = marks_of(list.blocks[i]) + list.blocks[i].start / 32;
@@ -366,7 +375,8 @@ struct Selection {
       }
     }
     std::nth_element(rest.begin(), rest.begin() + missing, rest.end(), [](const Rest& a, const Rest& b) {
-      return a.score != b.score ? a.score > b.score : a.block != b.block ? a.block < b.block : a.offset < b.offset;
+      return a.score != b.score ? a.score > b.score : a.block != b.block ? a.block < b.block
+                                                                         : a.offset < b.offset;
     });
     for (int64_t k = 0; k < missing; ++k) {
       const Block& b = list.blocks[rest[k].block];
@@ -399,10 +409,8 @@ void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise
   count = std::min({count, live, elements - live});
   std::vector<uint32_t> dropped(size), grown(size);
   using cpu::Scores;
-  const Scores drops{.kind = random.drop ? Scores::random : Scores::magnitude, .lowest = !random.drop, .among = Scores::live,
-                     .noise = noise, .filter = 0xfffffffe};
-  const Scores grows{.kind = random.grow ? Scores::random : Scores::magnitude, .among = Scores::dead, .noise = noise,
-                     .filter = 0xffffffff};
+  const Scores drops{.kind = random.drop ? Scores::random : Scores::magnitude, .lowest = !random.drop, .among = Scores::live, .noise = noise, .filter = 0xfffffffe};
+  const Scores grows{.kind = random.grow ? Scores::random : Scores::magnitude, .among = Scores::dead, .noise = noise, .filter = 0xffffffff};
   *bad = cpu::Selection(drop, drops, count, live, dropped.data(), parallel).run();
   const int64_t bad_grow = cpu::Selection(grow, grows, count, elements - live, grown.data(), parallel).run();
   if (*bad < 0) *bad = bad_grow;

@@ -67,11 +67,11 @@ FLATOPS_INLINE double sum_tile(const Term& term, int64_t n) {
     FLATOPS_UNROLL for (int v = 0; v < GROUP; ++v) lanes[g + v] = sums[v];
   }
   FLATOPS_UNROLL for (int half = VECTORS / 2; half >= 1; half /= 2)
-    FLATOPS_UNROLL for (int v = 0; v < half; ++v) lanes[v] += lanes[v + half];
+      FLATOPS_UNROLL for (int v = 0; v < half; ++v) lanes[v] += lanes[v + half];
   X last[L];
   store(last, lanes[0]);
   FLATOPS_UNROLL for (int half = L / 2; half >= 1; half /= 2)
-    FLATOPS_UNROLL for (int v = 0; v < half; ++v) last[v] += last[v + half];
+      FLATOPS_UNROLL for (int v = 0; v < half; ++v) last[v] += last[v + half];
   return last[0];
 }
 

@@ -43,7 +43,10 @@ FLATOPS_INLINE void narrow(const float* x, int64_t n, F16* p) {
 }
 
 // The tile's elements to compute on: in place where the dtype is what we compute in, else converted into `room`.
-template <class T> FLATOPS_INLINE float* open(T* p, int64_t n, Tile& room) { widen(p, n, room.x); return room.x; }
+template <class T> FLATOPS_INLINE float* open(T* p, int64_t n, Tile& room) {
+  widen(p, n, room.x);
+  return room.x;
+}
 FLATOPS_INLINE float* open(float* p, int64_t, Tile&) { return p; }
 FLATOPS_INLINE double* open(double* p, int64_t, Tile&) { return p; }
 template <class T> FLATOPS_INLINE const auto* open(const T* p, int64_t n, Tile& room) { return open(const_cast<T*>(p), n, room); }
@@ -68,10 +71,10 @@ FLATOPS_INLINE void copy(void* to, const void* from, int64_t bytes, int64_t ahea
 }
 
 // kernel<T>(arguments) for the dtype's T.
-#define FLATOPS_BY_DTYPE(dtype, kernel, ...)                       \
-  switch (dtype) {                                                 \
-    case DType::f32: return kernel<float>(__VA_ARGS__);            \
-    case DType::bf16: return kernel<Bf16>(__VA_ARGS__);            \
-    case DType::f16: return kernel<F16>(__VA_ARGS__);              \
-    case DType::f64: return kernel<double>(__VA_ARGS__);           \
+#define FLATOPS_BY_DTYPE(dtype, kernel, ...)             \
+  switch (dtype) {                                       \
+    case DType::f32: return kernel<float>(__VA_ARGS__);  \
+    case DType::bf16: return kernel<Bf16>(__VA_ARGS__);  \
+    case DType::f16: return kernel<F16>(__VA_ARGS__);    \
+    case DType::f64: return kernel<double>(__VA_ARGS__); \
   }

@@ -223,8 +223,7 @@ Work<MaskedEntry> reduces(const TensorList& list, DType dtype) {
   Work<MaskedEntry> work;
   for (const Tensor& t : list.tensors)
     if (t.dtype == dtype && t.filters)
-      work.add({.data = t.data, .grad = t.grad, .elements = t.numel(), .first_word = uint32_t(t.bits - mask.words),
-                .first_rank = uint32_t(t.ranks - mask.ranks), .aligned = are_aligned(dtype, {t.data, t.grad})},
+      work.add({.data = t.data, .grad = t.grad, .elements = t.numel(), .first_word = uint32_t(t.bits - mask.words), .first_rank = uint32_t(t.ranks - mask.ranks), .aligned = are_aligned(dtype, {t.data, t.grad})},
                ceil_div(t.numel(), TILE));
   return work;
 }

@@ -6,7 +6,9 @@ namespace flatops::cuda {
 
 // What becomes of a filter's sum of squares.
 struct Finish {
-  enum Kind { norm, scale, fisher } kind;
+  enum Kind { norm,
+              scale,
+              fisher } kind;
   float* out;            // norm: sqrt(sum); scale: *scalar times that; one a filter of the list
   const double* scalar;  // sigma, or fisher's scale
   double beta;           // fisher: F = beta F + scalar^2 sum, in place

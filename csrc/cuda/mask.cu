@@ -22,7 +22,7 @@ static_assert(REDUCE == 1 << OFFSET_BITS);
 
 // A score that is not negative is in the order of its bits, the sign's aside.
 template <class Key> constexpr int KEY_BITS = 8 * sizeof(Key) - 1;
-template <class Key> constexpr Key ALL_BITS = (Key(1) << KEY_BITS<Key>) - 1;
+template <class Key> constexpr Key ALL_BITS = (Key(1) << KEY_BITS<Key>)-1;
 template <class Key> constexpr int PASSES = (KEY_BITS<Key> + BIN_BITS - 1) / BIN_BITS;
 
 // A pass looks at the bits from here up to where the pass before it began.
@@ -543,9 +543,7 @@ struct Marks {
 template <bool RANDOM, class Key>
 const uint32_t* choose(const TensorList& list, const Question& q, const Marks& marks, const Gpu& gpu) {
   const int64_t blocks = Size(list).blocks;
-  const Choice<Key> choice{.state = (State<Key>*)gpu.scratch(Choice<Key>::scratch(blocks)), .marks = marks.words,
-                           .ranks = marks.ranks, .among = q.among, .noise = q.noise, .blocks = uint32_t(blocks),
-                           .place = q.place, .dead = q.dead, .lowest = q.lowest, .magnitudes = q.magnitudes};
+  const Choice<Key> choice{.state = (State<Key>*)gpu.scratch(Choice<Key>::scratch(blocks)), .marks = marks.words, .ranks = marks.ranks, .among = q.among, .noise = q.noise, .blocks = uint32_t(blocks), .place = q.place, .dead = q.dead, .lowest = q.lowest, .magnitudes = q.magnitudes};
   check(cudaMemsetAsync(choice.state, 0, sizeof(State<Key>), (cudaStream_t)gpu.stream));
 
   // Random scores know no dtypes.
@@ -555,8 +553,7 @@ const uint32_t* choose(const TensorList& list, const Question& q, const Marks& m
     const Tensor& t = list.tensors[i];
     const int64_t n = t.numel(), tiles = ceil_div(n, TILE);
     work[int(RANDOM ? DType::f32 : t.dtype)].add(
-        {.scores = t.scores, .elements = n, .first_word = uint32_t(word), .first_rank = uint32_t(rank),
-         .first_tile = uint32_t(tile), .tensor = uint32_t(i), .index = t.index, .aligned = are_aligned(t.dtype, {t.scores})},
+        {.scores = t.scores, .elements = n, .first_word = uint32_t(word), .first_rank = uint32_t(rank), .first_tile = uint32_t(tile), .tensor = uint32_t(i), .index = t.index, .aligned = are_aligned(t.dtype, {t.scores})},
         tiles);
     word += words(n), rank += ranks(n), tile += tiles;
   }
@@ -618,10 +615,7 @@ void regrow_mask_(TensorList& drop, TensorList& grow, Random random, Noise noise
   const Marks mask{.words = drop.tensors[0].bits, .ranks = drop.tensors[0].ranks};
   const Marks dropped{.words = room(size.words), .ranks = room(size.reduces)};
   const Marks grown{.words = room(size.words), .ranks = room(size.reduces)};
-  Question q{.random = random.drop, .magnitudes = true, .lowest = !random.drop, .among = mask.words, .noise = noise,
-             .place = 0xfffffffe,
-             .wanted = {.count = uint32_t(std::min(count, size.elements)), .elements = uint32_t(size.elements)},
-             .bad_tensor = bad};
+  Question q{.random = random.drop, .magnitudes = true, .lowest = !random.drop, .among = mask.words, .noise = noise, .place = 0xfffffffe, .wanted = {.count = uint32_t(std::min(count, size.elements)), .elements = uint32_t(size.elements)}, .bad_tensor = bad};
   q.earlier_bad = choose(drop, q, dropped, gpu);
   q.random = random.grow, q.lowest = false, q.dead = true, q.place = 0xffffffff;
   choose(grow, q, grown, gpu);

@@ -30,7 +30,8 @@ struct Part {
   // Those bits of the lane's word that stand for elements.
   __device__ uint32_t inside() const {
     const int n = elements - lane * 32;
-    return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1;
+    return n >= 32 ? ~0u : n <= 0 ? 0u
+                                  : (1u << n) - 1;
   }
 };
 
@@ -38,7 +39,8 @@ struct Part {
 __device__ inline uint32_t transpose_nibbles(uint32_t x) {
 #pragma unroll
   for (int d = 1; d < 8; d *= 2) {
-    const uint32_t low = d == 1 ? 0x0f0f0f0fu : d == 2 ? 0x00ff00ffu : 0x0000ffffu;  // nibbles whose number lacks bit d
+    const uint32_t low = d == 1 ? 0x0f0f0f0fu : d == 2 ? 0x00ff00ffu
+                                                       : 0x0000ffffu;  // nibbles whose number lacks bit d
     const uint32_t other = __shfl_xor_sync(WHOLE_WARP, x, d);
     x = threadIdx.x & d ? (x & ~low) | (other >> 4 * d & low) : (x & low) | (other << 4 * d & ~low);
   }

@@ -6,7 +6,9 @@
 namespace flatops::cuda {
 namespace {
 
-enum class Mode { perturb, subtract, normal };
+enum class Mode { perturb,
+                  subtract,
+                  normal };
 
 template <Mode MODE> struct PerturbArgs {
   std::conditional_t<MODE == Mode::perturb, float, const float>* scales;  // [list.filters]; normal: none

@@ -130,9 +130,7 @@ inline Entry entry(const Tensor& t) {
   if (t.filters > int64_t(UINT32_MAX) || t.first_filter + t.filters > int64_t(UINT32_MAX))
     throw std::invalid_argument("flatops: more than 2^32 filters in one list: pass fewer tensors a call");
   const bool aligned = are_aligned(t.dtype, {t.data, t.grad, t.backup}) && (t.length % 4 == 0 || t.filters == 1);
-  return {.data = t.data, .other = t.grad ? t.grad : t.fisher, .backup = t.backup, .length = t.length,
-          .filters = uint32_t(t.filters), .first_filter = uint32_t(t.first_filter), .index = t.index,
-          .first_row = t.first_row, .aligned = aligned, .one_dim = t.one_dim};
+  return {.data = t.data, .other = t.grad ? t.grad : t.fisher, .backup = t.backup, .length = t.length, .filters = uint32_t(t.filters), .first_filter = uint32_t(t.first_filter), .index = t.index, .first_row = t.first_row, .aligned = aligned, .one_dim = t.one_dim};
 }
 
 // The same tensor with all its elements as one filter, for what knows no filters.

@@ -76,14 +76,14 @@ class FlatMinima(Callback):
         try:
             unwrap(trainer.optimizers[0]).passes_in_step = False
         except TypeError as error:
-            message = "FlatMinima is for flatops optimizers: let configure_optimizers return flatops.SAM(...) or another"
+            message = (
+                "FlatMinima is for flatops optimizers: let configure_optimizers return flatops.SAM(...) or another"
+            )
             raise TypeError(f"{message}; {error}") from None
 
     # --- the passes over a micro-batch --------------------------------------------------------------------------------------
 
-    def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not module.automatic_optimization:
             return
         flat = unwrap(trainer.optimizers[0])
@@ -92,9 +92,7 @@ class FlatMinima(Callback):
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.batch = (batch, batch_idx) if takes_index else (batch,)
         scaler, parts = _scaler(trainer), trainer.accumulate_grad_batches
-        self.rest = passes(
-            flat, module, loss_scale=lambda: (1 if scaler is None else scaler.get_scale()) / parts
-        )
+        self.rest = passes(flat, module, loss_scale=lambda: (1 if scaler is None else scaler.get_scale()) / parts)
         if not flat.has_clean_pass:
             self._begin_with_forward(trainer.strategy)
 

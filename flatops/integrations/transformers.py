@@ -55,9 +55,7 @@ class FlatMinimaMixin:
         try:
             flat = unwrap(self.optimizer)
         except TypeError as error:
-            raise TypeError(
-                f"FlatMinimaMixin is for flatops optimizers: give the Trainer one; {error}"
-            ) from None
+            raise TypeError(f"FlatMinimaMixin is for flatops optimizers: give the Trainer one; {error}") from None
         scaler = accelerator.scaler
 
         def scale() -> float:

@@ -201,7 +201,9 @@ def legend(figure: Figure, networks: list[dict[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=network["colour"], lw=4, label=literal(network["name"])) for network in networks]
-    handles += [Line2D([], [], color="#444444", lw=2, ls=style, label=f"{split} images") for split, style in STYLES.items()]
+    handles += [
+        Line2D([], [], color="#444444", lw=2, ls=style, label=f"{split} images") for split, style in STYLES.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 

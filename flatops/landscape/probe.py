@@ -37,7 +37,9 @@ class Probe:
         try:
             self.samples = sum(len(targets) for _, targets in self.batches)
         except (TypeError, ValueError) as error:
-            raise TypeError("batches must hold pairs (inputs, targets), the samples along the first dimension") from error
+            raise TypeError(
+                "batches must hold pairs (inputs, targets), the samples along the first dimension"
+            ) from error
         if not self.samples:
             raise ValueError("batches holds no sample")
         if distributed.any_distributed(list(model.parameters())):
@@ -101,4 +103,3 @@ class Probe:
         for inputs, targets in self.batches:
             yield self.loss_fn(self.model(inputs), targets).double() * (len(targets) / self.samples)
         self.on_pass()
-

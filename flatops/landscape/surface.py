@@ -85,11 +85,7 @@ def surface(
     kept = Kept(model)
     with Probe(model, loss_fn, batches, on_pass) as probe, Pass(kept):
         # The noise is that of the parameter's position among all, whichever of them move.
-        moving = [
-            (index, w, clean)
-            for index, (w, clean) in enumerate(kept.pairs)
-            if all_parameters or w.dim() > 1
-        ]
+        moving = [(index, w, clean) for index, (w, clean) in enumerate(kept.pairs) if all_parameters or w.dim() > 1]
         losses = []
         for place in grid:
             for index, w, clean in moving:

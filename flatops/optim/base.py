@@ -93,7 +93,9 @@ class Flat(Groups):
     def _enter(self) -> None:
         run, params = self.run, self._all_params()
         if run.in_pass:
-            raise RuntimeError("perturbed() or first_step() while the weights are perturbed: leave the first, or call restore()")
+            raise RuntimeError(
+                "perturbed() or first_step() while the weights are perturbed: leave the first, or call restore()"
+            )
         run.before, run.stage = run.stage, Stage.PERTURBED
         if run.weights.modules is None:
             distributed.check_params(params, run.given)
@@ -127,7 +129,9 @@ class Flat(Groups):
             if own is not None:
                 values["seed"] = ["the default" if seed == own else seed for seed in values["seed"]]
             first = distributed.check_agreement(values, offer=own)
-            if own is not None:  # processes may have seeded torch each in its own way: the first one's seed is all of theirs
+            if (
+                own is not None
+            ):  # processes may have seeded torch each in its own way: the first one's seed is all of theirs
                 for group in self.param_groups:
                     group["seed"] = first if group["seed"] == own else group["seed"]
                 self.options["seed"] = first

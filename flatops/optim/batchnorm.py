@@ -26,13 +26,9 @@ def freeze_batchnorm_stats(model: nn.Module, enabled: bool = True) -> Iterator[N
         ...     loss_fn(model(x), y).backward()
     """
     # Momentum 0 would still count batches, and mix NaN into the statistics: 0 times NaN is NaN.
-    layers = (
-        [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats] if enabled else []
-    )
+    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats] if enabled else []
     # InstanceNorm writes to its statistics whatever the flag says, so in training it is not to see them.
-    hidden = [
-        (m, m.running_mean, m.running_var) for m in layers if isinstance(m, _InstanceNorm) and m.training
-    ]
+    hidden = [(m, m.running_mean, m.running_var) for m in layers if isinstance(m, _InstanceNorm) and m.training]
     layers = [m for m in layers if not isinstance(m, _InstanceNorm)]
     try:
         for layer in layers:

@@ -68,9 +68,7 @@ def sample_fisher(
                 show(done)
             if done == samples:
                 return fisher
-    raise ValueError(
-        f"batches holds {done} samples and {samples} are asked for" if done else "batches is empty"
-    )
+    raise ValueError(f"batches holds {done} samples and {samples} are asked for" if done else "batches is empty")
 
 
 def _length(inputs: Any) -> int:
@@ -81,9 +79,7 @@ def _length(inputs: Any) -> int:
 
 
 def _rows(values: Any, which: slice) -> Any:
-    return pytree.tree_map(
-        lambda value: value[which] if isinstance(value, Tensor) and value.dim() else value, values
-    )
+    return pytree.tree_map(lambda value: value[which] if isinstance(value, Tensor) and value.dim() else value, values)
 
 
 def _one_by_one(
@@ -152,9 +148,7 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar that comes up after two seconds, and goes at the end; on the first process alone."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    bar = Progress(
-        *Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn(), transient=True
-    )
+    bar = Progress(*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
     task = bar.add_task("Fisher", total=total)
     start = time.monotonic()
     wanted = wanted and distributed.world()[0] == 0 and bar.console.is_terminal

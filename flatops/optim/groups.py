@@ -58,7 +58,9 @@ class Groups(torch.optim.Optimizer):
 
     def _not_while_perturbed(self, what: str) -> None:
         if self.run.in_pass:
-            raise RuntimeError(f"{what} while the weights are perturbed: leave perturbed() first, or call second_step()")
+            raise RuntimeError(
+                f"{what} while the weights are perturbed: leave perturbed() first, or call second_step()"
+            )
 
     def _trainable(
         self, keys: tuple[str, ...], with_grad: bool = False
@@ -96,7 +98,9 @@ class Groups(torch.optim.Optimizer):
         try:
             for i, p in enumerate(group["params"]):
                 if p.dtype not in DTYPES:
-                    raise TypeError(f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16, float64 or complex numbers")
+                    raise TypeError(
+                        f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16, float64 or complex numbers"
+                    )
                 distributed.check_layout(p, f"params[{i}]")
         except (TypeError, ValueError):
             del self.param_groups[-1]
@@ -136,7 +140,9 @@ class Groups(torch.optim.Optimizer):
         kept = [{key: group[key] for key in self.options} for group in self.param_groups]
         # davda54/sam leaves copies of the weights in its state; an entry of nothing else would pass for the base's own.
         state = {k: without(s, "old_p") for k, s in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if not isinstance(s, dict) or s}})
+        super().load_state_dict(
+            {**state_dict, "state": {k: s for k, s in state.items() if not isinstance(s, dict) or s}}
+        )
         written: dict[Tensor, Any] = {}
         for group, old in zip(self.param_groups, kept):
             for key, value in old.items():

@@ -130,9 +130,7 @@ class Masker:
 
         return [by(drop), by(grow)]
 
-    def _move(
-        self, bits: Tensor, like: list[Tensor], index: list[int], scores: list[Any], rate: float
-    ) -> Tensor:
+    def _move(self, bits: Tensor, like: list[Tensor], index: list[int], scores: list[Any], rate: float) -> Tensor:
         """A mask over `like`, a share of whose live weights moves, by the scores for dropping and growing."""
         drop, grow = scores
 

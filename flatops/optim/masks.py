@@ -29,9 +29,7 @@ def n_of_m(pattern: str) -> Any:
         return None
     match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if not match:
-        raise ValueError(
-            f"pattern must be 'global', 'layer', 'filter' or 'n:m' such as '2:4', not {pattern!r}"
-        )
+        raise ValueError(f"pattern must be 'global', 'layer', 'filter' or 'n:m' such as '2:4', not {pattern!r}")
     n, m = int(match[1]), int(match[2])
     if not 1 <= n <= m:
         raise ValueError(f"pattern {pattern!r} would keep {n} of every {m}: n must lie in [1, m]")

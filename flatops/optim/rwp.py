@@ -99,15 +99,7 @@ class RWP(KeepsFisher):
         self.stream = plain(stream)
         if stream is not None:
             check_integer("stream", self.stream, bits=31)
-        options = {
-            "sigma": sigma,
-            "lam": lam,
-            "eta": eta,
-            "beta": beta,
-            "seed": seed,
-            "restore": restore,
-            "draw": 0,
-        }
+        options = {"sigma": sigma, "lam": lam, "eta": eta, "beta": beta, "seed": seed, "restore": restore, "draw": 0}
         self._construct(params, options, kwargs)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -204,7 +196,10 @@ class RWP(KeepsFisher):
         """
         rank, size = distributed.world()
         roles = distributed.gather_objects(self.perturbs)
-        groups = {role: torch.distributed.new_group([r for r in range(size) if roles[r] == role]) for role in sorted(set(roles))}
+        groups = {
+            role: torch.distributed.new_group([r for r in range(size) if roles[r] == role])
+            for role in sorted(set(roles))
+        }
         return groups[roles[rank]]
 
     @outside_graphs
@@ -390,5 +385,11 @@ class RWP(KeepsFisher):
         return weighted_gradients([p for p in self._all_params() if p.requires_grad], weight, self.weighing)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside, "loss_scale": None, "weighing": []}
+        ours = {
+            "stream": self.stream,
+            "parallel": self.parallel,
+            "aside": self.aside,
+            "loss_scale": None,
+            "weighing": [],
+        }
         return {**super().__getstate__(), **ours}

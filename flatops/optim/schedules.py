@@ -27,22 +27,14 @@ class CosineRamp:
         The increasing sigma of arXiv 2404.00357.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, key: str, start: float, end: float, total_steps: int
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, key: str, start: float, end: float, total_steps: int) -> None:
         if any(key not in group for group in optimizer.param_groups):
             raise ValueError(f"key {key!r} is no hyper-parameter of {type(optimizer).__name__}")
         if not (min(start, end) >= 0 and math.isfinite(start) and math.isfinite(end)):
             raise ValueError(f"start and end must be finite numbers >= 0, not {start} and {end}")
         if total_steps <= 0:
             raise ValueError(f"total_steps must be > 0, not {total_steps}")
-        self.optimizer, self.key, self.start, self.end, self.total_steps = (
-            optimizer,
-            key,
-            start,
-            end,
-            total_steps,
-        )
+        self.optimizer, self.key, self.start, self.end, self.total_steps = (optimizer, key, start, end, total_steps)
         zero = [i for i, group in enumerate(optimizer.param_groups) if group[key] == 0]
         self.frozen = (
             zero if len(zero) < len(optimizer.param_groups) else []

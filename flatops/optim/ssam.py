@@ -208,7 +208,9 @@ class SSAM(KeepsFisher, SAM):
         else:
             parts = self._masker().parts.values()
             with distributed.together():
-                fisher = sample_fisher([params for params, _ in parts], model, loss_fn, batches, samples, vectorize, progress)
+                fisher = sample_fisher(
+                    [params for params, _ in parts], model, loss_fn, batches, samples, vectorize, progress
+                )
         with torch.inference_mode(False), torch.no_grad():
             self._update(fisher)
 
@@ -390,7 +392,10 @@ class SSAM(KeepsFisher, SAM):
         live = {p: distributed.whole(p, l) for mask in self.masks.values() for p, l in mask.live().items()}
         for group, ours in zip(packed["param_groups"], self.param_groups if live else []):
             group["mask_bits"] = masks.encode(
-                [live[p] if p in live else torch.zeros(real_shape(p), dtype=torch.bool, device="cpu") for p in ours["params"]]
+                [
+                    live[p] if p in live else torch.zeros(real_shape(p), dtype=torch.bool, device="cpu")
+                    for p in ours["params"]
+                ]
             )
         return packed
 

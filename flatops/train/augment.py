@@ -47,9 +47,7 @@ class Augment:
     @classmethod
     def of(cls, config: TrainConfig, **more: Any) -> Augment:
         """With cutout and erasing as a run asks for them; `more` are the other arguments."""
-        return cls(
-            cutout=config.cutout, cutout_probability=config.cutout_probability, erasing=config.erasing, **more
-        )
+        return cls(cutout=config.cutout, cutout_probability=config.cutout_probability, erasing=config.erasing, **more)
 
     def __call__(self, images: Tensor, path: Sequence[int], size: int, share: slice) -> Tensor:
         """Training images.

@@ -88,9 +88,7 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{file} is not a checkpoint of flatops train")
     if state["version"] != VERSION:
-        raise ValueError(
-            f"{file} has checkpoint version {state['version']}; this flatops reads version {VERSION}"
-        )
+        raise ValueError(f"{file} has checkpoint version {state['version']}; this flatops reads version {VERSION}")
     return state
 
 

@@ -148,7 +148,9 @@ def describe(config: CompareConfig) -> str:
     """What was compared, in a line."""
     noise = f" with {config.label_noise:.0%} wrong labels" if config.label_noise else ""
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
-    held_out = f"{config.validation:.0%} of the training images held out and shown as test, " if config.validation else ""
+    held_out = (
+        f"{config.validation:.0%} of the training images held out and shown as test, " if config.validation else ""
+    )
     return f"{config.data}{noise}: {held_out}{config.model}, {config.epochs} epochs, lr {config.lr:g}, {seeds}"
 
 

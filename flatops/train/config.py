@@ -145,10 +145,7 @@ class Recipe:
             value = getattr(self, name)
             check(0 <= value <= 1, f"{name} must lie between 0 and 1, not {value}")
         check(0 <= self.validation < 1, f"validation must be at least 0 and less than 1, not {self.validation}")
-        check(
-            self.warmup_epochs <= self.epochs,
-            f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}",
-        )
+        check(self.warmup_epochs <= self.epochs, f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}")
         check(
             self.image_size is None or self.data in ("folder", "synthetic"),
             f"image_size is for data folder and synthetic: {self.data} has the size it has",
@@ -245,10 +242,7 @@ class CompareConfig(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.seeds >= 1, f"seeds must be at least 1, not {self.seeds}")
-        check(
-            len(set(self.methods)) == len(self.methods) > 0,
-            "methods must name at least one method, each once",
-        )
+        check(len(set(self.methods)) == len(self.methods) > 0, "methods must name at least one method, each once")
 
 
 def used_options(config: TrainConfig) -> dict[str, float | str]:

@@ -148,7 +148,10 @@ class FromDali(FromWorkers):
         )
         def decoded() -> Any:
             files, starts, shapes, mirrored = fn.external_source(
-                source=inputs, num_outputs=4, dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32], ndim=[1, 1, 1, 0]
+                source=inputs,
+                num_outputs=4,
+                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
+                ndim=[1, 1, 1, 0],
             )
             pixels = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
             as_pil = {"output_type": types.RGB, "adjust_orientation": True}

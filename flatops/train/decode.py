@@ -26,7 +26,9 @@ def opened(raw: bytes) -> Image.Image:
     # PIL has 16 bits in "I" too where the format has no more.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "integers of 32 bits, or signed ones"
-        raise ValueError(f"its pixels are {kind}: which value is white is not known; store it with 8 or 16 bits a channel")
+        raise ValueError(
+            f"its pixels are {kind}: which value is white is not known; store it with 8 or 16 bits a channel"
+        )
     return image
 
 

@@ -24,9 +24,7 @@ def learning_curves(history: list[Row], title: str, path: Path) -> None:
     for axes, quantity in ((losses, "loss"), (accuracies, "accuracy")):
         for split, colour in (("train", METHODS["sgd"].colour), ("test", METHODS["sam"].colour)):
             values = [row[f"{split}_{quantity}"] for row in history]
-            axes.plot(
-                epochs, values, color=colour, lw=2, marker="o" if len(history) == 1 else None, label=split
-            )
+            axes.plot(epochs, values, color=colour, lw=2, marker="o" if len(history) == 1 else None, label=split)
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.legend(frameon=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -51,9 +49,7 @@ def comparison(runs: list[dict[str, Any]], methods: Sequence[str], title: str, p
         seeds, epochs = accuracy.shape
         mean, deviation = accuracy.mean(0), accuracy.std(0, ddof=1 if seeds > 1 else 0)
         curves.plot(range(1, epochs + 1), mean, color=colour, lw=2, label=label)
-        curves.fill_between(
-            range(1, epochs + 1), mean - deviation, mean + deviation, color=colour, alpha=0.18, lw=0
-        )
+        curves.fill_between(range(1, epochs + 1), mean - deviation, mean + deviation, color=colour, alpha=0.18, lw=0)
         beside = position + np.linspace(-0.12, 0.12, seeds) * (seeds > 1)
         finals.scatter(beside, accuracy[:, -1], color=colour, alpha=0.6, s=28, lw=0)
         finals.hlines(mean[-1], position - 0.28, position + 0.28, color=colour, lw=3)

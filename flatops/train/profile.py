@@ -51,7 +51,9 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
     default = TrainConfig()
     if (config.data, config.model) == (default.data, default.model):
         size = PROFILED[choose_device(config.device).type]
-        config = replace(config, data="synthetic", **{k: v for k, v in size.items() if getattr(config, k) == getattr(default, k)})
+        config = replace(
+            config, data="synthetic", **{k: v for k, v in size.items() if getattr(config, k) == getattr(default, k)}
+        )
     with memory_advice(config):
         contenders = {method: Contender(with_method(config, method)) for method in METHODS}
         for contender in contenders.values():

@@ -161,9 +161,7 @@ class Screen:
             transient=True,
             disable=console.quiet,
         )
-        self.bar = self.progress.add_task(
-            "", total=trainer.total_steps, completed=trainer.steps_done, epoch=""
-        )
+        self.bar = self.progress.add_task("", total=trainer.total_steps, completed=trainer.steps_done, epoch="")
 
     def __enter__(self) -> Screen:
         terminal.say(self.console, header(self.trainer))
@@ -244,8 +242,7 @@ def describe_method(trainer: Trainer) -> str:
 def describe_options(options: dict[str, float | str]) -> str:
     """Options and their values, such as `sigma 0.05  lam 0.5`."""
     return "  ".join(
-        f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
-        for name, value in options.items()
+        f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in options.items()
     )
 
 

@@ -156,8 +156,11 @@ def memory_advice(config: TrainConfig, folder: Path | None = None) -> Iterator[N
         half = ", or use amp bf16" if config.amp == "none" else ""
         raise MemoryError(
             f"out of memory: raise accumulate (now {config.accumulate}) or lower batch_size (now {config.batch_size}){half}"
-            + (f"; continue with: flatops train --resume {folder} --accumulate {2 * config.accumulate}"
-               if folder and (folder / checkpoint.NAME).is_file() else "")
+            + (
+                f"; continue with: flatops train --resume {folder} --accumulate {2 * config.accumulate}"
+                if folder and (folder / checkpoint.NAME).is_file()
+                else ""
+            )
         ) from error
 
 
@@ -186,7 +189,9 @@ def make_folder(config: TrainConfig) -> Path:
     elif config.resume:
         folder = checkpoint.locate(config.resume).parent
     else:
-        return new_folder(Path("runs", f"{config.data}-{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        return new_folder(
+            Path("runs", f"{config.data}-{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if config.resume and (source := checkpoint.locate(config.resume).parent) != folder:
         for name in (checkpoint.NAME, checkpoint.BEST):

@@ -33,7 +33,10 @@ inline dim3 threadIdx, blockIdx;
 
 namespace emulation {
 
-enum class State { ready, at_warp, at_block, done };
+enum class State { ready,
+                   at_warp,
+                   at_block,
+                   done };
 
 struct Thread {
   ucontext_t context;
@@ -175,7 +178,9 @@ inline float __uint_as_float(uint32_t x) { return __bits<float>(x); }
 
 // --- the host's side ---------------------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction };
+enum cudaError_t { cudaSuccess,
+                   cudaErrorNoKernelImageForDevice,
+                   cudaErrorInvalidDeviceFunction };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;

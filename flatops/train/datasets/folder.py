@@ -72,7 +72,9 @@ def find_classes(split: Path) -> list[str]:
     """
     if not split.is_dir():
         raise ValueError(f"no folder {split}: data_dir needs train/ and val/, each with a folder of images per class")
-    classes = sorted((e.name for e in entries(split) if is_folder(e) and not leads_back(e, [real(split)])), key=os.fsencode)
+    classes = sorted(
+        (e.name for e in entries(split) if is_folder(e) and not leads_back(e, [real(split)])), key=os.fsencode
+    )
     if len(classes) < 2:
         raise ValueError(f"{split} has {len(classes)} class folders: two or more are needed")
     return classes
