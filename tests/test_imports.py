@@ -52,6 +52,26 @@ def test_no_module_imports_itself_by_way_of_others():
     assert not circle(graph)
 
 
+def reached(graph: dict[str, set[str]], *modules: str) -> set[str]:
+    """All that these modules import, by way of others too; not the package's own __init__, which imports everything."""
+    found: set[str] = set()
+    left = [*modules]
+    while left:
+        for name in graph[left.pop()] - found - {"flatops"}:
+            found.add(name)
+            left.append(name)
+    return found
+
+
+def test_noise_and_landscapes_need_no_optimizer():
+    graph = import_graph(PACKAGES)
+    landscape = [f"flatops.landscape.{name}" for name in ("probe", "surface", "sharpness", "hessian")]
+    found = reached(graph, "flatops.perturb", *landscape)
+    assert "flatops.restore" in found and not [name for name in found if name.startswith("flatops.optim")]
+    users = {name for name, imported in graph.items() if "flatops.optim.base" in imported}
+    assert {".".join(name.split(".")[:2]) for name in users} <= {"flatops.optim", "flatops.integrations"}
+
+
 @pytest.mark.parametrize(
     "hidden", ["from . import a", "from .a import x", "import p.a", "from p.a import x", "from ..p import a"]
 )
