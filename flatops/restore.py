@@ -124,6 +124,7 @@ class Pass:
     """
 
     __exit__ = _Exit()
+    mine = left = False  # of one that an interrupt kept from being made, too
 
     def __init__(self, owner: Any, *inside: contextlib.AbstractContextManager[Any], **options: Any) -> None:
         self.owner, self.inside, self.options = owner, inside, options

@@ -115,7 +115,7 @@ def masks_from_samples(pattern: str) -> None:
             fisher = flatops.optim.fisher.sample_fisher(
                 [list(net.parameters())], net, F.cross_entropy, batches, 12, False, False
             )
-            optimizer._install(optimizer._largest(fisher))
+            optimizer._install(optimizer._masker().largest(fisher))
         else:
             optimizer.update_mask(net, F.cross_entropy, batches, samples=12)
         assert_same_bits(kept, [whole(p.grad) for p in net.parameters()])
