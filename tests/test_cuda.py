@@ -73,7 +73,7 @@ def step(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 @contextlib.contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Fails on a host sync: reported by PyTorch, or seen as a host that returns after a sleep queued before its work."""
+    """Fails on a host sync: PyTorch reports it, or the host returns only after a sleep queued before its work."""
     torch.cuda.synchronize()
     torch.cuda._sleep(1 << 28)  # more than a tenth of a second
     awake = torch.cuda.Event()
@@ -470,7 +470,7 @@ def norm_in_parts(row: Tensor) -> Tensor:
 @on_kernels
 @pytest.mark.parametrize("shape", [(2**31 + 8195,), (2**21 + 3, 1024), (3, 2**30)], ids=str)
 def test_more_than_two_to_the_31_elements(shape, backend):
-    """Indices do not overflow: noise, ascent, sums at both ends and around 2**31 and 2**32 bytes; weights are restored."""
+    """No index overflows: noise, ascent, sums at both ends and around 2**31 and 2**32 bytes; weights are restored."""
     n = torch.Size(shape).numel()
     needed = 5 * 2 * n  # five lists of bfloat16, a mask of bool, and temporary chunks
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Loops written for davda54/sam and pytorch_optimizer: same constructor, same weights to rounding, their checkpoints."""
+"""Loops written for davda54/sam and pytorch_optimizer: constructor, weights to rounding, checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASES = {"sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), "adamw": (torc
 
 
 class DavdaSAM:
-    """What davda54/sam does, as its README and its users' checkpoints show it: a wrapper that keeps copies of the weights in its state."""
+    """davda54/sam as in its README and its users' checkpoints: a wrapper with copies of the weights in its state."""
 
     def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, **kwargs):
         self.base_optimizer = base_optimizer(params, **kwargs)
@@ -51,7 +51,7 @@ class DavdaSAM:
         self.second_step()
 
     def state_dict(self):
-        """Before its first second_step, as its users save it: the copies, and nothing of the base's."""
+        """Before its first second_step, as its users save it: the copies, and no state of the base optimizer."""
         packed = self.base_optimizer.state_dict()
         return {**packed, "state": {i: self.state[p] for i, p in enumerate(self.params()) if p in self.state}}
 
@@ -60,7 +60,7 @@ PEERS = {"davda54": DavdaSAM, "pytorch_optimizer": pytorch_optimizer.SAM}
 
 
 def drive(optimizer, model, form, steps, first=0):
-    """Both loops of their READMEs, in which the closure zeroes nothing."""
+    """The loops of both READMEs, whose closures do not zero gradients."""
     for i in range(first, first + steps):
 
         def closure():
@@ -89,7 +89,7 @@ def difference(a, b):
 @pytest.mark.parametrize("form", ["two steps", "closure"])
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_same_loop_gives_the_same_weights(peer, form, base, adaptive):
-    """Over 20 steps, within 1e-6 of their norm (1.5e-7 was seen); they moved by a tenth of it or more."""
+    """Over 20 steps, within 1e-6 of the weights' norm (seen: 1.5e-7); the weights move by a tenth of it or more."""
     base, options = BASES[base]
     models = make_net(), make_net()
     for kind, model in zip((PEERS[peer], flatops.SAM), models):
@@ -102,7 +102,7 @@ def test_the_same_loop_gives_the_same_weights(peer, form, base, adaptive):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("peer", PEERS)
 def test_their_checkpoints_load(peer, base):
-    """With the base optimizer's state; training goes on as theirs would have."""
+    """With the base optimizer's state; training continues as it would have there."""
     base, options = BASES[base]
     model, twin = make_net(), make_net()
     old = PEERS[peer](model.parameters(), base, rho=0.1, **options)
@@ -110,7 +110,7 @@ def test_their_checkpoints_load(peer, base):
     twin.load_state_dict(model.state_dict())
     optimizer = flatops.SAM(twin.parameters(), base, rho=0.1, **options)
     saved = (old.base_optimizer if peer == "davda54" else old).state_dict()
-    optimizer.load_state_dict(copy.deepcopy(saved))  # as from a file: torch shares the tensors otherwise
+    optimizer.load_state_dict(copy.deepcopy(saved))  # as from a file: torch would share the tensors
     names = list(optimizer.state[twin.head.weight])
     assert names and "old_p" not in names
     assert_same_bits(state_tensors(optimizer), state_tensors(old.base_optimizer))
@@ -121,7 +121,7 @@ def test_their_checkpoints_load(peer, base):
 
 @pytest.mark.parametrize("base", BASES)
 def test_their_own_state_loads_too(base):
-    """davda54's state has copies of the weights and nothing of the base's, which begins anew, as it does there."""
+    """davda54's state has copies of the weights but no state of the base optimizer, which starts anew in both."""
     base, options = BASES[base]
     model, twin = make_net(), make_net()
     old = DavdaSAM(model.parameters(), base, rho=0.1, **options)
