@@ -111,7 +111,7 @@ def plain(method, batches, precision="fp32", accumulate=1, clip=None, factors=No
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_automatic_optimization_equals_a_plain_loop(method, precision, accumulate, clip):
-    """Weights, running statistics, momentum to the bit; clean losses are logged; hooks run once per backward or step."""
+    """Weights, running statistics, momentum to the bit; clean losses are logged; hooks run once a backward or step."""
     batches = batches_of(4)
     model, optimizer, losses, _ = plain(method, batches, precision, accumulate, clip)
     module, seen = Net(method), Seen()
