@@ -43,7 +43,7 @@ def test_registers_leave_room_for_the_requested_blocks(kernels):
 
 
 def test_weights_and_gradients_move_128_bits_at_once(kernels):
-    """On the path of whole, aligned tiles, for 16 or more weights per thread; other reads are scalars, one per block."""
+    """On the path of whole, aligned tiles, with 16 weights or more per thread; other reads are scalars, one a block."""
     for name, kernel in kernels.items():
         if re.search(FLOAT32, name):
             path = kernel.path(machine_code.SEARCH)
