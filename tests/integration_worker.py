@@ -45,7 +45,7 @@ CASES = {
 
 
 def network() -> nn.Module:
-    """A network without BatchNorm, whose statistics differ between processes: so one process computes the same."""
+    """Has no BatchNorm, whose statistics would differ between processes and from those of a single process."""
     return make_net(norm=lambda channels: nn.GroupNorm(2, channels))
 
 
