@@ -3,9 +3,9 @@
 #
 #   bash benchmarks/gpu.sh [FOLDER]
 #
-# builds flatops for the GPU present, runs the tests, measures operators and training steps, and runs NVIDIA's memory checker
-# and profiler. FOLDER (default: benchmarks/results/gpu-DATE) gets summary.txt, log.txt, tests.xml and JSON, of which the JSON
-# is worth committing. A stage that fails does not stop the others, but the exit status is then not 0.
+# builds flatops for the GPU present, runs the tests, measures operators and training steps, and runs NVIDIA's memory
+# checker and profiler. FOLDER (default: benchmarks/results/gpu-DATE) gets summary.txt, log.txt, tests.xml and JSON, of
+# which the JSON is worth committing. A stage that fails does not stop the others, but the exit status is then not 0.
 #
 # With FLATOPS_GPU_REHEARSAL=1 it runs in small sizes what can run on a CPU, and builds nothing.
 set -uo pipefail
