@@ -148,7 +148,7 @@ def test_a_damaged_file_of_rows_is_named(tmp_path, content):
         command.main(bench.Config(compare=(tmp_path / "good.json", tmp_path / "bad.json")))
 
 
-def test_every_ratio_has_a_name_of_its_own():
+def test_every_ratio_has_its_own_name():
     for name in suite.QUESTIONS:
         result = committed(name)
         rows = [row for key in ("rows", "checks", "verdicts") for row in result.get(key, [])]
@@ -213,7 +213,7 @@ def test_models(monkeypatch):
     assert len(models.measure({"tiny": lambda: shapes}, processes=1)["skipped"]) == len(models.DTYPES)
 
 
-def test_more_threads_are_measured_beside_one():
+def test_several_threads_are_compared_with_one():
     rows = models._rows([(*models.THREADED, [(64, 64)])], threads=2, rounds=1)
     assert {row["threads"] for row in rows if "threads" in row} == {1, 2} and torch.get_num_threads() == 1
     assert {row["name"] for row in rows if "threads" in row} == {
@@ -373,7 +373,7 @@ def test_verdicts_are_paired():
     }
 
 
-def test_trials_are_the_same_schedules_for_all():
+def test_all_methods_try_the_same_schedules():
     """The same in every run, without duplicates, and every radius equally often."""
     schedules = {}
     for method, radii in tuning.RADII.items():
@@ -388,7 +388,7 @@ def test_trials_are_the_same_schedules_for_all():
     assert all(each == schedules["sgd"] for each in schedules.values())
 
 
-def test_the_committed_search_is_that_of_the_program():
+def test_the_committed_search_matches_the_program():
     kept = committed("tuning")
     assert kept["schedule"] == {name: list(values) for name, values in tuning.SCHEDULE.items()}
     for method in tuning.RADII:
@@ -457,16 +457,16 @@ def test_a_full_suite(tmp_path, monkeypatch, capsys):
     assert (ROOT / "README.md").read_text() == before
 
 
-def test_a_suite_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
+def test_an_interrupted_suite_keeps_old_results(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("as it was")
-    monkeypatch.setattr(suite, "ask", breaks_off)
+    monkeypatch.setattr(suite, "ask", raises_memory_error)
     with pytest.raises(MemoryError):
         command.main(bench.Config(suite="full"))
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
-def breaks_off(modules):
+def raises_memory_error(modules):
     for module in modules:
         if module == "models":
             raise MemoryError("too small a machine")

@@ -189,7 +189,7 @@ def test_rehearsal(tmp_path, capsys):
         assert part in shown, part
 
 
-def test_a_row_that_fails_leaves_the_others(monkeypatch):
+def test_a_row_that_fails_does_not_affect_the_others(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such kernel")
 

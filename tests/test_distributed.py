@@ -522,7 +522,7 @@ def streams() -> None:
     assert all(torch.equal(noisy[0], other) for other in noisy[1:])
 
 
-def test_replicas_draw_different_noise_unless_told_not_to():
+def test_replicas_draw_different_noise_by_default():
     run(streams, 3)
 
 
@@ -639,7 +639,7 @@ class FlatParameter(nn.Parameter):
 
 
 @pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened", "ds_id", "its class"])
-def test_flattened_parameters_are_known_by_their_marks(mark):
+def test_flattened_parameters_are_recognised(mark):
     """Before or after the optimizer is built; for flatops.perturb too."""
     p = FlatParameter(torch.ones(6)) if mark == "its class" else nn.Parameter(torch.ones(6))
     later = flatops.RWP([p], SGD, lr=0.1) if mark != "its class" else None

@@ -18,7 +18,7 @@ HERE = ("choosing.md", "faq.md", "kernels.md", "quickstart.md")
 
 
 @pytest.mark.parametrize("page", HERE)
-def test_a_page_runs_as_it_would_be_pasted(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run_snippets(page)

@@ -88,7 +88,7 @@ def test_a_usable_nvcc_is_found(find_cuda, monkeypatch, tmp_path):
         ("13.0", True, None, "this torch knows no CUDA"),
     ],
 )
-def test_an_nvcc_that_cannot_be_used_leaves_the_cpu(
+def test_without_a_usable_nvcc_only_the_cpu_is_built(
     find_cuda, monkeypatch, tmp_path, capsys, version, header, wanted, says
 ):
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", version, header)))
@@ -96,7 +96,7 @@ def test_an_nvcc_that_cannot_be_used_leaves_the_cpu(
     assert says in capsys.readouterr().out
 
 
-def test_each_torch_has_a_build_of_its_own(setup, monkeypatch):
+def test_each_torch_has_its_own_build(setup, monkeypatch):
     """After an upgrade of torch nothing compiled for the old one is found: ninja would consider it up to date."""
     monkeypatch.setenv("CUDA_HOME", os.environ.get("CUDA_HOME", ""))  # which the command sets, and TORCH_CUDA_ARCH_LIST
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")

@@ -162,7 +162,7 @@ def test_an_overflow_in_one_filter_does_not_change_fisher(base):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(base):
+def test_a_skipped_step_leaves_no_trace(base):
     """For SAM, which draws no noise, a skipped step leaves no trace in weights and momentum."""
     model, optimizer = make("sam", base)
     other, untouched = make("sam", base)

@@ -36,7 +36,7 @@ NORMS = [nn.BatchNorm2d, batch_norm_act, tracking_instance_norm, cumulative_batc
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("perturbed_input", ["finite", "nan"])
 @pytest.mark.parametrize("kind", ["sam", "mrwp"])
-def test_statistics_are_those_of_a_clean_only_twin(kind, norm, perturbed_input):
+def test_statistics_equal_those_of_clean_passes_alone(kind, norm, perturbed_input):
     """Running mean, variance and count have the bits of a network that ran the clean passes only."""
     model, twin = make_net(norm=norm), make_net(norm=norm)
     optimizer = make(kind, model)

@@ -46,7 +46,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("make, name, bad", OPTIONS, ids=lambda v: getattr(v, "__name__", None) or repr(v))
-def test_a_hyper_parameter_out_of_range(make, name, bad):
+def test_a_hyperparameter_out_of_range(make, name, bad):
     """For the whole optimizer, for a group, and for a group added later: a ValueError with its name."""
     with pytest.raises(ValueError, match=name):
         make(**{name: bad})
@@ -245,7 +245,7 @@ def test_invalid_ramps(arguments, name):
 
 
 @pytest.mark.parametrize("make", [flatops.SAM, flatops.RWP, flatops.SSAM])
-def test_the_base_by_another_name(make):
+def test_base_optimizer_instead_of_base(make):
     """Other libraries call it base_optimizer: the error gives the name used here."""
     with pytest.raises(TypeError, match="is the argument base, not base_optimizer: write base=SGD"):
         make(weights(), base_optimizer=SGD, lr=0.1)

@@ -50,7 +50,7 @@ def spelt(text: str, encoding: str) -> str:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "cp1252", "utf-8"])
-def test_every_command_helps_and_info_informs(encoding):
+def test_the_help_of_every_command_and_info(encoding):
     with terminal_of(encoding) as shown:
         assert cli.main([]) == cli.main(["info"]) == 0
         for command in cli.COMMANDS:
@@ -63,7 +63,7 @@ def test_every_command_helps_and_info_informs(encoding):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp437"])
-def test_names_are_printed_as_they_are(encoding, runs, tmp_path):
+def test_names_are_printed_literally(encoding, runs, tmp_path):
     output = tmp_path / "[red]x[/red] :x: σ"
     some = ["--methods", "sgd", "mrwp", "--seeds", "1", "--epochs", "1", "--batch-size", "512"]
     with terminal_of(encoding) as shown:
@@ -110,7 +110,7 @@ def test_names_that_are_not_utf_8(runs, tmp_path):
     assert Path(result["config"]["output"]) == output
 
 
-def test_letters_that_an_encoding_lacks_are_spelt():
+def test_characters_that_an_encoding_lacks_are_spelt_out():
     assert spelt("8×8 → σ 0.1 ± 2 … é \u4e2d", "ascii") == r"8x8 -> sigma 0.1 +- 2 ... \xe9 \u4e2d"
     assert "a\udce9".encode("ascii", terminal.ERRORS) == b"a\xe9"
     with pytest.raises(UnicodeDecodeError):

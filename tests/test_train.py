@@ -212,7 +212,7 @@ def test_resume_restores_the_random_states_that_dropout_draws_from(monkeypatch, 
     assert_same_run(train_in_two_parts(config, 30, tmp_path), train_whole(config))
 
 
-def test_random_state_comes_back():
+def test_random_state_is_restored():
     state = checkpoint.random_state()
     draws = [(torch.rand(1).item(), np.random.rand(), random.random()) for _ in range(2)]
     checkpoint.set_random_state(state)

@@ -108,7 +108,7 @@ def test_an_abandoned_epoch_leaves_nothing_to_the_next(tree):
     assert torch.cat(tests).tolist() == [0] * 8 + [1] * 8 + [2] * 8
 
 
-def test_reading_draws_nothing_from_the_generators(tree):
+def test_reading_images_does_not_change_the_random_state(tree):
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     for workers in (0, 1):
         list(loaded(tree, workers=workers, randaugment="rand-m5").batches(16, stream=CLEAN, **WHERE))
@@ -382,7 +382,7 @@ def test_names_that_are_not_utf_8_are_listed_as_bytes_and_remembered(own_tree, t
     )
 
 
-def test_a_folder_without_a_single_good_image_is_refused(tmp_path):
+def test_a_folder_of_unreadable_images_is_refused(tmp_path):
     root = make_folder(tmp_path / "images", train=2, val=1)
     for path in (root / "train").rglob("*.*"):
         path.write_bytes(b"")
@@ -598,7 +598,7 @@ def test_cutout_and_erasing_leave_the_mean_colour():
     assert 16 < (holes > 0).sum() < 48 and holes.max() < 0.37 * 1024
 
 
-def test_synthetic_images_have_the_asked_size_and_classes():
+def test_synthetic_images_have_the_requested_size_and_classes():
     trainer = Trainer(TrainConfig(data="synthetic", image_size=12, classes=7, batch_size=256, epochs=1))
     assert trainer.data.size == 12 and trainer.data.classes == 7 and trainer.steps_per_epoch == 4
     images, _ = next(trainer._batches())[0]

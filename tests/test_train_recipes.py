@@ -429,7 +429,7 @@ def on_a_small_disk(size: str, folder: Path, *options: str) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("size, saved", [("500k", True), ("200k", False)], ids=["the second", "the first"])
-def test_a_full_disk_is_a_one_line_error_and_keeps_the_checkpoint(size, saved, tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_loses_no_checkpoint(size, saved, tmp_path):
     """A checkpoint has 300 kB: where two of them do not fit, the second cannot be written, and the first is kept."""
     options = ["--epochs", "2", "--batch-size", "256", "--threads", "1"]
     done = on_a_small_disk(size, tmp_path, *options)
