@@ -432,8 +432,8 @@ def show(result: dict[str, Any]) -> None:
     console = terminal.console()
     terminal.say(console, table)
     for check in result["checks"]:
-        told = f"{check['name']}: {check['value']:.2f}, limit {check['sign']} {check['must']:g}: "
-        terminal.say(console, Text.assemble(told, ("met", "green") if check["met"] else ("missed", "red")))
+        line = f"{check['name']}: {check['value']:.2f}, limit {check['sign']} {check['must']:g}: "
+        terminal.say(console, Text.assemble(line, ("met", "green") if check["met"] else ("missed", "red")))
 
 
 def write(result: dict[str, Any], path: Path) -> None:

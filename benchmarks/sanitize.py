@@ -54,7 +54,7 @@ def run(backend: str, device: str, dtype: torch.dtype, misaligned: bool) -> None
         ops.restore_(params, backup=backup, **how)
     for p, b in zip(params, before):
         if not torch.equal(p.cpu(), b.cpu()):
-            raise AssertionError(f"{backend}, {dtype}: a weight of shape {tuple(p.shape)} did not come back")
+            raise AssertionError(f"{backend}, {dtype}: a weight of shape {tuple(p.shape)} was not restored")
 
 
 def main(backend: str, device: str) -> None:

@@ -141,12 +141,12 @@ def build_contenders(config: Config) -> list[Contender]:
     def papers_sam() -> Contender:
         model, params, optimizer, backward = network_with(sgd)
 
-        def climb(grads: list[Tensor]) -> list[Tensor]:
+        def ascend(grads: list[Tensor]) -> list[Tensor]:
             return papers.ascend(params, grads, 0.05, papers.grad_norm(grads))
 
         def step() -> None:
             backward(first)
-            kept = climb([p.grad for p in params])
+            kept = ascend([p.grad for p in params])
             optimizer.zero_grad()
             with flatops.freeze_batchnorm_stats(model):
                 backward(first)
@@ -156,7 +156,7 @@ def build_contenders(config: Config) -> list[Contender]:
         backward(first)
         grads = [p.grad for p in params]
         optimizer.zero_grad()
-        return Contender("SAM, the papers' code", step, lambda: papers.copy_back(params, climb(grads)))
+        return Contender("SAM, the papers' code", step, lambda: papers.copy_back(params, ascend(grads)))
 
     return [
         plain(),

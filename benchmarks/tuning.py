@@ -73,7 +73,7 @@ def search(
 ) -> list[dict[str, Any]]:
     """One row per trial with its options and its accuracies by seed: finalists first, the best at the top."""
 
-    def look(rows: list[dict[str, Any]], seeds: Iterable[int]) -> None:
+    def evaluate(rows: list[dict[str, Any]], seeds: Iterable[int]) -> None:
         jobs = [(method, row["options"], seed) for row in rows for seed in seeds]
         for (_, options, _), found in zip(jobs, spread(accuracy, jobs)):
             next(row for row in rows if row["options"] == options)["accuracies"].append(found)
@@ -85,13 +85,13 @@ def search(
         return sorted(rows, key=lambda row: -fmean(row["accuracies"]))
 
     rows = rows_of(trials(method, count))
-    look(rows, seeds)
+    evaluate(rows, seeds)
     best = best_first(rows)[0]["options"]
     radii = [best | dict(zip(RADII[method], values)) for values in product(*RADII[method].values())]
     others = rows_of([each for each in radii if each not in [row["options"] for row in rows]])
-    look(others, seeds)
+    evaluate(others, seeds)
     rows = best_first(rows + others)
-    look(rows[:FINALISTS], more)
+    evaluate(rows[:FINALISTS], more)
     return best_first(rows[:FINALISTS]) + rows[FINALISTS:]
 
 

@@ -247,11 +247,11 @@ def test_a_replayed_pass_draws_new_noise(backend):
     optimizer = flatops.RWP([w], torch.optim.SGD, lr=0.1, sigma=torch.tensor(0.1).double(), seed=5, stream=2)
     saved, before, seen = optimizer.state_dict(), w.detach().clone(), torch.empty_like(w)
 
-    def look():
+    def copy_perturbed():
         with optimizer.perturbed(), torch.no_grad():
             seen.copy_(w)
 
-    graph, _ = capture(look)
+    graph, _ = capture(copy_perturbed)
     group = optimizer.param_groups[0]
     for sigma, draw in ((0.1, 3), (0.2, 4), (0.3, 5), (0.1, 0), (0.1, 1)):
         if draw == 0:
@@ -504,8 +504,8 @@ def test_more_than_two_to_the_31_elements(shape, backend):
     torch.testing.assert_close(norm, norm_in_parts(g.view(-1)), rtol=1e-6, atol=0)
     ops.ascend_([w], [g], 1e4, norm=norm)
     step = (torch.tensor(1e4, dtype=torch.float64) / norm.cpu()).float()
-    climbed = reference.fma(step, g.view(-1)[on_gpu].cpu().float(), old.float()).bfloat16()
-    assert_same_bits(w.view(-1)[on_gpu], climbed)
+    ascended = reference.fma(step, g.view(-1)[on_gpu].cpu().float(), old.float()).bfloat16()
+    assert_same_bits(w.view(-1)[on_gpu], ascended)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -179,18 +179,18 @@ def stale(reshard_after_forward: bool | int | None, backward_too: bool) -> None:
     optimizer, expected = (make_optimizer("mrwp", m, stream=0, sigma=0.5) for m in (model, alone))
     batch = make_batch(0, size=12)
 
-    def look(net):
+    def evaluate(net):
         with torch.no_grad():
             return loss_of(net, batch)
 
     for i in range(3):
-        clean = look(model)  # leaves the root's weights gathered, and with False everyone's
-        assert_close([clean], [look(alone)], 1e-5)
+        clean = evaluate(model)  # leaves the root's weights gathered, and with False everyone's
+        assert_close([clean], [evaluate(alone)], 1e-5)
         with optimizer.perturbed(), expected.perturbed():
-            noisy = look(model)
-            assert_close([noisy], [look(alone)], 1e-5)
+            noisy = evaluate(model)
+            assert_close([noisy], [evaluate(alone)], 1e-5)
         assert abs(noisy - clean) > 1e-3
-        assert_close([look(model)], [look(alone)], 1e-5)
+        assert_close([evaluate(model)], [evaluate(alone)], 1e-5)
         optimizer.zero_grad()
         expected.zero_grad()
         run_passes(optimizer, model, part_of(batch, rank, world), part_of(batch, rank, world))

@@ -322,13 +322,13 @@ def test_an_exception_in_either_pass(method, run, error):
     assert_same_bits(module.net.parameters(), before.parameters())
 
 
-class Looks(lightning.Callback):
+class PassObserver(lightning.Callback):
     """Records at which hooks the weights are perturbed, and fails in the `fail`-th call of one hook."""
 
     def __init__(self, at=None, fail=None):
         self.at, self.fail, self.perturbed = at, fail, {}
 
-    def look(self, hook, module):
+    def observe(self, hook, module):
         flat = flatops.unwrap(module.optimizers())
         clean = all(map(torch.equal, all_bits(module.net.parameters()), self.weights))
         assert clean is not flat.is_perturbed
@@ -340,24 +340,24 @@ class Looks(lightning.Callback):
         self.weights = all_bits(module.net.parameters())
 
     def on_train_batch_start(self, trainer, module, *args):
-        self.look("on_train_batch_start", module)
+        self.observe("on_train_batch_start", module)
 
     def on_before_backward(self, trainer, module, loss):
-        self.look("on_before_backward", module)
+        self.observe("on_before_backward", module)
 
     def on_after_backward(self, trainer, module):
-        self.look("on_after_backward", module)
+        self.observe("on_after_backward", module)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.look("on_before_optimizer_step", module)
+        self.observe("on_before_optimizer_step", module)
 
     def on_train_batch_end(self, trainer, module, *args):
         self.weights = all_bits(module.net.parameters())
-        self.look("on_train_batch_end", module)
+        self.observe("on_train_batch_end", module)
 
     def on_exception(self, trainer, module, exception):
-        self.look("on_exception", module)
-        trainer.save_checkpoint(trainer.default_root_dir + "/looks.ckpt", weights_only=False)
+        self.observe("on_exception", module)
+        trainer.save_checkpoint(trainer.default_root_dir + "/observer.ckpt", weights_only=False)
 
 
 class NetWithMixin(FlatMinimaMixin, Net):
@@ -377,22 +377,22 @@ def test_no_callback_sees_or_saves_perturbed_weights(method, kind, at, precision
                 raise MemoryError
             return loss
 
-    looks = Looks(at, 2)
+    observer = PassObserver(at, 2)
     savers = [OnExceptionCheckpoint(tmp_path, "last"), ModelCheckpoint(tmp_path, "model", save_on_exception=True)]
-    callbacks = [looks, *savers, *([FlatMinima()] if kind is Net else [])]
+    callbacks = [observer, *savers, *([FlatMinima()] if kind is Net else [])]
     module = Module(method)
     with pytest.raises((MemoryError, SystemExit)):
         fit(module, batches_of(3), precision, callbacks, default_root_dir=tmp_path, enable_checkpointing=True)
-    within = looks.perturbed.pop("on_before_backward")
+    within = observer.perturbed.pop("on_before_backward")
     assert set(within) == {method == "rwp"}
-    assert not any(any(seen) for seen in looks.perturbed.values()) and looks.perturbed["on_exception"] == [False]
-    assert_same_bits(all_bits(module.net.parameters()), looks.weights)
+    assert not any(any(seen) for seen in observer.perturbed.values()) and observer.perturbed["on_exception"] == [False]
+    assert_same_bits(all_bits(module.net.parameters()), observer.weights)
     files = sorted(tmp_path.glob("*.ckpt"))
     assert len(files) == 3
     for file in files:
         saved = torch.load(file, weights_only=False)["state_dict"]
         assert_same_bits(
-            [all_bits([saved[f"net.{name}"]])[0] for name, _ in module.net.named_parameters()], looks.weights
+            [all_bits([saved[f"net.{name}"]])[0] for name, _ in module.net.named_parameters()], observer.weights
         )
     assert "training_step" not in vars(module.trainer.strategy)
     ready = flatops.unwrap(module.optimizers()).run.is_ready  # an interrupted pass does not count

@@ -59,7 +59,7 @@ class DavdaSAM:
 PEERS = {"davda54": DavdaSAM, "pytorch_optimizer": pytorch_optimizer.SAM}
 
 
-def drive(optimizer, model, form, steps, first=0):
+def train(optimizer, model, form, steps, first=0):
     """The loops of both READMEs, whose closures do not zero gradients."""
     for i in range(first, first + steps):
 
@@ -94,7 +94,7 @@ def test_the_same_loop_gives_the_same_weights(peer, form, base, adaptive):
     models = make_net(), make_net()
     for kind, model in zip((PEERS[peer], flatops.SAM), models):
         optimizer = kind(model.parameters(), base, rho=1.0 if adaptive else 0.1, adaptive=adaptive, **options)
-        drive(optimizer, model, form, 20)
+        train(optimizer, model, form, 20)
     assert difference(*models) < 1e-6
     assert difference(models[0], make_net()) > 0.1
 
@@ -106,7 +106,7 @@ def test_their_checkpoints_load(peer, base):
     base, options = BASES[base]
     model, twin = make_net(), make_net()
     old = PEERS[peer](model.parameters(), base, rho=0.1, **options)
-    drive(old, model, "two steps", 5)
+    train(old, model, "two steps", 5)
     twin.load_state_dict(model.state_dict())
     optimizer = flatops.SAM(twin.parameters(), base, rho=0.1, **options)
     saved = (old.base_optimizer if peer == "davda54" else old).state_dict()
@@ -114,8 +114,8 @@ def test_their_checkpoints_load(peer, base):
     names = list(optimizer.state[twin.head.weight])
     assert names and "old_p" not in names
     assert_same_bits(state_tensors(optimizer), state_tensors(old.base_optimizer))
-    drive(old, model, "two steps", 5, first=5)
-    drive(optimizer, twin, "two steps", 5, first=5)
+    train(old, model, "two steps", 5, first=5)
+    train(optimizer, twin, "two steps", 5, first=5)
     assert difference(twin, model) < 1e-6
 
 
@@ -134,8 +134,8 @@ def test_their_own_state_loads_too(base):
     optimizer.load_state_dict(saved)
     assert not optimizer.state
     twin.load_state_dict(model.state_dict())
-    drive(optimizer, twin, "two steps", 3)
-    drive(fresh, model, "two steps", 3)
+    train(optimizer, twin, "two steps", 3)
+    train(fresh, model, "two steps", 3)
     assert_same_bits(twin.parameters(), model.parameters())
 
 

@@ -158,7 +158,7 @@ def two_steps(optimizer, model, first, second):
     optimizer.second_step(zero_grad=True)
 
 
-DRIVES = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
+FORMS = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
 
 
 # --- equal to their definitions ------------------------------------------------------------------------
@@ -169,7 +169,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
-    "dtype, layout, base, drive",
+    "dtype, layout, base, form",
     [
         (torch.float64, torch.contiguous_format, "sgd", "explicit"),
         (torch.float64, torch.contiguous_format, "sgd", "closure"),
@@ -181,7 +181,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, drive):
+def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, form):
     """Weights and running statistics after 20 steps equal the definition's, for every way to run a step."""
     base, base_options = BASES[base]
     model = make_net(dtype=dtype).to(memory_format=layout)
@@ -191,7 +191,7 @@ def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, drive
     start = [p.detach().clone() for p in model.parameters()]
     for i in range(STEPS):
         first, second = make_batch(2 * i, dtype), make_batch(2 * i + 1, dtype)
-        DRIVES[drive](optimizer, model, first, second)
+        FORMS[form](optimizer, model, first, second)
         definition.step(first, second)
     tolerance = 1e-11 if dtype == torch.float64 and flat is flatops.SAM else TOLERANCE[dtype]
     for (name, ours), theirs in zip(model.state_dict().items(), definition.model.state_dict().values()):
@@ -256,9 +256,9 @@ ZEROS = {
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("zero", ZEROS)
-def test_zero_is_the_base_optimizer_to_the_bit(zero, drive, base):
+def test_zero_is_the_base_optimizer_to_the_bit(zero, form, base):
     """With rho = 0, sigma = 0 or lam = 0, weights, statistics and momentum have the base optimizer's bits."""
     base, base_options = BASES[base]
     flat, options = ZEROS[zero]
@@ -267,7 +267,7 @@ def test_zero_is_the_base_optimizer_to_the_bit(zero, drive, base):
     optimizer = flat(model.parameters(), base, **options, **base_options)
     reference = base(plain.parameters(), **base_options)
     for i in range(3):
-        DRIVES[drive](optimizer, model, make_batch(i), make_batch(i))
+        FORMS[form](optimizer, model, make_batch(i), make_batch(i))
         reference.zero_grad()
         loss_of(plain, make_batch(i)).backward()
         reference.step()
@@ -297,8 +297,8 @@ def test_zero_in_one_group_leaves_that_group_unperturbed(algorithm, key):
 
 
 @pytest.mark.parametrize("algorithm", ["rwp", "mrwp", "arwp", "marwp"])
-@pytest.mark.parametrize("drive", DRIVES)
-def test_regenerating_drifts_no_more_than_documented(algorithm, drive):
+@pytest.mark.parametrize("form", FORMS)
+def test_regenerating_drifts_no_more_than_documented(algorithm, form):
     """restore='regenerate' subtracts the same noise: the drift is about 1.5e-8 sqrt(steps)."""
     exact, again = make_net(), make_net()
     options = {**ALGORITHMS[algorithm][1], "lr": 0.0, "momentum": 0.9}  # the weights move by drift alone
@@ -309,7 +309,7 @@ def test_regenerating_drifts_no_more_than_documented(algorithm, drive):
     ]
     for i in range(STEPS):
         for optimizer, model in zip(optimizers, (exact, again)):
-            DRIVES[drive](optimizer, model, make_batch(i), make_batch(i + STEPS))
+            FORMS[form](optimizer, model, make_batch(i), make_batch(i + STEPS))
     assert_same_bits(exact.parameters(), start)
     drift = [(p - s).norm() / s.norm() for p, s in zip(again.parameters(), start) if s.norm() > 0]
     assert max(drift) < 3 * 1.5e-8 * STEPS**0.5

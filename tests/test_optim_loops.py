@@ -58,10 +58,10 @@ def two_steps(optimizer, model, i=0):
     optimizer.second_step(zero_grad=True)
 
 
-DRIVES = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
+FORMS = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
 
 
-# --- form ----------------------------------------------------------------------------------------------
+# --- classes and wrappers ------------------------------------------------------------------------------
 
 
 def test_an_optimizer_is_both_its_classes():
@@ -245,13 +245,13 @@ def test_a_step_without_a_pass_warns_once_and_points_at_the_caller():
     other = make("sam", model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for drive in DRIVES.values():
-            drive(other, model)
+        for form in FORMS.values():
+            form(other, model)
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_hooks_run_once_a_step(kind, drive):
+def test_hooks_run_once_a_step(kind, form):
     """Global and own hooks run once, before and after; pre-hooks see clean weights, post-hooks new ones."""
     model = make_net()
     SGD(make_net().parameters(), lr=0.1)  # torch hooks a class's step when it is first used
@@ -272,7 +272,7 @@ def test_hooks_run_once_a_step(kind, drive):
     optimizer.register_step_pre_hook(hook("pre"))
     optimizer.register_step_post_hook(hook("post"))
     try:
-        DRIVES[drive](optimizer, model)
+        FORMS[form](optimizer, model)
     finally:
         for handle in handles:
             handle.remove()
@@ -300,10 +300,10 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_schedulers_work_as_on_the_base(kind, schedule, drive):
+def test_schedulers_work_as_on_the_base(kind, schedule, form):
     """The same lr and momentum after every step, and no warning about the order of steps."""
     model, plain_model = make_net(), make_net()
     optimizer, plain = make(kind, model), SGD(plain_model.parameters(), lr=0.05, momentum=0.9)
@@ -311,7 +311,7 @@ def test_schedulers_work_as_on_the_base(kind, schedule, drive):
         warnings.simplefilter("error")
         schedulers = [SCHEDULES[schedule](o) for o in (optimizer, plain)]
         for i in range(4):
-            DRIVES[drive](optimizer, model, i)
+            FORMS[form](optimizer, model, i)
             plain.step()
             for scheduler in schedulers:
                 scheduler.step(*([1.0] if schedule == "plateau" else []))
@@ -365,16 +365,16 @@ def process_group():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("drive", [explicit, by_closure])
+@pytest.mark.parametrize("form", [explicit, by_closure])
 @pytest.mark.parametrize("kind, changed", [("sam", {}), ("rwp", {}), ("mrwp", {}), ("mrwp", {"eta": 3.0})])
-def test_gradients_that_are_views_of_buckets(process_group, kind, changed, drive):
+def test_gradients_that_are_views_of_buckets(process_group, kind, changed, form):
     """DistributedDataParallel writes every backward into one buffer, which may hold no other gradient."""
     model, twin = make_net(), make_net()
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer, alone = make(kind, model, **changed), make(kind, twin, **changed)
     for i in range(3):
-        drive(optimizer, wrapped, i)
-        drive(alone, twin, i)
+        form(optimizer, wrapped, i)
+        form(alone, twin, i)
     assert_same_bits(model.state_dict().values(), twin.state_dict().values())
 
 
@@ -471,7 +471,7 @@ def test_a_second_thread_is_refused(kind):
             return flatops.perturb(m, 0.1)
         return flatops.RWP(m.parameters(), SGD, sigma=0.1, seed=0, lr=0.1).perturbed()
 
-    def look(m):
+    def evaluate(m):
         with torch.no_grad(), enter(m):
             return loss_of(m, make_batch(0))
 
@@ -479,9 +479,9 @@ def test_a_second_thread_is_refused(kind):
         with enter(model):
             noisy = all_bits(model.parameters())
             with pytest.raises(RuntimeError, match="another thread is perturbing these weights"):
-                pool.submit(look, model).result()
-            pool.submit(look, other).result()
+                pool.submit(evaluate, model).result()
+            pool.submit(evaluate, other).result()
             assert_same_bits(all_bits(model.parameters()), noisy)
-            look(model)
-        pool.submit(look, model).result()
+            evaluate(model)
+        pool.submit(evaluate, model).result()
     assert_same_bits(all_bits([*model.parameters(), *other.parameters()]), before)

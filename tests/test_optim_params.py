@@ -144,9 +144,9 @@ def test_arwp_refuses_a_sparse_gradient(lam):
     assert torch.equal(bits(embedding.weight), before)
 
 
-@pytest.mark.parametrize("drive", ["explicit", "closure"])
+@pytest.mark.parametrize("form", ["explicit", "closure"])
 @pytest.mark.parametrize("lam", [1.0, 0.5])
-def test_rwp_steps_on_sparse_gradients(drive, lam):
+def test_rwp_steps_on_sparse_gradients(form, lam):
     """Noise needs no gradient, so an optimizer for sparse ones works as its base, as with dense gradients."""
     weights = {}
     for sparse in (True, False):
@@ -161,7 +161,7 @@ def test_rwp_steps_on_sparse_gradients(drive, lam):
             loss.backward()
             return loss
 
-        if drive == "closure":
+        if form == "closure":
             optimizer.step(closure)
         else:
             (optimizer.clean_weight * embedding(rows[0]).square().sum()).backward()

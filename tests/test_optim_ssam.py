@@ -212,13 +212,13 @@ def test_ssam_d_equals_the_definition(drop, grow, how):
     assert_close(model, definition)
 
 
-@pytest.mark.parametrize("drive", ["closure", "two steps"])
-def test_other_ways_to_run_a_step(drive):
+@pytest.mark.parametrize("form", ["closure", "two steps"])
+def test_other_ways_to_run_a_step(form):
     """step(closure) and first_step, second_step give the bits of perturbed()."""
     (model, optimizer), (other, its) = masked(), masked()
     for i in range(3):
         train(model, optimizer, [i])
-        if drive == "closure":
+        if form == "closure":
 
             def closure():
                 its.zero_grad()
@@ -516,8 +516,8 @@ def head_only(model, **options):
     return optimizer, live
 
 
-@pytest.mark.parametrize("drive", ["explicit", "closure", "closure with perturbed()"])
-def test_skip_masked_makes_only_the_gradients_of_the_ascent(drive):
+@pytest.mark.parametrize("form", ["explicit", "closure", "closure with perturbed()"])
+def test_skip_masked_makes_only_the_gradients_of_the_ascent(form):
     """The first pass makes no other gradients, the norm is over the selected, the second pass has all gradients."""
     (model, optimizer), (other, definition) = [(m, SGD(m.parameters(), 0.05, 0.9)) for m in (make_net(), make_net())]
     optimizer, live = head_only(model, skip_masked=True)
@@ -534,12 +534,12 @@ def test_skip_masked_makes_only_the_gradients_of_the_ascent(drive):
         def closure():
             optimizer.zero_grad()
             loss = forward_backward()
-            if drive == "closure with perturbed()":
+            if form == "closure with perturbed()":
                 with optimizer.perturbed():
                     forward_backward()
             return loss
 
-        if drive == "explicit":
+        if form == "explicit":
             with optimizer.ascent_pass():
                 forward_backward()
             assert all(p.requires_grad for p in model.parameters())

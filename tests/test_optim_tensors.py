@@ -107,10 +107,10 @@ def test_reading_a_value_is_detected():
             read()
 
 
-@pytest.mark.parametrize("drive", ["explicit", "closure", "two steps"])
+@pytest.mark.parametrize("form", ["explicit", "closure", "two steps"])
 @pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_reads_a_value(kind, as_tensors, drive):
+def test_no_step_reads_a_value(kind, as_tensors, form):
     """From the perturbation to the base optimizer's step, for hyperparameters as numbers or tensors."""
     model, batch = make_net(), make_batch(0)
     optimizer = make(kind, model, as_tensors)
@@ -125,9 +125,9 @@ def test_no_step_reads_a_value(kind, as_tensors, drive):
     with NoValueIsRead():
         for _ in range(2):
             closure()
-            if drive == "closure":
+            if form == "closure":
                 optimizer.step(closure)
-            elif drive == "explicit":
+            elif form == "explicit":
                 with optimizer.perturbed():
                     loss_of(model, batch).backward()
                 optimizer.step()

@@ -208,7 +208,7 @@ def by_hand(optimizer, backward):
     optimizer.second_step()
 
 
-DRIVES = (by_passes, by_closure, by_hand)
+FORMS = (by_passes, by_closure, by_hand)
 
 
 class Pair:
@@ -252,7 +252,7 @@ class Pair:
             seen.append([p.detach().clone() for p in self.ours])
             return backward(self.ours, i, weight * scale, self.kind == "sparse")
 
-        ours = outcome(lambda: DRIVES[i % 3](self.optimizer, evaluate))
+        ours = outcome(lambda: FORMS[i % 3](self.optimizer, evaluate))
         self.twin.zero_grad()
         for values, weight in zip(seen[::-1], (0.5, 0.5) if self.method == "m-rwp" else (1.0,)):
             place(self.theirs, values)
@@ -407,8 +407,8 @@ def test_maximize_minimizes_the_negated_loss(method, base):
         optimizer = make(method, base)([{"params": params[:3], "maximize": maximize}, {"params": params[3:]}])
         for p in params[:3] if not maximize else ():
             p.register_hook(torch.neg)
-        for i, drive in enumerate(DRIVES):
-            drive(optimizer, functools.partial(backward, params, i, sparse=kind == "sparse"))
+        for i, form in enumerate(FORMS):
+            form(optimizer, functools.partial(backward, params, i, sparse=kind == "sparse"))
         results.append(params)
     assert same(*results)
 
@@ -429,10 +429,10 @@ def test_a_complex_parameter_is_pairs_of_reals(method):
         assert same(seen.pop(0), [p.detach().clone() for p in pairs])
         backward([torch.view_as_complex(pair) if p.is_complex() else pair for p, pair in zip(params, pairs)], 1, weight)
 
-    for drive in DRIVES:
+    for form in FORMS:
         place(pairs, as_real())  # torch's steps of complex numbers round differently
-        drive(optimizers[0], evaluate)
-        drive(optimizers[1], evaluate_pairs)
+        form(optimizers[0], evaluate)
+        form(optimizers[1], evaluate_pairs)
     assert not seen
 
 
