@@ -102,7 +102,7 @@ CLAIMS = (
 
 
 def verdict(found: dict[str, float], kind: str) -> str:
-    """ "seen" or "the opposite" if the whole interval lies on one side of the claim, "not seen" otherwise."""
+    """A claim is "seen" or "the opposite" if its whole interval lies on one side of it, else "not seen"."""
     least = 0.0 if kind == "better" else -MARGIN
     return "seen" if found["low"] > least else "the opposite" if found["high"] < least else "not seen"
 

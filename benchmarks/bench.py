@@ -158,7 +158,7 @@ def operator_rows(
 ) -> list[Row]:
     """All operators on tensors of these shapes, the floor first. Repeated calls do not accumulate changes.
 
-    With several copies, each call takes the next copy, so that the caches hold nothing of its own.
+    With several copies, each call uses the next one, so that it finds none of its data in a cache.
     """
     turn = itertools.cycle([Buffers(shapes, device, dtype) for _ in range(copies)])
     namespace = operators(device, backend)

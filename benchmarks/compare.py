@@ -16,7 +16,7 @@ AGREE = 0.15  # relative difference that two runs on one machine may have
 def ratios(result: dict[str, Any]) -> dict[str, float]:
     """Every ratio of a result, named by the text fields of its row.
 
-    The gain of several threads is left out: it is wall-clock time, and any other load on the second core halves it.
+    The gain of several threads is left out: wall-clock time varies by half with the load on the second core.
     """
     lists = [rows for rows in result.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     return {

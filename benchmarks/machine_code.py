@@ -1,6 +1,6 @@
 """What machine code tells about GPU kernels without a GPU: registers, spills, access widths, instructions, and a time.
 
-python -m flatops.benchmarks.machine_code [FILE ...]   prints docs/performance.md's table (default: of flatops)
+python -m flatops.benchmarks.machine_code [FILE ...]   prints docs/performance.md's table, of flatops by default
 
 The model counts instructions. A multiprocessor issues four warp instructions per clock, and each kind of instruction
 has its own, lower rate; memory moves the required bytes at the rate of a copy. A kernel takes at least the longer of
@@ -29,7 +29,7 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Gpu:
-    """The model's numbers for an H100 (SXM). `rates`: threads per clock served by a multiprocessor."""
+    """The model's numbers for an H100 (SXM). `rates`: threads per clock of a multiprocessor, by pipe."""
 
     multiprocessors: int = 132
     hertz: float = 1.755e9
@@ -79,7 +79,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """The address in the kernel that it may jump to; None for calls, which return, and for anything else."""
+        """The address in the kernel that it may jump to. None for calls, which return, and without a jump."""
         address = re.search(r"(0x[0-9a-f]+)\s*$", self.operands)
         return int(address[1], 16) if self.name == "BRA" and address else None
 
@@ -159,7 +159,7 @@ class Kernel:
         return reached
 
     def _longer_ways(self, wide: list[int], ends: list[int]) -> set[int]:
-        """First blocks of the longer of two paths with as many wide accesses (code for unaligned tiles)."""
+        """First blocks of the longer of two paths with as many wide accesses (as for unaligned tiles)."""
         at = {block[0].address: n for n, block in enumerate(self.blocks)}
         closed: set[int] = set()
         for n, block in enumerate(self.blocks):
@@ -263,9 +263,8 @@ def parse(text: str) -> dict[str, Kernel]:
     without = {"REG": 0, "SHARED": 0, "STACK": 0}
     found = {}
     for (arch, name), lines in code.items():
-        used = resources.get((arch, name)) or resources.get(
-            ("", name), without
-        )  # in a cubin the architecture comes later
+        # In a cubin the architecture comes after the resources.
+        used = resources.get((arch, name)) or resources.get(("", name), without)
         found[name] = Kernel(name, arch, used["REG"], used["SHARED"], used["STACK"], tuple(lines))
     return found
 

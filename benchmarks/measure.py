@@ -89,7 +89,7 @@ def of_processes(
 ) -> list[list[dict[str, Any]]]:
     """The rows of several processes, run one after another.
 
-    Where a process's tensors lie in memory is chance and changes the time of a pass by a fifth.
+    The position of tensors in memory varies between processes, which changes the time of a pass by a fifth.
     """
     found = []
     for _ in range(processes):

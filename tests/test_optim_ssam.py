@@ -702,7 +702,7 @@ def test_a_mask_of_another_model_is_refused():
 @pytest.mark.parametrize("kind", OURS)
 def test_plain_values_base_optimizers_and_copies(kind):
     """What holds for checkpoints and copies of every optimizer holds here too."""
-    state.test_a_state_dict_holds_plain_values_and_stays_as_it_was_taken(kind)
+    state.test_a_state_dict_holds_plain_values_and_does_not_change(kind)
     state.test_a_failed_load_changes_nothing(kind)
     state.test_a_checkpoint_of_the_base_optimizer_loads(kind)
     for when in ("at the start", "after a step"):
@@ -711,7 +711,7 @@ def test_plain_values_base_optimizers_and_copies(kind):
             state.test_the_base_optimizer_loads_our_checkpoint(kind, when)
     for how in (copy.deepcopy, lambda pair: state.pickle.loads(state.pickle.dumps(pair))):
         for at in (0, 2, 3):
-            state.test_copies_go_on_identically_and_alone(kind, how, at)
+            state.test_copies_continue_identically_and_independently(kind, how, at)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
