@@ -318,9 +318,8 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         ["git", *what], cwd=here, capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
-        commit = git("rev-parse", "--short", "HEAD") + "+" * bool(
-            git("status", "--porcelain")
-        )  # +: uncommitted changes
+        changed = bool(git("status", "--porcelain"))
+        commit = git("rev-parse", "--short", "HEAD") + "+" * changed
     except (OSError, subprocess.CalledProcessError):
         commit = None
     found = {

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from cases import BACKENDS  # noqa: E402
 
-from flatops.backend import _C  # after TRITON_INTERPRET, see above
+from flatops.backend import _C  # noqa: E402 - after TRITON_INTERPRET, see above
 
 # A shell that runs the tests in the background ignores SIGINT, but some tests interrupt themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)

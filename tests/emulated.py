@@ -27,9 +27,7 @@ def register() -> bool:
     build.mkdir(parents=True, exist_ok=True)
     with open(build / "one at a time", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        (build / "lock").unlink(
-            missing_ok=True
-        )  # torch's own lock, on which it would wait forever after a killed build
+        (build / "lock").unlink(missing_ok=True)  # torch's own, which a killed build leaves and torch waits for
         cpp_extension.load(
             "flatops_emulated",
             [str(ROOT / "tests" / "emulation" / name) for name in ("bindings.cpp", "kernels.cpp")],

@@ -205,9 +205,8 @@ def test_f_does_not_depend_on_the_divisor_of_the_loss():
             scaler(forward, optimizer, need_update=False)
         seen.append(list(optimizer.fisher.values()))
     torch.testing.assert_close(*seen)
-    assert (
-        sum(f.max() > 0 for f in seen[0]) > len(seen[0]) / 2
-    )  # a residual branch that starts at zero has no gradients
+    # Residual branches that start at zero have no gradients.
+    assert sum(f.max() > 0 for f in seen[0]) > len(seen[0]) / 2
 
 
 def test_a_loss_instead_of_a_function_is_refused():

@@ -170,7 +170,7 @@ def test_an_overflow_skips_the_step(method, tmp_path):
 @pytest.mark.parametrize("precision, accumulate", [("fp32", 1), ("fp16", 3)])
 @pytest.mark.parametrize("method", ["sam", "rwp", "marwp"])
 def test_resume_mid_epoch_equals_no_interruption(method, precision, accumulate, tmp_path):
-    """Two of three or four steps of an epoch, a checkpoint, new objects, the rest: same bits of shuffled data."""
+    """Two of three or four steps of an epoch, a checkpoint, new objects, the rest: the same bits, shuffled too."""
 
     class Shuffling(FlatTrainer):
         get_train_dataloader = transformers.Trainer.get_train_dataloader
@@ -181,7 +181,7 @@ def test_resume_mid_epoch_equals_no_interruption(method, precision, accumulate, 
 
     def trainer(folder, **options):
         made = make_trainer(
-            method, tmp_path / folder, Shuffling, 8 if accumulate == 1 else 16,  # the last step has two micro-batches
+            method, tmp_path / folder, Shuffling, 8 if accumulate == 1 else 16,  # an epoch ends with two micro-batches
             max_steps=6, gradient_accumulation_steps=accumulate, **options,
         )  # fmt: skip
         if precision == "fp16":

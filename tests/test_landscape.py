@@ -262,7 +262,7 @@ def test_an_interrupt_on_any_line_restores_the_weights(measure):
             pass
         finally:
             sys.settrace(None)
-            torch.set_grad_enabled(True)  # torch handles an interrupt inside `with torch.no_grad()` itself
+            torch.set_grad_enabled(True)  # an interrupt can keep torch.no_grad() from being undone
         assert_same_bits(all_bits(model.parameters()), before)
     assert line > 50
 

@@ -61,7 +61,7 @@ LARGE = [b for b in CONFORMING if not b.slow]
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("on", LARGE, ids=str)
 def test_a_large_mask_equals_a_stable_sort(on, kind):
-    """Large enough for a sample to bracket the threshold, which falls among ties, beside them and between them."""
+    """Large enough for a sample to bracket the threshold, which falls among ties, next to them and between them."""
     generator = torch.Generator().manual_seed(1)
     scores = [SCORES[kind]((300, 701), generator), SCORES["any"]((5,), generator), SCORES[kind]((90001,), generator)]
     scores[0][:, :100] = torch.rand(300, 100, generator=generator)  # other scores, for the sample to hit or miss

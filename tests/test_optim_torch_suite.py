@@ -71,7 +71,7 @@ def every_case_with(flag):
 
 @functools.cache
 def info(base):
-    """An optimizer in PyTorch's suite. Importing it takes seconds and freezes the flags of torch.backends."""
+    """PyTorch's test data for an optimizer. Importing it takes seconds and freezes the flags of torch.backends."""
     forbid, torch.backends.disable_global_flags = torch.backends.disable_global_flags, lambda: None
     try:
         from torch.testing._internal.common_optimizers import optim_db

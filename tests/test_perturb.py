@@ -191,7 +191,7 @@ def test_autocast_sees_the_noise():
     assert torch.equal(clean, after) and not torch.equal(clean, noisy)
 
 
-# --- what it is for ------------------------------------------------------------------------------------
+# --- use ---------------------------------------------------------------------------------------------
 
 
 def adapted(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -439,7 +439,7 @@ def test_a_reader_that_is_killed_is_named(tree, tmp_path, capsys):
     assert "a process that reads images was killed" in capsys.readouterr().err
 
 
-# Processes that read images, and come to harm
+# Failures of worker processes
 
 
 def test_a_full_shared_memory_is_named(tree, monkeypatch):
@@ -513,7 +513,7 @@ def test_sigterm_saves_and_ends_a_run_that_waits_for_images(tree, stuck, tmp_pat
     assert_same(checkpoint.read(settings.output)["model"], whole.state_dict()["model"])
 
 
-# Folders that are not as they should be
+# Unsuitable folders
 
 
 def without_val(root):

@@ -133,7 +133,7 @@ def test_accumulation_loss_scale_clipping_and_replicas_together(folder):
         assert_close(weights, first[(*name[:-1], 1)], rtol=1e-3, atol=1e-5)
 
 
-# Roles and pieces, in this process
+# Roles and micro-batches, in this process
 
 
 def test_one_process_mixes_the_gradients_of_two_halves():
@@ -159,7 +159,7 @@ def test_processes_divide_every_batch():
         assert torch.equal(whole[1], torch.cat([labels for _, labels in parts]))
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_rho_follows_its_schedule():
     assert row["rho"] == pytest.approx(0.3) and trainer.history[0]["rho"] == pytest.approx(0.2)
 
 
-# Mixing, averaging, measures
+# Mixing, averaging, metrics
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
@@ -346,7 +346,7 @@ def test_networks_by_name():
         models.create("torchvision:resnet18", 10, 1)
 
 
-# Mistakes and misfortunes
+# Errors and failures
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,7 @@ def build(arch: int, name: str, dtype: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = (
-            Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        )  # it supports what Triton's ptxas produces
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # as new as Triton's ptxas
         command = [tool, "-res-usage", "-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     [code] = machine_code.parse(listing).values()
