@@ -1,8 +1,7 @@
 """How accurate does each method make a network, and which of the papers' claims hold? Handwritten digits.
 
-There are two tables. In one, all methods share a schedule on which plain training memorises the wrong labels, which
-favours the flat-minima methods. In the other, each method has the options that `tuning.py` found best on held-out
-images. The test images are used only here.
+In one table all methods share a schedule on which plain training memorises the wrong labels; in the other each has the
+options that `tuning.py` found best on held-out images. Each favours one side. The test images are used only here.
 """
 
 from __future__ import annotations

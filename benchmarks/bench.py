@@ -409,8 +409,7 @@ def show(result: dict[str, Any]) -> None:
         title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
         f"one thread of {result['machine']}, {result['simd']}, torch {result['torch']}",
         caption="floor: one read and one write of every weight by torch, measured in the same run. by bytes: floors "
-        "if only the required memory traffic took time. limit: the most floors allowed. ops, syncs: operations that "
-        "PyTorch dispatches, and host syncs.",
+        "if only the required memory traffic took time. limit: floors allowed. ops: dispatched. syncs: host syncs.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("operator", no_wrap=True)

@@ -56,8 +56,7 @@ def measure(config: bench.Config) -> dict[str, Any]:
             groups.append(_timed(result, shapes, device, backend, dtype, peers=not groups, rounds=config.rounds))
             result["rows"] += groups[-1][0]
             keep()
-    # Counts come after all times, because a profiler stays attached; graphs last, because a failed capture has
-    # after-effects.
+    # Counts follow all times, as a profiler stays attached; graphs come last, as a failed capture has after-effects.
     for further in (_counts, _graph):
         for entry, batch in itertools.chain(*(zip(*group) for group in groups)):
             if batch is not None:

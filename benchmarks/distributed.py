@@ -1,8 +1,7 @@
 """What does a data-parallel step cost relative to SGD's? Several processes on one machine share each batch equally.
 
-Every method has its own model in the same processes, and their steps take turns. The result is the median over rounds
-of the ratio to the SGD step of the same round. Processes synchronise before and after each turn, so a turn lasts as
-long as the slowest process.
+Every method has its own model, all in the same processes. Their steps take turns, as long as the slowest process takes,
+and the result is the median over rounds of the ratio to the SGD step of the same round.
 
     python -m flatops.benchmarks.distributed
 """

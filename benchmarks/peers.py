@@ -1,7 +1,6 @@
 """What do other implementations cost? Entering and leaving a perturbed pass: flatops, pytorch_optimizer, loops by hand.
 
-All contenders have the same weights and gradients, and a base optimizer that does nothing, so that only the method is
-left.
+All contenders have the same weights and gradients and a base optimizer that does nothing: only the method is left.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from flatops.benchmarks.measure import best_of_processes, best_times, count, pro
 
 RHO, SIGMA = 0.05, 0.01
 PLAIN = "a plain step"  # of a base optimizer, for comparison
-# Rounds and processes, for a model of usual size and for one so small that only the fixed cost per call is left: Python
-# overhead varies more between processes.
+# Rounds and processes: a tiny model shows Python's overhead, which varies more between processes.
 MODELS = {"resnet50": (12, 3), "cnn": (180, 6)}
 
 

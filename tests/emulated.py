@@ -1,7 +1,6 @@
 """A backend for tests: the CUDA kernels compiled for the host, with CUDA's threads emulated one at a time.
 
-It tests the source: indices, sums, barriers, bits. It cannot test what depends on a GPU: its compiler, memory and
-speed.
+It tests the source: indices, sums, barriers, bits; but not what depends on a GPU: its compiler, memory and speed.
 """
 
 from __future__ import annotations

@@ -126,12 +126,11 @@ def test_pips_isolation_does_not_hide_the_torch_that_is_installed(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import site, sys\nsys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
     )
-    setuptools = (
-        "import sys, types; setup = lambda **kwargs: print(kwargs['setup_requires']); "
-        "sys.modules['setuptools'] = types.SimpleNamespace(setup=setup)"
+    program = (
+        "import runpy, sys, types; setup = lambda **kwargs: print(kwargs['setup_requires']); "
+        "sys.modules['setuptools'] = types.SimpleNamespace(setup=setup); "
+        "assert not any('site-packages' in p for p in sys.path); runpy.run_path('setup.py')"
     )
-    isolated = "assert not any('site-packages' in p for p in sys.path)"
-    program = f"{setuptools}; import runpy; {isolated}; runpy.run_path('setup.py')"
     done = run("-c", program, PYTHONPATH=str(tmp_path), PYTHONNOUSERSITE="1")
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 

@@ -1,6 +1,4 @@
-"""Requirements on the CUDA kernels' machine code with any compiler: no spills, 128-bit accesses, no approximate
-instructions, few enough registers. docs/performance.md lists registers and instructions.
-"""
+"""Requirements on the CUDA kernels' machine code: registers, no spills, 128-bit accesses, nothing approximate."""
 
 import functools
 import re

@@ -147,9 +147,7 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("arch, name, dtype", CODE)
 def test_machine_code(arch, name, dtype, compiled):
-    """Everything stays in registers, few enough for two blocks (one computes while the other waits for memory);
-    floating point operations are only those of the contract, each rounded once.
-    """
+    """No spills, registers for two blocks (one computes, one waits), only the contract's operations, rounded once."""
     code = compiled[arch, name, dtype]
     assert code["local memory"] == 0 and code["blocks"] >= 2
     floating = {op.replace(".rn", "").removesuffix("x2") for op in code["ptx"] if re.search(r"\.b?f(16|32|64)", op)}
