@@ -1,1 +1,1 @@
-"""Benchmarks: one file per question; installed as flatops.benchmarks, run by `flatops bench`."""
+"""Benchmarks, one file per question. Installed as flatops.benchmarks and run by `flatops bench`."""

@@ -1,7 +1,7 @@
-"""How accurate does each method make a network, and which of the papers' claims does that show? Handwritten digits.
+"""How accurate does each method make a network, and which of the papers' claims hold? Handwritten digits.
 
-Two tables of accuracies, both honest and both one-sided: one schedule for all, on which plain training learns the wrong labels
-by heart, and for each method the options that `tuning.py` found best on held-out images. The test images take no part but here.
+In one table all methods share a schedule on which plain training memorises the wrong labels; in the other each has the
+options that `tuning.py` found best on held-out images. Each favours one side. The test images are used only here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from flatops.train.config import TrainConfig, used_options
 
 FIXED: dict[str, Any] = {"epochs": 40}
 SEEDS = {"fixed": 5, "tuned": 10}
-MARGIN = 0.005  # of accuracy: less does not count as worse
+MARGIN = 0.005  # difference in accuracy below which a method is not worse
 
 
 def tuned() -> dict[str, tuning.Options]:
-    """Method to the options that did best on held-out images."""
+    """Each method's best options on held-out images."""
     best: dict[str, tuning.Options] = {}
     for row in json.loads(tuning.RESULT.read_text())["rows"]:
         best.setdefault(row["method"], row["options"])
@@ -29,12 +29,12 @@ def tuned() -> dict[str, tuning.Options]:
 
 
 def options_of(schedule: str) -> dict[str, dict[str, Any]]:
-    """Method to its options in one of the two tables; on the fixed schedule a method has its own defaults."""
+    """Each method's options in one of the two tables; with the fixed schedule these are its defaults."""
     return tuned() if schedule == "tuned" else dict.fromkeys(tuning.RADII, FIXED)
 
 
 def runs_of(job: tuple[str, int]) -> list[Run]:
-    """All methods by one of the two tables, with one seed."""
+    """Trains all methods of one of the two tables with one seed."""
     schedule, seed = job
     configs = {
         method: TrainConfig(method=method, label_noise=tuning.LABEL_NOISE, **options)
@@ -44,7 +44,7 @@ def runs_of(job: tuple[str, int]) -> list[Run]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Where the mean of what these are drawn from lies, at 95 %, by Student's t."""
+    """The 95 % confidence interval of the mean, by Student's t."""
     from scipy.stats import t
 
     half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
@@ -52,11 +52,11 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def accuracies(schedule: str, runs: list[Run]) -> list[dict[str, Any]]:
-    """A row for every method: accuracies by seed, what they are above SGD's, and its training's time in those of SGD.
+    """One row per method: accuracy per seed, difference to SGD, and training time relative to SGD.
 
     Args:
         schedule: fixed or tuned.
-        runs: of every method with the same seeds.
+        runs: runs of every method, with the same seeds.
     """
     last = lambda method: [run["history"][-1]["test_accuracy"] for run in runs if run["method"] == method]
     time = lambda method: [sum(row["seconds"] for row in run["history"]) for run in runs if run["method"] == method]
@@ -80,15 +80,15 @@ def accuracies(schedule: str, runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def difference(a: list[float], b: list[float]) -> dict[str, float]:
-    """How much larger a is than b, seed by seed: mean and interval."""
+    """The mean of a − b, paired by seed, and its interval."""
     pairs = [x - y for x, y in zip(a, b)]
     low, high = interval(pairs)
     return {"mean": fmean(pairs), "low": low, "high": high}
 
 
-# --- the papers' claims -----------------------------------------------------------------------------------------------------
+# --- the papers' claims -----------------------------------------------------------------------------------------------
 
-# What is claimed, of whom, in comparison with whom, and whether to be better or only no worse.
+# Claim, method, the method it is compared with, kind of claim ("better" or "no worse"), arXiv number.
 CLAIMS = (
     ("SAM is better than SGD", "sam", "sgd", "better", "2010.01412"),
     ("RWP is better than SGD", "rwp", "sgd", "better", "2211.11489"),
@@ -101,13 +101,13 @@ CLAIMS = (
 
 
 def verdict(found: dict[str, float], kind: str) -> str:
-    """seen, the opposite, or not seen: whether all of an interval lies on one side of what is claimed."""
+    """A claim is "seen" or "the opposite" if its whole interval lies on one side of it, else "not seen"."""
     least = 0.0 if kind == "better" else -MARGIN
     return "seen" if found["low"] > least else "the opposite" if found["high"] < least else "not seen"
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for every claim about accuracy and each of the two tables."""
+    """One row per claim about accuracy and per table."""
     by = {(row["schedule"], row["method"]): row["accuracies"] for row in rows}
     result = []
     for claim, one, other, kind, paper in CLAIMS:
@@ -120,7 +120,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure(seeds: dict[str, int] = SEEDS) -> dict[str, Any]:
-    """Both tables and the verdicts; a core trains a seed, all methods in turns."""
+    """Both tables and the verdicts. One core trains all methods of a seed in turn."""
     jobs = [(schedule, seed) for schedule, count in seeds.items() for seed in range(count)]
     found = tuning.spread(runs_of, jobs)
     rows = []

@@ -1,8 +1,8 @@
 """How many floors does each operator cost? The table of `flatops bench`.
 
-A floor is one read and one write of every weight, by torch's own in-place add on one flat tensor, there and then.
-This file has the operators and the table for a CPU; `bench_gpu.py` has the table for a GPU, `suite.py` every question
-at once, and `command.py` chooses between them.
+A floor is one read and one write of every weight, by torch's own in-place add on one flat tensor, measured in the
+same run. This file has the operators and the table for a CPU, `bench_gpu.py` the table for a GPU, `suite.py` the full
+suite; `command.py` chooses between them.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from flatops.train import models
 
 @dataclass(kw_only=True)
 class Config:
-    """Measure the operators on this machine, in floors, beside the papers' code for the same."""
+    """Measure the operators on this machine in floors, next to the papers' code."""
 
     model: str = "resnet50"
-    """Whose list of parameters: any name of timm's."""
+    """The model whose parameter shapes are used: any timm name."""
     rounds: int = 25
-    """How often each contender runs; the fastest counts, on a GPU the median."""
+    """Calls per contender. On a CPU the fastest counts, on a GPU the median."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """What to measure on; a GPU with every backend that it has."""
+    """Device to measure on; on a GPU every available backend is measured."""
     json: Path | None = None
-    """Also write the rows to this file."""
+    """Also write the rows to this JSON file."""
     suite: Literal["quick", "full"] = "quick"
-    """full: every question that benchmarks/ asks of a CPU, and the tables and pictures of README and docs made anew."""
+    """full: run all CPU benchmarks and regenerate the tables and pictures of README and docs."""
     results: Path | None = None
-    """Where the full suite writes its rows, README and docs then left alone; else benchmarks/results of this checkout."""
+    """Folder for the rows of the full suite; README and docs are then left alone. Default: benchmarks/results."""
     compare: tuple[Path, Path] | None = None
-    """Measure nothing: show which ratios differ between two files of rows, or two folders of them."""
+    """Measure nothing; show which ratios differ between two files of rows, or between two folders of them."""
 
 
 # Limits in floors. A CPU's depend on the width of its registers.
@@ -75,18 +75,18 @@ MUST = {
 
 @dataclass
 class Row:
-    """One line of the table; a peer does what the nearest row before it does that is ours."""
+    """One row of the table. A peer (code that is not ours) is compared with the nearest row of ours above it."""
 
     name: str
     call: Callable[[], Any]
-    bytes: int | None = None  # a weight, at best
-    level: str | None = None  # the SIMD level, if not the machine's best
-    peer: bool = False  # not ours
-    slow: bool = False  # takes a second: measured in two rounds
+    bytes: int | None = None  # per weight, at least
+    level: str | None = None  # the SIMD level, where not the machine's best
+    peer: bool = False  # code that is not ours
+    slow: bool = False  # takes about a second: measured in two rounds only
 
 
 class Buffers:
-    """Parameters of these shapes, filled as in the middle of training, and what belongs to them, made when it is first used."""
+    """Parameters of these shapes with values as in the middle of training; other tensors are allocated at first use."""
 
     def __init__(self, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> None:
         self.shapes, self.device, self.dtype = shapes, device, dtype
@@ -113,7 +113,7 @@ class Buffers:
 
     @cached_property
     def scores(self) -> dict[str, list[Tensor]]:
-        """float32, of several kinds."""
+        """float32 scores of several kinds."""
         squares = [g.float().square() for g in self.grads]
         generator = torch.Generator(self.device).manual_seed(0)
         zeros = [
@@ -123,18 +123,18 @@ class Buffers:
 
     @cached_property
     def flat(self) -> Tensor:
-        """As many weights as the parameters, in one piece."""
+        """As many weights as the parameters, in one tensor."""
         return torch.ones(self.weights, dtype=self.dtype, device=self.device)
 
     @cached_property
     def noise(self) -> Tensor:
-        """float32, about as many."""
+        """About as many float32 normals."""
         return torch.empty(self.weights // 512, 512, device=self.device)
 
 
 @contextmanager
 def simd(level: str | None):
-    """Runs within at another SIMD level."""
+    """Runs its body at another SIMD level."""
     best = _C.simd()
     _C.set_simd(level or best)
     try:
@@ -144,7 +144,7 @@ def simd(level: str | None):
 
 
 def parameter_shapes(model: str) -> list[tuple[int, ...]]:
-    """The shapes of a model's parameters; nothing is allocated for them."""
+    """The shapes of a model's parameters; nothing is allocated."""
     with torch.device("meta"):
         return [tuple(p.shape) for p in models.create(model, classes=1000, channels=3).parameters()]
 
@@ -156,9 +156,9 @@ def operator_rows(
     dtype: torch.dtype = torch.float32,
     copies: int = 1,
 ) -> list[Row]:
-    """Every operator on tensors of these shapes, the floor first; nothing that they do adds up over rounds.
+    """All operators on tensors of these shapes, the floor first. Repeated calls do not accumulate changes.
 
-    With several copies each call takes the next one's turn, so that it finds nothing of its own in a cache.
+    With several copies, each call uses the next one, so that it finds none of its data in a cache.
     """
     turn = itertools.cycle([Buffers(shapes, device, dtype) for _ in range(copies)])
     namespace = operators(device, backend)
@@ -171,7 +171,7 @@ def operator_rows(
 
     @cache
     def masked() -> tuple[Tensor, Tensor, list[Tensor]]:
-        """A mask of half the weights, one to be changed, and the backup that belongs to it."""
+        """A mask of half the weights, a copy of it for regrowing, and a backup for the mask."""
         mask = ops.topk_mask(first.scores["some"], weights // 2, backend=backend)
         return mask, mask.clone(), ops.new_backup(first.params, mask)
 
@@ -271,7 +271,7 @@ def operator_rows(
         Row("regrow_mask_, a tenth", regrow, size),
         Row("fisher_", fisher, 8 + size),
     ]
-    if dtype != torch.float32:  # noise is float32, and 16 bits are not restored by drawing again
+    if dtype != torch.float32:  # noise is float32, and regenerating is not exact in 16 bits
         return [
             row
             for row in rows
@@ -283,15 +283,15 @@ def operator_rows(
 
 
 def compared_with(rows: list[Row]) -> list[str]:
-    """For every row the name of the one of ours that does the same: its own, or of a peer the nearest before it."""
+    """For every row the name of the row of ours that does the same: itself, or for a peer the nearest one above."""
     return list(itertools.accumulate((row.name if not row.peer else "" for row in rows), lambda a, b: b or a))
 
 
 def measure(config: Config = Config(), processes: int = 2) -> dict[str, Any]:
-    """Everything that the table shows; of several processes the least times."""
+    """Everything that the table shows; the lowest times of several processes."""
     found = best_of_processes(_rows, config.model, -(-config.rounds // processes), processes=processes)
     table = [row for row in found if "of" in row]
-    # Short and mostly Python: how fast a process runs that is luck again, so that more of them are asked.
+    # These are short and mostly Python, and their speed varies between processes: more processes are measured.
     steps = {row["step"]: row["ms"] for row in best_of_processes(step.rows, 2 * config.rounds, processes=2 * processes)}
     wall = {row["threads"]: row["ms"] for row in found if "threads" in row}
     for row in table:
@@ -339,7 +339,7 @@ def measure(config: Config = Config(), processes: int = 2) -> dict[str, Any]:
 
 
 def _rows(model: str, rounds: int) -> list[dict[str, Any]]:
-    """What one process measures: every operator, and one of them by two threads."""
+    """What one process measures: every operator, and one of them with two threads."""
     from rich.progress import Progress
 
     shapes = parameter_shapes(model)
@@ -380,7 +380,7 @@ def _rows(model: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def threaded_rows(rows: list[Row], threads: int, rounds: int) -> list[dict[str, Any]]:
-    """One thread and several by the wall clock: what other programs take is missing from it."""
+    """Times with one and with several threads, by wall clock: CPU time would count all threads."""
 
     def on(number: int, call: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -408,8 +408,8 @@ def show(result: dict[str, Any]) -> None:
     table = Table(
         title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
         f"one thread of {result['machine']}, {result['simd']}, torch {result['torch']}",
-        caption="floor: one read and one write of every weight by torch, here and now. by bytes: floors, if nothing "
-        "but the bytes that must move cost time. limit: floors, at most. ops, syncs: operations dispatched by PyTorch, host syncs.",
+        caption="floor: one read and one write of every weight by torch, measured in the same run. by bytes: floors "
+        "if only the required memory traffic took time. limit: floors allowed. ops: dispatched. syncs: host syncs.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("operator", no_wrap=True)
@@ -431,8 +431,8 @@ def show(result: dict[str, Any]) -> None:
     console = terminal.console()
     terminal.say(console, table)
     for check in result["checks"]:
-        told = f"{check['name']}: {check['value']:.2f}, limit {check['sign']} {check['must']:g}: "
-        terminal.say(console, Text.assemble(told, ("met", "green") if check["met"] else ("missed", "red")))
+        line = f"{check['name']}: {check['value']:.2f}, limit {check['sign']} {check['must']:g}: "
+        terminal.say(console, Text.assemble(line, ("met", "green") if check["met"] else ("missed", "red")))
 
 
 def write(result: dict[str, Any], path: Path) -> None:

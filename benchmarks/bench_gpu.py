@@ -1,7 +1,7 @@
-"""How many floors does each operator cost on a GPU, on each of its backends? The table of `flatops bench --device cuda`.
+"""How many floors does each operator cost on each backend of a GPU? The table of `flatops bench --device cuda`.
 
-Beside the time on the GPU: launches, waits of the host, and the host's own time, which a training step hides as long as it
-is shorter than what the GPU has to do meanwhile.
+Next to the time on the GPU it shows kernel launches, host syncs and the host's own time, which a training step hides as
+long as it is shorter than the work that the GPU has queued.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def measure(config: bench.Config) -> dict[str, Any]:
-    """Everything that the table shows. With the CPU as device it rehearses: times then mean nothing."""
+    """Everything that the table shows. With device "cpu" it is a rehearsal whose times mean nothing."""
     device = torch.device(config.device)
     shapes = bench.parameter_shapes(config.model)
     backends = {name: why_not(name, device) for name in BACKENDS if name != "reference"}
@@ -47,9 +47,7 @@ def measure(config: bench.Config) -> dict[str, Any]:
     }
     groups: list[tuple[list[dict[str, Any]], list[Batch | None]]] = []
 
-    def keep() -> (
-        None
-    ):  # as it stands: a kernel that takes the process down takes nothing with it that was measured before
+    def keep() -> None:  # after every group: a kernel that kills the process must not lose earlier results
         if config.json:
             bench.write(result, config.json)
 
@@ -58,7 +56,7 @@ def measure(config: bench.Config) -> dict[str, Any]:
             groups.append(_timed(result, shapes, device, backend, dtype, peers=not groups, rounds=config.rounds))
             result["rows"] += groups[-1][0]
             keep()
-    # Counts after all times, for a profiler stays attached; captures after all else, for one that fails leaves its traces.
+    # Counts follow all times, as a profiler stays attached; graphs come last, as a failed capture has after-effects.
     for further in (_counts, _graph):
         for entry, batch in itertools.chain(*(zip(*group) for group in groups)):
             if batch is not None:
@@ -76,9 +74,9 @@ def _timed(
     peers: bool,
     rounds: int,
 ) -> tuple[list[dict[str, Any]], list[Batch | None]]:
-    """One backend's rows of one dtype, measured in turn; a row that fails tells its error and has no batch."""
+    """One backend's rows of one dtype, measured in turn; a row that fails holds its error and has no batch."""
     weights = result["weights"]
-    # Twice, or as often as it takes to read three times what the second-level cache holds before a buffer's turn comes again.
+    # At least two, and enough to read three times the L2 cache before a buffer is used again.
     copies = max(2, math.ceil(3 * result.get("l2_bytes", 0) / (weights * dtype.itemsize)))
     rows = bench.operator_rows(shapes, device, backend, dtype, copies)
     if not peers:
@@ -108,7 +106,7 @@ def _timed(
     try:
         taken = in_turn(contenders, rounds)
         floor = quantile([s.device for s in taken["0"]], 0.5)
-    except Exception as error:  # a kernel that broke the GPU's context breaks all that come after it
+    except Exception as error:  # a kernel that corrupted the CUDA context fails everything after it
         for entry in table:
             entry["error"] = entry["error"] or f"{type(error).__name__}: {error}"
         return table, [None] * len(rows)
@@ -119,7 +117,7 @@ def _timed(
 
 
 def _times(samples: list[Sample], floor: float, bytes: int | None, weights: int) -> dict[str, Any]:
-    """Medians in ms, and what follows from them."""
+    """Medians in ms, and what is derived from them."""
     by_field = {name: [asdict(s)[name] for s in samples] for name in ("device", "host", "wall")}
     device = quantile(by_field["device"], 0.5)
     return {
@@ -135,7 +133,7 @@ def _times(samples: list[Sample], floor: float, bytes: int | None, weights: int)
 
 
 def _counts(batch: Batch, peer: bool, device: torch.device, rounds: int) -> dict[str, Any]:
-    """What does not depend on the machine; of ours also that the host never waits."""
+    """Counts, which do not depend on the machine; for our rows also a check that there are no host syncs."""
     counts: dict[str, Any] = traced(batch.call)
     if not peer and (wait := waits(batch.call, device)):
         counts["error"] = f"the host waits: {wait}"
@@ -143,13 +141,13 @@ def _counts(batch: Batch, peer: bool, device: torch.device, rounds: int) -> dict
 
 
 def _graph(batch: Batch, peer: bool, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Milliseconds a call inside a CUDA graph, or why there is none."""
+    """Milliseconds per call inside a CUDA graph, or the reason why it cannot be captured."""
     if peer or device.type != "cuda":
         return {"graph_ms": None}
     try:
         replay = Batch(graph_of(batch.call, batch.calls), device)
         return {"graph_ms": quantile([replay().device for _ in range(rounds)], 0.5) / batch.calls * 1e3}
-    except Exception as error:  # whatever may not be captured
+    except Exception as error:  # whatever cannot be captured
         return {"graph_ms": f"{type(error).__name__}: {error}"}
 
 
@@ -162,9 +160,10 @@ def show(result: dict[str, Any]) -> None:
     table = Table(
         title=f"{result['model']}: {result['tensors']} tensors, {result['weights']:,} weights\n"
         f"{result.get('gpu', result['machine'])}, torch {result['torch']}",
-        caption="floor: one read and one write of every weight by torch, here and now. by bytes: floors, if nothing but "
-        "the bytes that must move cost time. limit: floors, at most. host: until the call returns. wall: call after call. "
-        "graph: inside a CUDA graph. launches, syncs: kernels, and waits of the host.\n~: the host is part of the time.",
+        caption="floor: one read and one write of every weight by torch, measured in the same run. by bytes: floors "
+        "if only the required memory traffic took time. limit: the most floors allowed. host: until the call returns. "
+        "wall: call after call. graph: inside a CUDA graph. launches, syncs: kernel launches and host syncs.\n"
+        "~: includes the host's time.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("operator", no_wrap=True)
@@ -209,7 +208,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def once(model: str, device: str, backend: str) -> None:
-    """Every operator once, warm, between the marks that `ncu --profile-from-start off` waits for."""
+    """Runs every operator once, warmed up, between the marks that `ncu --profile-from-start off` waits for."""
     shapes = bench.parameter_shapes(model)
     rows = bench.operator_rows(shapes, torch.device(device), backend)
     calls = [row.call for row in rows if not row.peer]
@@ -225,7 +224,7 @@ def once(model: str, device: str, backend: str) -> None:
 
 
 def main(config: bench.Config) -> int:
-    """Measures and prints; writes JSON if asked. Returns 1 if a row failed."""
+    """Measures and prints; writes JSON if asked to. Returns 1 if a row failed."""
     result = measure(config)
     show(result)
     return int(not result["rows"] or any(row["error"] for row in result["rows"]))

@@ -11,10 +11,10 @@ from flatops.benchmarks import bench, bench_gpu, compare
 
 
 def main(config: bench.Config) -> int:
-    """Measures and prints; writes JSON if asked. Returns 1 if what is compared differs.
+    """Measures and prints; writes JSON if asked to. Returns 1 if the compared results differ.
 
     Raises:
-        ValueError: options that mean nothing together, no GPU, or no compiled core.
+        ValueError: options that do not go together, no GPU, or no compiled core.
     """
     check_options(config)
     if config.compare:

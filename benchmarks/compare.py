@@ -10,14 +10,13 @@ RATIOS = (
     *("floors", "times_ours", "to_sgd", "share", "times", "value", "between", "peak", "kept", "allocated"),
     *("mean", "above_sgd", "loss", "ends", "average", "worst_rise", "eigenvalue", "instructions"),
 )
-AGREE = 0.15  # as far as two runs of one machine may be apart, relatively
+AGREE = 0.15  # relative difference that two runs on one machine may have
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float]:
-    """Every ratio of a result, named by what its row is about: all of it that is text.
+    """Every ratio of a result, named by the text fields of its row.
 
-    What several threads gain is left out: it is taken by the wall clock, and whatever else runs on the second core changes it by
-    half.
+    The gain of several threads is left out: wall-clock time varies by half with the load on the second core.
     """
     lists = [rows for rows in result.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     return {
@@ -31,7 +30,7 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
 
 
 def numbers(value: Any) -> list[tuple[list[str], float]]:
-    """The numbers of a value, which may be a list or have names, and where in it they are."""
+    """All numbers in a value, which may be a list or a dict, each with its path."""
     if value is None:
         return []
     if isinstance(value, (list, dict)):
@@ -41,7 +40,7 @@ def numbers(value: Any) -> list[tuple[list[str], float]]:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[float | None, float | None, float]]:
-    """Name to both values and how far apart they are, relatively to the smaller; infinitely if one has it alone."""
+    """Name to both values and their difference relative to the smaller one, infinite if only one side has the name."""
     old, new = ratios(a), ratios(b)
     found = {}
     for name in old | new:
@@ -52,10 +51,10 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[float |
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of rows.
+    """Reads a file of rows.
 
     Raises:
-        ValueError: damaged, or not one.
+        ValueError: the file is damaged, or not a file of rows.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def main(a: Path, b: Path) -> int:
-    """Prints what is more than AGREE apart, and the largest difference of each file; returns 1 if there is any such."""
+    """Prints the ratios that differ by more than AGREE and each file's largest difference. Returns 1 if any do."""
     pairs = [(a, b)]
     if a.is_dir() and b.is_dir():
         names, others = ({path.name for path in folder.glob("*.json")} for folder in (a, b))

@@ -1,7 +1,7 @@
-"""What does a data-parallel step cost beside SGD's? Several processes on this machine, the same share of the same batch for each.
+"""What does a data-parallel step cost relative to SGD's? Several processes on one machine share each batch equally.
 
-Every method has its own model, all in the same processes; their steps take turns, and what counts is the median over rounds of
-the ratio to the SGD of the same round. Processes meet before and after each turn, so a turn lasts as long as the slowest.
+Every method has its own model, all in the same processes. Their steps take turns, as long as the slowest process takes,
+and the result is the median over rounds of the ratio to the SGD step of the same round.
 
     python -m flatops.benchmarks.distributed
 """
@@ -35,19 +35,19 @@ class Config:
     """Time the steps of each method on several processes of this machine."""
 
     model: str = "resnet18"
-    """Any name of timm's, or cnn."""
+    """Any timm name, or cnn."""
     batch: int = 32
-    """Images a step, over all processes."""
+    """Images per step, over all processes."""
     image: int = 32
-    """Their width and height."""
+    """Width and height of the images."""
     processes: int = 2
-    """How many, one thread each."""
+    """Number of processes, of one thread each."""
     parallel: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp")
-    """DistributedDataParallel, and fully_shard."""
+    """Any of ddp (DistributedDataParallel) and fsdp (fully_shard)."""
     rounds: int = 10
-    """How often each method has its turn; the median counts."""
+    """Rounds; the median counts."""
     json: Path | None = None
-    """Also write the rows to this file."""
+    """Also write the rows to this JSON file."""
 
 
 Step = Callable[[Tensor, Tensor], None]
@@ -61,7 +61,7 @@ def sgd(model: nn.Module, optimizer: Any) -> Step:
 
 
 def rwp(model: nn.Module, optimizer: Any) -> Step:
-    """Serial m-RWP takes each of its two gradients over the whole batch, as it does on one process."""
+    """Serial m-RWP takes each of its two gradients over the whole batch, as on one process."""
 
     def step(x: Tensor, y: Tensor) -> None:
         if optimizer.clean_weight:
@@ -128,7 +128,7 @@ def make(config: Config, parallel: str, name: str) -> tuple[Callable[[], None], 
 
 
 def collectives(step: Callable[[], None]) -> int:
-    """How many collective calls a step makes."""
+    """How many collectives a step calls."""
     kinds = ("allreduce", "allgather", "_allgather", "reduce_scatter", "_reduce_scatter", "broadcast", "alltoall")
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         step()
@@ -137,7 +137,7 @@ def collectives(step: Callable[[], None]) -> int:
 
 
 def work(rank: int, config: Config, parallel: str, store: str, report: str) -> None:
-    """One process."""
+    """Runs in each process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=config.processes)
     try:
@@ -181,10 +181,10 @@ def work(rank: int, config: Config, parallel: str, store: str, report: str) -> N
 
 
 def measure(config: Config = Config()) -> dict[str, Any]:
-    """Starts the processes of each kind and returns their rows, with the machine and the versions."""
+    """Starts the processes for each kind of parallelism; returns their rows, the machine and the versions."""
     if config.batch % config.processes:
         raise ValueError(f"batch {config.batch} must be divisible by processes {config.processes}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or every profile says that it begins and ends
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or every profile reports its start and end
     rows = []
     for parallel in config.parallel:
         with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +197,7 @@ def measure(config: Config = Config()) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table on the terminal."""
+    """Prints the table."""
     from rich import box
     from rich.table import Table
 
@@ -226,7 +226,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(config: Config) -> int:
-    """Measures, shows, writes."""
+    """Measures and prints; writes JSON if asked to."""
     result = measure(config)
     show(result)
     if config.json:

@@ -1,4 +1,4 @@
-"""How flat are the minima that SGD and m-RWP find? The two networks of docs/landscape.md, by its own commands."""
+"""How flat are the minima that SGD and m-RWP find? The two networks of docs/landscape.md, by its commands."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from flatops.train import TrainConfig, train
 
 
 def measure(epochs: int = 40, **grid: Any) -> dict[str, Any]:
-    """What landscape.json holds of both, and a row for each on its training and test images.
+    """The contents of landscape.json for both, and one row for each network on its training and on its test images.
 
     Args:
-        epochs: how long both train.
+        epochs: training epochs of both.
         grid: options of `flatops landscape`.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -32,14 +32,14 @@ def measure(epochs: int = 40, **grid: Any) -> dict[str, Any]:
         found = landscape(config, quiet)
     networks = found["networks"]
     for network in networks:
-        del network["checkpoint"]  # gone with the folder
+        del network["checkpoint"]  # deleted together with the folder
     rows = [row_of(network, split) for network in networks for split in network["sharpness"]]
     radii = {"sigmas": config.sigmas, "rhos": config.rhos}
     return {**provenance(), "title": found["title"], "config": radii, "networks": networks, "rows": rows}
 
 
 def row_of(network: dict[str, Any], split: str) -> dict[str, Any]:
-    """A network's flatness on the images of a split."""
+    """A network's flatness on one split."""
     line, rise = network["line"][split]["losses"], network["sharpness"][split]
     [top] = network["eigenvalues"][split]
     return {

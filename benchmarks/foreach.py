@@ -1,4 +1,4 @@
-"""The same on torch's foreach operators, as well as they allow: the best that one can do without kernels of one's own."""
+"""RWP and SAM with torch's foreach operators: the best that is possible without custom kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def perturb(params: list[Tensor], sigma: float, backup: list[Tensor]) -> None:
-    """RWP's noise, after a copy of the weights into `backup`. Only the norms of filters still take a loop."""
+    """Copies the weights to `backup` and adds RWP's noise. Only the norms of filters still need a loop."""
     torch._foreach_copy_(backup, params)
     norms = [torch.linalg.vector_norm(p, dim=tuple(range(1, p.dim())) or None, keepdim=p.dim() > 1) for p in params]
     torch._foreach_mul_(norms, sigma)
@@ -19,13 +19,13 @@ def perturb(params: list[Tensor], sigma: float, backup: list[Tensor]) -> None:
 
 @torch.no_grad()
 def grad_norm(grads: list[Tensor]) -> Tensor:
-    """SAM's norm."""
+    """The gradient norm of SAM."""
     return torch.stack(torch._foreach_norm(grads)).norm()
 
 
 @torch.no_grad()
 def ascend(params: list[Tensor], grads: list[Tensor], rho: float, norm: Tensor, backup: list[Tensor]) -> None:
-    """SAM's step, after a copy of the weights into `backup`."""
+    """Copies the weights to `backup` and takes SAM's ascent."""
     torch._foreach_copy_(backup, params)
     torch._foreach_add_(params, torch._foreach_mul(grads, rho / (norm + 1e-12)))
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that a machine with an NVIDIA GPU is needed for, in one call of less than ten minutes and without a network:
+# Runs everything that needs an NVIDIA GPU, in less than ten minutes and without a network:
 #
 #   bash benchmarks/gpu.sh [FOLDER]
 #
-# builds flatops for the GPU that is there, runs the tests, measures operators and training steps, and lets NVIDIA's tools look
-# for bad accesses and at single kernels. FOLDER (default: benchmarks/results/gpu-DATE) gets summary.txt, log.txt, tests.xml and
-# JSON; of these the JSON is worth committing. The status is not 0 if a stage failed; the others run all the same.
+# builds flatops for the GPU present, runs the tests, measures operators and training steps, and runs NVIDIA's memory
+# checker and profiler. FOLDER (default: benchmarks/results/gpu-DATE) gets summary.txt, log.txt, tests.xml and JSON, of
+# which the JSON is worth committing. A stage that fails does not stop the others, but the exit status is then not 0.
 #
-# With FLATOPS_GPU_REHEARSAL=1 it runs on the CPU what can run there, in small sizes, and builds nothing.
+# With FLATOPS_GPU_REHEARSAL=1 it runs in small sizes what can run on a CPU, and builds nothing.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,7 +26,7 @@ trap 'rm -f "$stage_log"' EXIT
 failed=0
 saved=0
 
-# stage NAME SECONDS COMMAND...: what a stage leaves of its seconds, those after it may use.
+# stage NAME SECONDS COMMAND...: later stages may use the seconds that a stage leaves over.
 stage() {
   local name=$1 budget=$(($2 + saved)) start=$SECONDS status verdict
   shift 2
@@ -60,21 +60,22 @@ run() {
 
 if [[ ${FLATOPS_GPU_REHEARSAL:-} ]]; then
   device=cpu backend=cpp models=(cnn) rounds=1 train=(cnn 2 16 1)
-  export OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=99 # the profiler says at length that there is no GPU
-  unset TRITON_INTERPRET                       # minutes
+  export OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=99 # the profiler would report at length that there is no GPU
+  unset TRITON_INTERPRET                       # would take minutes
   tests=(tests/test_noise.py -k philox)
 else
   device=cuda backend=cuda models=(resnet50 vit_base_patch16_224) rounds=15 train=(resnet50 256 224 15)
   tests=()
-  for file in tests/test_ops.py tests/test_noise.py tests/test_cuda.py tests/test_triton.py tests/test_mask.py tests/test_optim_*.py; do
+  for file in tests/test_{ops,noise,cuda,triton,mask}.py tests/test_optim_*.py; do
     [[ -e $file ]] && tests+=("$file")
   done
-  tests+=("tests/test_fsdp.py::test_one_shard_on_each_device" "tests/test_integrations_pytorch.py::test_the_snippets_of_the_documentation_run")
-  # One GPU serves them all: a few workers keep it busy while others build their cases on the CPU.
+  tests+=(tests/test_fsdp.py::test_one_shard_on_each_device)
+  tests+=(tests/test_integrations_pytorch.py::test_the_snippets_of_the_documentation_run)
+  # A few workers share the GPU: some keep it busy while others build their cases on the CPU.
   "$python" -c "import xdist" 2>/dev/null && tests+=(-n 6)
 fi
 
-# shellcheck disable=SC2317 # a stage calls it, in a shell of its own
+# shellcheck disable=SC2317 # a stage calls it in its own shell
 machine() {
   local command
   for command in "uname -a" "nproc" "nvidia-smi" "nvcc --version" "compute-sanitizer --version" "ncu --version"; do
@@ -103,7 +104,7 @@ if [[ $device == cuda ]]; then
   export MAX_JOBS TORCH_CUDA_ARCH_LIST
   stage build 95 "$python" -m pip install --no-index --no-build-isolation --no-deps --root-user-action=ignore -v -e .
 else
-  skip build "a rehearsal takes what is installed"
+  skip build "a rehearsal uses the installed flatops"
 fi
 
 run info 10 '
@@ -137,7 +138,7 @@ sys.exit(train_step.main(train_step.Config(
     device=device, model=model, batch=int(batch), image=int(image), rounds=int(rounds), json=Path(path))))
 ' "$device" "$out/train_step.json" "${train[@]}"
 
-# sanitize TOOL BACKEND SECONDS. Errors of API calls are torch trying out what there is.
+# sanitize TOOL BACKEND SECONDS. Failed API calls are not reported: torch probes for features.
 sanitize() {
   if [[ $device == cpu ]]; then
     stage "$1 $2" "$3" "$python" -m flatops.benchmarks.sanitize "$2" cpu
@@ -145,7 +146,7 @@ sanitize() {
     stage "$1 $2" "$3" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
       --report-api-errors no --print-limit 20 "$python" -m flatops.benchmarks.sanitize "$2" cuda
   else
-    skip "$1 $2" "there is no compute-sanitizer"
+    skip "$1 $2" "compute-sanitizer is not installed"
   fi
 }
 sanitize memcheck "$backend" 35
@@ -164,9 +165,10 @@ if [[ $device == cpu ]]; then
   run "ncu, without ncu" 30 "$once" "${models[0]}" cpu "$backend"
 elif command -v ncu >/dev/null; then
   stage ncu 30 ncu --profile-from-start off --clock-control none --launch-count 48 --section SpeedOfLight \
-    --section MemoryWorkloadAnalysis --section LaunchStats --section Occupancy "$python" -c "$once" "${models[0]}" cuda cuda
+    --section MemoryWorkloadAnalysis --section LaunchStats --section Occupancy \
+    "$python" -c "$once" "${models[0]}" cuda cuda
 else
-  skip ncu "there is no ncu"
+  skip ncu "ncu is not installed"
 fi
 
 printf '%-28s %-14s %4d s\n' all "$( ((failed)) && echo failed || echo passed)" "$SECONDS" | tee -a "$summary"

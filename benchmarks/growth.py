@@ -1,8 +1,8 @@
 """How does cost grow with the model? Time from ten thousand to a billion weights, and from one to a thousand tensors.
 
-t = a + b·n is fitted to sizes that no cache holds, by least squares on relative errors: b is what a weight costs in memory.
-A call's and a tensor's fixed cost has a measurement of its own, with tensors of sixteen weights. Together they say what sizes
-between should cost; caches make some of it cheaper.
+t = a + b·n is fitted to sizes that exceed the caches, by least squares on relative errors: b is the cost per weight in
+memory. The fixed cost per call and per tensor is measured separately, with tensors of sixteen weights. Together they
+predict the cost of sizes in between, some of which caches make cheaper.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ import torch
 from flatops import ops
 from flatops.benchmarks.measure import available_memory, best_of_processes, best_times, provenance
 
-TENSORS, FILTER = (
-    16,
-    640,
-)  # whole registers, as most filters of networks are: at 625 a weight costs perturb_ a fifth more
+# A filter fills whole registers, as in most networks: perturb_ costs a fifth more per weight with filters of 625.
+TENSORS, FILTER = 16, 640
 SIZES = tuple(m * 10**e for e in range(4, 9) for m in (1, 3)) + (10**9,)
-LINEAR = 10**5  # weights from which cost is held to be a line ...
-MEMORY = 10**7  # ... and those that are too many for a cache
+LINEAR = 10**5  # weights from which the cost is compared with the line
+MEMORY = 10**7  # weights from which no cache holds them
 COUNTS = (1, 3, 10, 30, 100, 300, 1000)
-BYTES = 13  # a weight: parameters, gradients, backup, mask and some
+BYTES = 13  # per weight: parameters, gradients, backup, mask and some spare
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float, float]:
-    """The line a + b·x through (x, y) of the least squares of relative errors: a, b and the largest such error."""
+    """Fits a + b·x by least squares of relative errors: returns a, b and the largest relative error."""
     x, y = torch.tensor(points, dtype=torch.float64).T
     a, b = torch.linalg.lstsq(torch.stack([1 / y, x / y], 1), torch.ones_like(y)[:, None]).solution.flatten()
     return a.item(), b.item(), ((a + b * x) / y - 1).abs().max().item()
@@ -37,9 +35,9 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float, float]:
 def measure(
     sizes: tuple[int, ...] = SIZES, counts: tuple[int, ...] = COUNTS, calls: int = 1000, processes: int = 3
 ) -> dict[str, Any]:
-    """Times for every operator at every size, `calls` of each where they are short, and the lines through them.
+    """Times of every operator at every size, at least `calls` of each short one, and the fitted lines.
 
-    What is short is asked of several processes, for how much of a cache is theirs is luck.
+    Short ones are measured in several processes, because each process gets a different share of the caches.
     """
     able = [n for n in sizes if BYTES * n < 0.75 * available_memory()]
     short, long = ([n for n in able if (n >= MEMORY) is large] for large in (False, True))
@@ -65,8 +63,8 @@ def measure(
                 "us": a * 1e6,
                 "ns_per_weight": b * 1e9,
                 "floors": b / lines["floor"][1],
-                "worst": worst,  # how far a size from MEMORY on is from the line, relatively
-                "between": [min(between(name)), max(between(name))],  # of fixed cost + b·n, from LINEAR to MEMORY
+                "worst": worst,  # largest relative deviation from the line, from MEMORY on
+                "between": [min(between(name)), max(between(name))],  # relative to fixed + b·n, from LINEAR to MEMORY
                 "us_per_call": fixed[name][0] * 1e6,
                 "us_per_tensor": fixed[name][1] * 1e6,
             }
@@ -90,7 +88,7 @@ def _rows(sizes: Sequence[int], counts: Sequence[int], calls: int) -> list[dict[
 
 
 def _by_number(rows: list[dict[str, Any]], kind: str) -> dict[int, dict[str, float]]:
-    """Number to every operator's seconds."""
+    """Number of weights or tensors to every operator's seconds."""
     found: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["kind"] == kind:
@@ -99,13 +97,13 @@ def _by_number(rows: list[dict[str, Any]], kind: str) -> dict[int, dict[str, flo
 
 
 def _split(weights: int) -> list[list[torch.Tensor]]:
-    """Parameters and gradients of that size or a little more: pieces of one tensor each, which the floor then moves whole."""
+    """Parameters and gradients of at least this many weights: views of one tensor each, which the floor reads whole."""
     rows = math.ceil(weights / (TENSORS * FILTER))
     return [list(ops.normal((TENSORS, rows, FILTER), seed=1, draw=draw).abs_()) for draw in range(2)]
 
 
 def _many(tensors: int) -> list[list[torch.Tensor]]:
-    """So many tensors of next to no weights."""
+    """This many tensors with few weights each."""
     return [list(torch.rand(tensors, 1, 16)) for _ in range(2)]
 
 

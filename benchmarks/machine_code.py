@@ -1,10 +1,10 @@
-"""What can be known of a GPU's kernels without a GPU: registers, spills, the width of accesses, instructions, and from them a time.
+"""What machine code tells about GPU kernels without a GPU: registers, spills, access widths, instructions, and a time.
 
-python -m flatops.benchmarks.machine_code [FILE ...]   prints docs/performance.md's table, of flatops' own extension by default
+python -m flatops.benchmarks.machine_code [FILE ...]   prints docs/performance.md's table, of flatops by default
 
-The model counts. A multiprocessor issues four warp instructions a clock, and each kind of instruction has its own rate below
-that; memory moves what it must at the rate that a copy reaches. A kernel takes no less than the slower of the two, and a good
-one little more.
+The model counts instructions. A multiprocessor issues four warp instructions per clock, and each kind of instruction
+has its own, lower rate; memory moves the required bytes at the rate of a copy. A kernel takes at least the longer of
+the two times, and a good one little more.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the model takes for an H100 (SXM). `rates`: threads whose instruction a multiprocessor takes up in one clock."""
+    """The model's numbers for an H100 (SXM). `rates`: threads per clock of a multiprocessor, by pipe."""
 
     multiprocessors: int = 132
     hertz: float = 1.755e9
     bytes_per_second: float = 3.0e12
-    registers: int = 65536  # of a multiprocessor
+    registers: int = 65536  # per multiprocessor
     warps: int = 64
 
 
-# imad: integer multiplies, which go through one half of the units of fp32. What is not here is limited by issue alone.
+# imad: integer multiplies, which use half of the fp32 units. Opcodes not listed here are limited by issue alone.
 RATES = {"issue": 128, "fp32": 128, "imad": 64, "alu": 64, "fp64": 64, "xu": 16, "memory": 32}
 PIPES = {
     "fp32": "FFMA FMUL FADD HFMA2",
     "imad": "IMAD",
-    "alu": "LOP3 PLOP3 IADD3 VIADD SHF ISETP SEL PRMT FSETP FSEL FMNMX IMNMX VIMNMX LEA MOV IABS SGXT BMSK I2FP F2FP P2R R2P "
-    "VOTE CS2R",
+    "alu": "LOP3 PLOP3 IADD3 VIADD SHF ISETP SEL PRMT FSETP FSEL FMNMX IMNMX VIMNMX LEA MOV IABS SGXT BMSK I2FP F2FP "
+    "P2R R2P VOTE CS2R",
     "fp64": "DFMA DMUL DADD DSETP",
     "xu": "MUFU I2F F2I F2F FRND POPC FLO BREV FCHK",
     "memory": "LDG STG LD ST LDS STS LDL STL LDC LDGSTS LDSM ATOM ATOMG ATOMS RED REDG SHFL",
@@ -57,36 +57,36 @@ class Instruction:
     """One line of machine code."""
 
     address: int
-    opcode: str  # with its modifiers, such as LDG.E.128
+    opcode: str  # with modifiers, such as LDG.E.128
     operands: str
-    predicated: bool  # carried out by some threads alone; it is issued all the same
+    predicated: bool  # executed by some threads only, but issued for the whole warp
 
     @property
     def name(self) -> str:
-        """The opcode without its modifiers."""
+        """The opcode without modifiers."""
         return self.opcode.split(".")[0]
 
     @property
     def pipe(self) -> str:
-        """Which units it keeps busy, 'control' if none that counts."""
+        """The units that execute it; 'control' where none is modelled."""
         return PIPE_OF.get(self.name, "control")
 
     @property
     def bits(self) -> int:
-        """How much a load or a store moves for one thread."""
+        """Bits that a load or store moves per thread."""
         width = re.search(r"\.[US]?(8|16|64|128|256)\b", self.opcode)
         return int(width[1]) if width else 32
 
     @property
     def target(self) -> int | None:
-        """Where it may jump to within the kernel; None of a call, which comes back, and of all that does not jump."""
+        """The address in the kernel that it may jump to. None for calls, which return, and without a jump."""
         address = re.search(r"(0x[0-9a-f]+)\s*$", self.operands)
         return int(address[1], 16) if self.name == "BRA" and address else None
 
     @property
     def ends(self) -> bool:
-        """Whether what follows it is never reached by going on."""
-        if self.predicated or re.match(r"!?U?P\d", self.operands):  # BRA !P0, 0x100 goes on as well
+        """Whether execution never continues with the next instruction."""
+        if self.predicated or re.match(r"!?U?P\d", self.operands):  # BRA !P0, 0x100 may continue
             return False
         jumps = self.target is not None and "DIV" not in self.opcode
         return jumps or self.name in ("EXIT", "RET", "BRX", "KILL")
@@ -94,38 +94,38 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's resources and code."""
+    """The resources and code of one kernel."""
 
     name: str  # mangled
     arch: str
-    registers: int  # a thread
-    shared: int  # bytes, with the 1,024 that the system takes
+    registers: int  # per thread
+    shared: int  # bytes, including the 1,024 that the system reserves
     stack: int  # bytes
     code: tuple[Instruction, ...]
 
     @cached_property
     def instructions(self) -> Counter[str]:
-        """How often each opcode stands in the code, modifiers included."""
+        """How often each opcode occurs in the code, with modifiers."""
         return Counter(i.opcode for i in self.code)
 
     @cached_property
     def spills(self) -> int:
-        """Accesses of local memory: registers that ran out, or arrays with indices not known beforehand."""
+        """Accesses to local memory: spilled registers, or arrays indexed at run time."""
         return sum(i.name in ("LDL", "STL") for i in self.code)
 
     @cached_property
     def loads(self) -> Counter[int]:
-        """Width in bits -> how many loads from global memory stand in the code."""
+        """Width in bits -> number of loads from global memory in the code."""
         return Counter(i.bits for i in self.code if i.name in ("LDG", "LD", "LDGSTS"))
 
     @cached_property
     def stores(self) -> Counter[int]:
-        """Width in bits -> how many stores to global memory stand in the code."""
+        """Width in bits -> number of stores to global memory in the code."""
         return Counter(i.bits for i in self.code if i.name in ("STG", "ST"))
 
     @property
     def warps(self) -> int:
-        """Warps that a multiprocessor has registers for."""
+        """Warps that the registers of a multiprocessor suffice for."""
         return min(Gpu.warps, Gpu.registers // (-(-self.registers // 8) * 8 * WARP))
 
     @cached_property
@@ -142,7 +142,7 @@ class Kernel:
         return [tuple(block) for block in blocks]
 
     def _reached(self, without: Collection[int] = ()) -> set[int]:
-        """Which blocks can be reached if some are closed. Where a warp has come apart (BRA.DIV) is not the way."""
+        """The blocks that can be reached without those in `without`, ignoring the paths of diverged warps (BRA.DIV)."""
         at = {block[0].address: n for n, block in enumerate(self.blocks)}
         reached: set[int] = set()
         todo = [0]
@@ -159,7 +159,7 @@ class Kernel:
         return reached
 
     def _longer_ways(self, wide: list[int], ends: list[int]) -> set[int]:
-        """Where not to go: the first blocks of alternatives, such as code for what is not aligned, that move as much in more steps."""
+        """First blocks of the longer of two paths with as many wide accesses (as for unaligned tiles)."""
         at = {block[0].address: n for n, block in enumerate(self.blocks)}
         closed: set[int] = set()
         for n, block in enumerate(self.blocks):
@@ -176,11 +176,11 @@ class Kernel:
         return closed
 
     def path(self, trips: int = 1) -> Counter[Instruction]:
-        """What a thread with a whole and aligned tile runs, each instruction with how often: an upper bound.
+        """What a thread with a whole, aligned tile executes, with counts: an upper bound.
 
-        Left out is what can be: of two ways with as many wide accesses the longer one; slow paths, which call something,
-        and narrow accesses, as long as every wide access on the way and the end stay within reach. Both sides of any
-        other choice count. Loops run `trips` times.
+        Left out, as long as every wide access on the path and the end stay reachable: the longer of two paths
+        with as many wide accesses, slow paths that call a function, and narrow accesses. For any other branch both
+        sides count. Loops run `trips` times.
         """
         accesses = [
             (n, i)
@@ -198,7 +198,7 @@ class Kernel:
             if wide <= reached and not reached.isdisjoint(ends):
                 closed.add(n)
         reached = self._reached(closed)
-        loops = [  # from where a jump back leads to the jump; a kernel ends with one to itself
+        loops = [  # from the target of a backward jump to the jump; a kernel ends with a jump to itself
             range(i.target, i.address + 1)
             for n in reached
             for i in self.blocks[n]
@@ -212,7 +212,7 @@ class Kernel:
 
 
 def tool(name: str = "cuobjdump") -> str | None:
-    """Where a program of the CUDA toolkit is: the toolkit's own, or the one that Triton carries."""
+    """The path of a CUDA tool: the toolkit's, or the one that Triton ships."""
     triton = importlib.util.find_spec("triton")
     folders = [
         os.environ.get("PATH", os.defpath),
@@ -230,10 +230,10 @@ def kernels(path: Path | str, arch: str | None = None) -> dict[str, Kernel]:
 
     Args:
         path: the file.
-        arch: such as 'sm_90'; of several in a file the last one counts otherwise.
+        arch: such as 'sm_90'; by default the last one in the file.
 
     Raises:
-        FileNotFoundError: there is no cuobjdump.
+        FileNotFoundError: cuobjdump is not installed.
         subprocess.CalledProcessError: cuobjdump cannot read the file.
     """
     program = tool()
@@ -245,7 +245,7 @@ def kernels(path: Path | str, arch: str | None = None) -> dict[str, Kernel]:
 
 
 def parse(text: str) -> dict[str, Kernel]:
-    """The kernels in what cuobjdump prints."""
+    """Parses the output of cuobjdump."""
     resources: dict[tuple[str, str], dict[str, int]] = {}
     code: dict[tuple[str, str], list[Instruction]] = {}
     arch, key, lines = "", ("", ""), None
@@ -263,13 +263,14 @@ def parse(text: str) -> dict[str, Kernel]:
     without = {"REG": 0, "SHARED": 0, "STACK": 0}
     found = {}
     for (arch, name), lines in code.items():
-        used = resources.get((arch, name)) or resources.get(("", name), without)  # a cubin tells its arch too late
+        # In a cubin the architecture comes after the resources.
+        used = resources.get((arch, name)) or resources.get(("", name), without)
         found[name] = Kernel(name, arch, used["REG"], used["SHARED"], used["STACK"], tuple(lines))
     return found
 
 
 def by_pipe(path: Counter[Instruction], elements: int) -> dict[str, float]:
-    """Instructions an element by pipe, and all of them as 'issue'."""
+    """Instructions per element by pipe, and their total as 'issue'."""
     pipes: Counter[str] = Counter()
     for instruction, times in path.items():
         pipes[instruction.pipe] += times
@@ -278,20 +279,20 @@ def by_pipe(path: Counter[Instruction], elements: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds that a kernel takes at least."""
+    """The shortest time of a kernel in microseconds."""
 
     arithmetic: float
     memory: float
-    pipe: str  # which one is busy longest
+    pipe: str  # the busiest one
 
 
 def predict(pipes: dict[str, float], bytes_per_element: float, elements: int, gpu: Gpu = Gpu()) -> Prediction:
-    """Time on a GPU from instructions and bytes an element.
+    """Predicts a GPU's time from instructions and bytes per element.
 
     Args:
         pipes: from `by_pipe`.
-        bytes_per_element: that have to move.
-        elements: how many there are.
+        bytes_per_element: bytes that have to move.
+        elements: number of elements.
     """
     clocks = {pipe: n / RATES[pipe] for pipe, n in pipes.items() if pipe in RATES}
     clocks["fp32"] = (pipes.get("fp32", 0) + pipes.get("imad", 0)) / RATES["fp32"]  # they share units
@@ -300,10 +301,10 @@ def predict(pipes: dict[str, float], bytes_per_element: float, elements: int, gp
     return Prediction(seconds * 1e6, bytes_per_element * elements / gpu.bytes_per_second * 1e6, pipe)
 
 
-# --- flatops' own kernels ------------------------------------------------------------------------------------------------
+# --- flatops' own kernels ---------------------------------------------------------------------------------------------
 
-# operator, its kernel on float32 in the short table, weights a thread, bytes a weight, how often a loop runs: the search of the
-# table for a block's tensor, log2(161). Small kernels that finish a sum are left out.
+# Operator, its kernel on float32 with the short table, weights per thread, bytes per weight, trips of its loop (the
+# binary search for a block's tensor, log2(161)). Small kernels that finish a sum are left out.
 OPERATORS = [
     ("perturb_", r"perturbIfL.*ModeE0ELi168E", 32, 8),
     ("perturb_ with backup", r"perturbIfL.*ModeE0ELi168E", 32, 12),
@@ -323,7 +324,7 @@ COLUMNS = (*PIPES, "control")
 
 
 def rows(found: dict[str, Kernel]) -> list[dict[str, Any]]:
-    """A row for each of flatops' operators whose kernel is among `found`, with what it takes an H100 at least."""
+    """One row per operator of flatops whose kernel is in `found`, with the shortest time on an H100."""
     result = []
     for operator, pattern, elements, bytes_per_weight in OPERATORS:
         kernel = next((k for name, k in found.items() if re.search(pattern, name)), None)
@@ -341,7 +342,7 @@ def rows(found: dict[str, Kernel]) -> list[dict[str, Any]]:
                 "loads": _widths(path, "LDG"),
                 "stores": _widths(path, "STG"),
                 "pipes": {pipe: pipes.get(pipe, 0.0) for pipe in COLUMNS},
-                "instructions": pipes["issue"],  # a weight
+                "instructions": pipes["issue"],  # per weight
                 "slowest": next(iter(times.values())).pipe,
                 "us": {model: [each.arithmetic, each.memory] for model, each in times.items()},
             }
@@ -350,7 +351,7 @@ def rows(found: dict[str, Kernel]) -> list[dict[str, Any]]:
 
 
 def measure() -> dict[str, Any]:
-    """The rows of flatops' extension; none where it has no code for an H100 or nothing here can read it."""
+    """The rows of flatops' extension; none if it has no code for an H100, or without cuobjdump."""
     from flatops.backend import _C
 
     readable = "sm_90" in getattr(_C, "cuda_archs", ()) and tool()
@@ -358,7 +359,7 @@ def measure() -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The table in Markdown."""
     head = ["operator", "registers", "warps", "spills", "loads", "stores", *COLUMNS, "all", "slowest"]
     head += [f"{model}: arithmetic, memory (µs)" for model in MODELS]
     lines = [head, ["---"] * len(head)]
@@ -370,18 +371,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def microseconds(pair: Sequence[float]) -> str:
-    """Of arithmetic and of memory."""
+    """Arithmetic and memory time."""
     return ", ".join(f"{each:.0f}" for each in pair)
 
 
 def _widths(path: Iterable[Instruction], name: str) -> str:
-    """How wide the accesses on a path are, such as '8 × 128, 1 × 32'."""
+    """The widths of the accesses on a path, such as '8 × 128, 1 × 32'."""
     widths = Counter(i.bits for i in path if i.name == name)
     return ", ".join(f"{n} × {bits}" for bits, n in sorted(widths.items(), reverse=True)) or "none"
 
 
 def main(files: list[str]) -> None:
-    """Prints the table of the kernels in these files, or in flatops' extension."""
+    """Prints the table for the kernels in these files, or in flatops' extension."""
     if not files:
         from flatops.backend import _C
 

@@ -1,8 +1,8 @@
-"""How everything here is measured: contenders in turn in one process, many rounds, ratios and not times.
+"""How everything here is measured: contenders in turn in one process, over many rounds, as ratios.
 
-A shared machine drifts by tens of per cent within minutes, but it drifts for all contenders of a round alike. On a CPU the
-figure is one thread's CPU time, the best of all rounds: the wall times of two threads flip between two levels. On a GPU it is
-the time between two events, the median of all rounds, with the host kept out of the way.
+A shared machine drifts by tens of per cent within minutes, but equally for all contenders of a round. On a CPU the
+figure is one thread's CPU time, the best of all rounds: the wall times of two threads vary between two levels. On a GPU
+it is the time between two events, the median of all rounds, without the host's time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ T = TypeVar("T")
 def in_turn(
     contenders: dict[str, Callable[[], T]], rounds: int, progress: Callable[[], Any] = lambda: None
 ) -> dict[str, list[T]]:
-    """What each contender returned; one call each, a round, after one round that does not count."""
+    """Results per contender of one call per round, after one warm-up round."""
     results: dict[str, list[T]] = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
@@ -63,7 +63,7 @@ def best_times(
     clock: Callable[[], float] = time.thread_time,
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
-    """Seconds of each contender's fastest call, with memory from a heap that keeps its pages."""
+    """Seconds of each contender's fastest call, with a heap that keeps its pages."""
     keep_pages()
 
     def timed(call: Callable[[], Any]) -> Callable[[], float]:
@@ -79,7 +79,7 @@ def best_times(
 
 
 def best_of_processes(rows_of: Callable[..., list[dict[str, Any]]], *args: Any, processes: int) -> list[dict[str, Any]]:
-    """The rows of several processes, each with the least `ms` that any of them found."""
+    """The rows of several processes, each with the lowest `ms` of all of them."""
     found = of_processes(rows_of, *args, processes=processes)
     return [rows[0] | {"ms": min(row["ms"] for row in rows)} for rows in zip(*found, strict=True)]
 
@@ -87,9 +87,9 @@ def best_of_processes(rows_of: Callable[..., list[dict[str, Any]]], *args: Any, 
 def of_processes(
     rows_of: Callable[..., list[dict[str, Any]]], *args: Any, processes: int
 ) -> list[list[dict[str, Any]]]:
-    """Rows as several processes measure them one after the other.
+    """The rows of several processes, run one after another.
 
-    Where its tensors lie in memory is luck that a process has but once, and worth a fifth of a pass.
+    The position of tensors in memory varies between processes, which changes the time of a pass by a fifth.
     """
     found = []
     for _ in range(processes):
@@ -100,10 +100,10 @@ def of_processes(
 
 @functools.cache
 def keep_pages() -> None:
-    """Lets malloc return nothing to the system, where it is glibc's.
+    """Keeps glibc's malloc from returning memory to the system.
 
-    Otherwise contenders that allocate pay for fresh pages or not as it sees fit, and differ by a quarter from one run to the
-    next. This is the best case for them.
+    Otherwise contenders that allocate sometimes pay for fresh pages and sometimes do not, and vary by a quarter between
+    runs. This is the best case for them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -112,40 +112,40 @@ def keep_pages() -> None:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value that `share` of the others lie below; 0.5 is the median."""
+    """The value below which a `share` of the values lie; 0.5 is the median."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was told; a CPU has."""
+    """Waits until the device has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-# --- batches: one short call is lost in the time that it takes to launch -------------------------------------------------
+# --- batches: the time of one short call is less than that of its launch ----------------------------------------------
 
 
 @dataclass
 class Sample:
-    """What a batch of calls took, in seconds a call."""
+    """Seconds per call of a batch of calls."""
 
     device: float  # from the first kernel's start to the last one's end
     host: float  # until the last call returned
-    wall: float  # until the device was done, with nothing done to keep the host from being the slower one
-    queued: bool  # every launch waited in the queue before the device began, so that `device` holds no time of the host
+    wall: float  # until the device was done, without measures to keep the host ahead
+    queued: bool  # whether every launch was queued before the device began, so that `device` excludes the host
 
 
 class Batch:
-    """Takes samples of a call on a GPU; on a CPU, where device and host are one, it rehearses.
+    """Takes samples of a call on a GPU; on a CPU, where device and host are the same, it rehearses.
 
-    The GPU first sleeps until the host has launched the whole batch. Otherwise kernels shorter than their own launch
-    would be timed at the pace of the host. A call that waits for the GPU itself cannot be queued: then `device` is the
-    time that passes on the GPU, its idle stretches included.
+    The GPU first sleeps until the host has launched the whole batch. Otherwise kernels shorter than their launch would
+    be timed at the host's pace. A call with a host sync cannot be queued; then `device` is the time that passes on the
+    GPU, including idle time.
     """
 
-    SPAN = 2e-3  # seconds that a batch is to last, at most ...
-    CALLS = 32  # ... and its calls: the queue holds about a thousand launches
-    CYCLES = 2e9  # of a GPU's clock in a second, at most
+    SPAN = 2e-3  # longest batch, in seconds ...
+    CALLS = 32  # ... and in calls: the queue holds about a thousand launches
+    CYCLES = 2e9  # highest clock rate of a GPU, in Hz
 
     def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
         self.call, self.on_gpu = call, device.type == "cuda"
@@ -184,7 +184,7 @@ class Batch:
 
 
 def graph_of(call: Callable[[], Any], calls: int) -> Callable[[], None]:
-    """A call that replays `calls` calls as one CUDA graph; raises what capturing them raised."""
+    """A call that replays `calls` calls as one CUDA graph. Errors of the capture are raised."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -197,11 +197,11 @@ def graph_of(call: Callable[[], Any], calls: int) -> Callable[[], None]:
     return graph.replay
 
 
-# --- counts: they do not depend on the machine ---------------------------------------------------------------------------
+# --- counts: they do not depend on the machine ------------------------------------------------------------------------
 
 
 class _Counter(TorchDispatchMode):
-    """Counts what PyTorch dispatches, and what stops the host to read a number."""
+    """Counts the operations that PyTorch dispatches and the values that the host reads."""
 
     READS = ("aten._local_scalar_dense.default", "aten.is_nonzero.default", "aten.equal.default")
     VIEWS = ("aten.detach.default", "aten.view.default", "aten.alias.default")
@@ -220,19 +220,19 @@ class _Counter(TorchDispatchMode):
 
 
 def count(call: Callable[[], Any]) -> tuple[int, int]:
-    """Operations that PyTorch dispatches in one call, each a launch on a GPU, and numbers that the host reads back."""
+    """Operations that PyTorch dispatches in one call (each a launch on a GPU), and values that the host reads back."""
     with _Counter() as counter:
         call()
     return counter.operations, counter.host_reads
 
 
 def traced(call: Callable[[], Any]) -> dict[str, int]:
-    """What one call really does on a GPU, by the profiler: see `tally`. Nothing of it happens on a CPU."""
+    """What one call does on a GPU according to the profiler: see `tally`. On a CPU all counts are zero."""
     return tally(_trace(call))
 
 
 def _trace(call: Callable[[], Any], **how: Any) -> list[dict[str, Any]]:
-    """The events that the profiler saw around one call."""
+    """The profiler's events of one call."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -250,9 +250,9 @@ SYNCS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSynch
 
 
 def tally(events: list[dict[str, Any]]) -> dict[str, int]:
-    """Counts in a profiler's trace: kernels launched, copies and fills, waits of the host, and copies that it reads.
+    """Counts in a profiler's trace: kernel launches, copies and fills, host syncs, and copies to the host.
 
-    Only what the host calls between the start and the end of the mark counts as its wait: the profiler waits as well.
+    Only host syncs between the start and the end of the mark count: the profiler synchronises as well.
     """
     mark = next(e for e in events if e.get("cat") == "user_annotation" and e["name"] == MARK)
     first, last = mark["ts"], mark["ts"] + mark["dur"]
@@ -271,12 +271,12 @@ def tally(events: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def allocations(call: Callable[[], Any]) -> dict[str, int]:
-    """Bytes of tensors that one call takes from torch's allocator, by the profiler: see `balance`."""
+    """Bytes that one call takes from torch's allocator, according to the profiler: see `balance`."""
     return balance(_trace(call, profile_memory=True))
 
 
 def balance(events: list[dict[str, Any]]) -> dict[str, int]:
-    """Bytes allocated within the mark of a profiler's trace: in all; at most at one time; left at the end."""
+    """Bytes allocated within the mark of a profiler's trace: in total, at the peak, and still held at the end."""
     mark = next(e for e in events if e.get("cat") == "user_annotation" and e["name"] == MARK)
     first, last = mark["ts"], mark["ts"] + mark["dur"]
     changes = [e["args"]["Bytes"] for e in events if e["name"] == "[memory]" and first <= e["ts"] <= last]
@@ -285,7 +285,7 @@ def balance(events: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def waits(call: Callable[[], Any], device: torch.device) -> str | None:
-    """What torch says of a call that makes the host wait for the GPU; None of one that does not."""
+    """What torch reports about a call with a host sync; None if there is none."""
     if device.type != "cuda":
         return None
     call()
@@ -300,15 +300,15 @@ def waits(call: Callable[[], Any], device: torch.device) -> str | None:
 
 
 def available_memory() -> int:
-    """Bytes that this machine could still give."""
+    """Bytes of memory still available."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: what there is, free or not
+    except (OSError, KeyError):  # not Linux: all memory, free or not
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# --- where it was measured -----------------------------------------------------------------------------------------------
+# --- provenance -------------------------------------------------------------------------------------------------------
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -318,7 +318,8 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         ["git", *what], cwd=here, capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
-        commit = git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain"))  # +: and changes
+        changed = bool(git("status", "--porcelain"))
+        commit = git("rev-parse", "--short", "HEAD") + "+" * changed
     except (OSError, subprocess.CalledProcessError):
         commit = None
     found = {

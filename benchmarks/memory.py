@@ -1,4 +1,4 @@
-"""How much memory does a perturbed pass take beside weights and gradients? Bytes a weight, as torch's allocator counts them."""
+"""How much memory does a perturbed pass take besides weights and gradients? Bytes per weight in torch's allocator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flatops.benchmarks.peers import PLAIN, contenders
 
 
 def measure(model: str = "resnet50") -> dict[str, Any]:
-    """For every contender of `peers`: what its first pass holds at most and keeps, what each later one allocates."""
+    """For every contender of `peers`: peak and retained bytes of the first pass, and what each later pass allocates."""
     b = Buffers(parameter_shapes(model), torch.device("cpu"), torch.float32)
     rows = []
     for (method, name), call in contenders(b).items():

@@ -1,7 +1,7 @@
-"""What does a step of each method cost beside SGD's? A convolutional network and a transformer, one thread.
+"""What does a step of each method cost relative to SGD's? A convolutional network and a transformer, one thread.
 
-It is what `flatops train --profile` shows of them. Batches are a sixteenth of the usual ones, so that flatops' share of a step is
-larger here than where networks are trained in earnest.
+It measures what `flatops train --profile` shows. Batches are a sixteenth of the usual size, so flatops' share of a step
+is larger here than in real training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flatops.benchmarks.measure import of_processes, provenance
 from flatops.train.config import TrainConfig
 from flatops.train.profile import profile
 
-NETWORKS = {  # name to timm's, the side of an image, the batch
+NETWORKS = {  # name: timm name, image size, batch size
     "ResNet-18 for CIFAR": ("resnet18_cifar", 32, 8),
     "ViT-Ti/16": ("vit_tiny_patch16_224", 96, 8),
 }
@@ -25,7 +25,7 @@ NETWORKS = {  # name to timm's, the side of an image, the batch
 def measure(
     networks: dict[str, tuple[str, int, int]] = NETWORKS, rounds: int = 2, processes: int = 3
 ) -> dict[str, Any]:
-    """A row for every method on each network: its step in steps of SGD, and flatops' share of it, means of some processes."""
+    """One row per method and network: its step relative to SGD's, and flatops' share of it, averaged over processes."""
     found = of_processes(_rows, networks, rounds, processes=processes)
     mean = lambda same, key: fmean(row[key] for row in same) if same[0][key] is not None else None
     rows = [same[0] | {key: mean(same, key) for key in ("to_sgd", "share")} for same in zip(*found, strict=True)]

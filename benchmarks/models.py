@@ -1,4 +1,4 @@
-"""Do the floors of one model hold for others? Operators × models' real lists of parameters × dtypes × threads."""
+"""Do the floors of one model hold for others? Operators × the parameter lists of models × dtypes × threads."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ OPERATORS = (
     "ascend_, backup, restore_",
     "topk_mask, half",
 )
-THREADED = ("ResNet-50", "float32")  # the case on which threads are measured
-BIG = (
-    2 * 10**8
-)  # weights from which a model is measured in bfloat16 alone, as such models are trained, and without peers
+THREADED = ("ResNet-50", "float32")  # the case that is measured with several threads
+# Weights from which a model is measured in bfloat16 only, as such models are trained, and without peers.
+BIG = 2 * 10**8
 
 
 def wide_resnet_28_10() -> Shapes:
-    """WideResNet-28-10 for CIFAR-100 (arXiv 1605.07146), which timm does not have."""
+    """WideResNet-28-10 for CIFAR-100 (arXiv 1605.07146), which timm lacks."""
     shapes: Shapes = [(16, 3, 3, 3)]
     before = 16
     for width in (160, 320, 640):
@@ -40,7 +39,7 @@ def wide_resnet_28_10() -> Shapes:
 
 
 def llama(layers: int = 22, width: int = 2048, hidden: int = 5632, keys: int = 256, words: int = 32000) -> Shapes:
-    """A decoder of Llama's kind; as it stands TinyLlama's 1.1 billion weights (arXiv 2401.02385)."""
+    """A Llama-like decoder; the defaults are TinyLlama's 1.1 billion weights (arXiv 2401.02385)."""
     attention = [(width, width), (keys, width), (keys, width), (width, width)]
     layer = attention + [(hidden, width), (hidden, width), (width, hidden), (width,), (width,)]
     return [(words, width), *layer * layers, (width,), (words, width)]
@@ -57,7 +56,7 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 
 
 def measure(models: dict[str, Callable[[], Shapes]] = MODELS, rounds: int = 3, processes: int = 3) -> dict[str, Any]:
-    """A row for each operator, and each peer of it, of each model in each dtype; and what more threads gain on one of them."""
+    """One row per operator and peer, model and dtype; and the gain of more threads on one of them."""
     threads = torch.get_num_threads()
     cases: list[tuple[str, str, Shapes]] = []
     skipped: list[str] = []
@@ -70,7 +69,7 @@ def measure(models: dict[str, Callable[[], Shapes]] = MODELS, rounds: int = 3, p
                 skipped.append(f"{model}, {dtype}: needs {need / 2**30:.0f} GiB")
             else:
                 cases.append((model, dtype, shapes))
-    # Where large tensors lie is no luck.
+    # The position of large tensors in memory does not matter.
     large, small = ([case for case in cases if (sum(map(math.prod, case[2])) >= BIG) is big] for big in (True, False))
     found = best_of_processes(_rows, small, threads, rounds, processes=processes)
     found += best_of_processes(_rows, large, threads, rounds * processes, processes=1)
@@ -102,7 +101,7 @@ def _chosen(shapes: Shapes, dtype: torch.dtype, peers: bool) -> list[tuple[Row, 
 
 
 def _rows(cases: list[tuple[str, str, Shapes]], threads: int, rounds: int) -> list[dict[str, Any]]:
-    """What one process measures: every case by one thread, and one of them by the wall clock with all threads too."""
+    """What one process measures: every case with one thread, and one of them with all threads by wall clock."""
     torch.set_num_threads(1)
     rows = []
     for model, dtype, shapes in cases:

@@ -1,4 +1,4 @@
-"""The papers' code: the research scripts for RWP and SAM, rewritten. They loop over tensors and keep noise and copies."""
+"""The papers' code: the research scripts for RWP and SAM, rewritten. Loops over tensors that keep noise and copies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def perturb(params: list[Tensor], sigma: float) -> list[Tensor]:
-    """RWP's noise, one tensor at a time. Returns it: it is kept to be subtracted."""
+    """Adds RWP's noise, one tensor at a time. Returns the noise, which is subtracted later."""
     noise = []
     for p in params:
         if p.dim() > 1:
@@ -24,20 +24,20 @@ def perturb(params: list[Tensor], sigma: float) -> list[Tensor]:
 
 @torch.no_grad()
 def remove(params: list[Tensor], noise: list[Tensor]) -> None:
-    """Subtracts the noise; what rounding has changed stays changed."""
+    """Subtracts the noise; rounding errors remain."""
     for p, e in zip(params, noise):
         p.sub_(e)
 
 
 @torch.no_grad()
 def grad_norm(grads: list[Tensor]) -> Tensor:
-    """SAM's norm: one norm a tensor, stacked."""
+    """The gradient norm of SAM: one norm per tensor, stacked."""
     return torch.norm(torch.stack([g.norm(p=2) for g in grads]), p=2)
 
 
 @torch.no_grad()
 def ascend(params: list[Tensor], grads: list[Tensor], rho: float, norm: Tensor) -> list[Tensor]:
-    """SAM's step, one tensor at a time. Returns copies of the weights."""
+    """SAM's ascent, one tensor at a time. Returns copies of the weights."""
     scale = rho / (norm + 1e-12)
     kept = []
     for p, g in zip(params, grads):
@@ -55,7 +55,7 @@ def copy_back(params: list[Tensor], kept: list[Tensor]) -> None:
 
 @torch.no_grad()
 def mask(scores: list[Tensor], k: int) -> list[Tensor]:
-    """SSAM's mask: torch.topk over all scores in one row, and a dense float mask for every tensor."""
+    """SSAM's mask: torch.topk over all scores concatenated, and a dense float mask for every tensor."""
     row = torch.cat([s.flatten() for s in scores])
     dense = torch.zeros_like(row)
     dense.scatter_(0, torch.topk(row, k).indices, torch.ones_like(row[:k]))

@@ -1,6 +1,6 @@
-"""What do optimizers cost that do the same? A perturbed pass entered and left, of ours, pytorch_optimizer's and loops by hand.
+"""What do other implementations cost? Entering and leaving a perturbed pass: flatops, pytorch_optimizer, loops by hand.
 
-Every contender has the same weights and gradients, and a base optimizer that does nothing, so that what is left is the method.
+All contenders have the same weights and gradients and a base optimizer that does nothing: only the method is left.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from flatops.benchmarks.bench import Buffers, parameter_shapes
 from flatops.benchmarks.measure import best_of_processes, best_times, count, provenance
 
 RHO, SIGMA = 0.05, 0.01
-PLAIN = "a plain step"  # of a base optimizer, for scale
-# Rounds and processes of a model of the usual size, and of one so small that a call's fixed cost is all there is: in Python luck is more.
+PLAIN = "a plain step"  # of a base optimizer, for comparison
+# Rounds and processes: a tiny model shows Python's overhead, which varies more between processes.
 MODELS = {"resnet50": (12, 3), "cnn": (180, 6)}
 
 
 class Idle(torch.optim.Optimizer):
-    """A base optimizer that leaves the weights as they are."""
+    """A base optimizer that leaves the weights unchanged."""
 
     def __init__(self, params: Any, lr: float = 0.0, **kwargs: Any) -> None:
         super().__init__(params, {"lr": lr})
@@ -35,7 +35,7 @@ class Idle(torch.optim.Optimizer):
 
 
 def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
-    """(method, whose) to one pass: gradients there, weights perturbed, gradients there again, weights back."""
+    """(method, implementation) to one pass: set gradients, perturb, set gradients again, restore."""
     params, grads = [p.requires_grad_() for p in b.params], b.grads
 
     def given() -> None:
@@ -68,7 +68,7 @@ def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
         return two_steps(optimizer)
 
     def foreach_sam() -> None:
-        kept = [torch.empty_like(p) for p in params]  # as pytorch_optimizer: made anew each time, and then freed
+        kept = [torch.empty_like(p) for p in params]  # as in pytorch_optimizer: allocated and freed in every pass
         foreach.ascend(params, grads, RHO, foreach.grad_norm(grads), kept)
         foreach.copy_back(params, kept)
 
@@ -120,7 +120,7 @@ def contenders(b: Buffers) -> dict[tuple[str, str], Callable[[], Any]]:
 
 
 def measure(models: dict[str, tuple[int, int]] = MODELS) -> dict[str, Any]:
-    """Floors of every contender, how many times ours that is, what it dispatches, and whether the weights come back."""
+    """Floors of every contender, the ratio to ours, dispatched operations, and whether weights are restored exactly."""
     rows = []
     for model, (rounds, processes) in models.items():
         floor, *measured = best_of_processes(_rows, model, rounds, processes=processes)

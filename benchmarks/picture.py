@@ -1,4 +1,4 @@
-"""README's and docs' pictures, from the rows that were measured."""
+"""The pictures of README and docs, from the measured rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from flatops.methods import METHODS
 
 
 def digest(result: dict[str, Any]) -> str:
-    """Of the rows that a picture is made from."""
+    """The digest of the rows that a picture is made from."""
     return hashlib.sha256(json.dumps(result).encode()).hexdigest()
 
 
 def stamp(path: Path, result: dict[str, Any]) -> None:
-    """Writes into a picture which rows it shows."""
+    """Writes into a picture the digest of the rows that it shows."""
     about = PngInfo()
     about.add_text("rows", digest(result))
     with Image.open(path) as image:
@@ -30,7 +30,7 @@ def stamp(path: Path, result: dict[str, Any]) -> None:
 
 
 def axes_of(width: float, height: float):
-    """A figure without a screen and its axes, open to the top and the right."""
+    """A figure without a window, and axes without the top and right spines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def axes_of(width: float, height: float):
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Bars: what a perturbed pass costs beside plain training, in passes over the weights; ours and the papers' code."""
+    """Bars: the cost of a perturbed pass in floors, of flatops and of the papers' code."""
     rows = result["rows"]
 
     def pair(label: str, name: str, other: str) -> tuple[str, float, float]:
@@ -71,7 +71,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def draw_growth(result: dict[str, Any], path: Path) -> None:
-    """Time of a call over the number of weights: a line in both logarithms, over a fixed cost."""
+    """Time per call over the number of weights, on logarithmic axes."""
     figure, axes = axes_of(8, 3.6)
     for name in dict.fromkeys(point["name"] for point in result["points"]):
         points = [(p["weights"], p["us"]) for p in result["points"] if p["name"] == name]
@@ -98,7 +98,7 @@ def draw_peers(result: dict[str, Any], path: Path) -> None:
 
 
 def draw_accuracy(result: dict[str, Any], path: Path) -> None:
-    """Test accuracy over the time that training took, in epochs of SGD: the two tables side by side."""
+    """Test accuracy over training time in epochs of SGD, for the two tables side by side."""
     import matplotlib
 
     matplotlib.use("Agg")

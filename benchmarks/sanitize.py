@@ -1,9 +1,9 @@
-"""Every operator of one backend, once, on small tensors of odd shapes, for a tool that watches memory:
+"""Runs every operator of one backend once on small tensors of odd shapes, for a memory checker:
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m flatops.benchmarks.sanitize cuda
 
-Without torch's cache every tensor is an allocation of its own, and an access beyond its end is seen. No result is checked
-here but that none is left out: the test suite does that.
+Without torch's cache every tensor is an allocation of its own, so an access beyond its end is found. Results are
+checked only for being restored; the test suite does the rest.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flatops import ops
 
-# A scalar, tails of every length, filters shorter than a warp, one that fills a block and one that is split over several.
+# A scalar, tails of every length, filters shorter than a warp, one that fills a block, and one split over several.
 SHAPES = [(), (1,), (7,), (0, 3), (5, 9), (33, 147), (3, 1023), (2, 8193), (20001,), (6, 3, 3, 3)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def make(dtype: torch.dtype, device: str, misaligned: bool) -> list[Tensor]:
-    """A tensor of every shape; misaligned ones begin one element into their memory."""
+    """A tensor of every shape; misaligned ones begin one element after the start of their memory."""
     generator = torch.Generator().manual_seed(0)
     tensors = []
     for shape in SHAPES:
@@ -31,7 +31,7 @@ def make(dtype: torch.dtype, device: str, misaligned: bool) -> list[Tensor]:
 
 
 def run(backend: str, device: str, dtype: torch.dtype, misaligned: bool) -> None:
-    """Calls every operator, in an order that ends with the weights that it began with."""
+    """Calls every operator, in an order that ends with the initial weights."""
     params, grads = (make(dtype, device, misaligned) for _ in range(2))
     before = [p.clone() for p in params]
     fisher = [torch.ones(p.shape[:1] if p.dim() else (1,), device=device) for p in params]
@@ -54,11 +54,11 @@ def run(backend: str, device: str, dtype: torch.dtype, misaligned: bool) -> None
         ops.restore_(params, backup=backup, **how)
     for p, b in zip(params, before):
         if not torch.equal(p.cpu(), b.cpu()):
-            raise AssertionError(f"{backend}, {dtype}: a weight of shape {tuple(p.shape)} did not come back")
+            raise AssertionError(f"{backend}, {dtype}: a weight of shape {tuple(p.shape)} was not restored")
 
 
 def main(backend: str, device: str) -> None:
-    """All dtypes, aligned and not, and the noise itself."""
+    """Runs all dtypes, aligned and misaligned, and the noise alone."""
     for dtype in DTYPES:
         for misaligned in (False, True):
             run(backend, device, dtype, misaligned)

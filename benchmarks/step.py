@@ -1,4 +1,4 @@
-"""What share of a training step is flatops' own? The small CNN on digits, batch 64: the hardest case, for it does least."""
+"""What share of a training step is flatops' own? The small CNN on digits, batch 64: the worst case."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flatops.train import models
 
 
 def rows(rounds: int) -> list[dict[str, Any]]:
-    """ms of a whole step of SGD, RWP and SAM, and of flatops' part in it.
+    """ms of a whole step of SGD, RWP and SAM, and of flatops' part of it.
 
-    flatops' part is everything that the optimizer adds to the base: the perturbed pass entered and left with nothing within.
+    flatops' part is everything that the optimizer adds to the base: entering and leaving an empty perturbed pass.
     """
     torch.set_num_threads(1)
     x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))

@@ -1,7 +1,7 @@
-"""Every question that is asked of a CPU, one after the other; then the tables and pictures made from the answers.
+"""Runs all CPU benchmarks one after another, then makes the tables and pictures from their results.
 
-`flatops bench --suite full` takes a quarter of an hour on a quiet machine of two cores. Each question has its own process: what
-one leaves in memory or in a cache is no part of another's answer.
+`flatops bench --suite full` takes a quarter of an hour on an idle machine with two cores. Each benchmark has its own
+process, so that nothing that one leaves in memory or in a cache affects another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flatops.landscape import plots
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# The file of rows, and the module whose measure() makes them. What is timed has the machine to itself.
+# Name of a file of rows, and the module whose measure() makes them. What is timed runs alone.
 TIMED = {"cpu": "bench"} | {
     name: name for name in ("models", "peers", "memory", "growth", "methods", "distributed", "machine_code")
 }
@@ -40,32 +40,32 @@ PICTURES = {
 
 
 def ask(modules: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """What modules measure when they are told nothing, side by side, each in a process of its own."""
+    """The measurements of several modules with their defaults, in parallel, each in its own process."""
     with ThreadPoolExecutor() as threads:
         yield from threads.map(ask_one, modules)
 
 
 def ask_one(module: str) -> dict[str, Any]:
-    """What a module measures in a process of its own."""
+    """A module's measurement, in its own process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(answer, module).result()
 
 
 def answer(module: str) -> dict[str, Any]:
-    """What a module measures."""
+    """A module's measurement."""
     return importlib.import_module(f"flatops.benchmarks.{module}").measure()
 
 
 def main(config: bench.Config) -> int:
-    """Asks all, writes the rows; and README's and docs' tables and pictures, unless the rows go to a folder of one's own."""
+    """Runs everything and writes the rows; without --results also the tables and pictures of README and docs."""
     here = not config.results
     if here and not (ROOT / "README.md").exists():
         raise ValueError("there is no README here to write tables into: say --results FOLDER, or run it in a checkout")
     for module in QUESTIONS.values():
-        importlib.import_module(f"flatops.benchmarks.{module}")  # what is missing is missed now
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of each of its starts
+        importlib.import_module(f"flatops.benchmarks.{module}")  # a missing dependency is an error now, not later
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from reporting each of its starts
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as unfinished:  # a suite that breaks off leaves what was there
+    with tempfile.TemporaryDirectory() as unfinished:  # a suite that is interrupted leaves the old results
         folder = config.results or Path(unfinished)
         folder.mkdir(parents=True, exist_ok=True)
         for group in (*([name] for name in TIMED), TOGETHER):

@@ -1,6 +1,6 @@
-"""README's and docs' tables about speed, from the rows that were measured: no figure in them is typed by hand.
+"""The tables about speed in README and docs, from the measured rows: no figure is typed by hand.
 
-A page says where a table goes by a pair of comments, and what stands between them is written anew:
+A page marks each table with a pair of comments, and everything between them is replaced:
 
     <!-- bench: NAME -->
     <!-- end -->
@@ -17,13 +17,13 @@ from flatops.benchmarks.machine_code import MODELS, microseconds
 from flatops.methods import METHODS
 from flatops.train.report import describe_options
 
-Results = dict[str, dict[str, Any]]  # of suite.QUESTIONS, by name
+Results = dict[str, dict[str, Any]]  # by name, as in suite.QUESTIONS
 PAGES = ("README.md", *(f"docs/{page}.md" for page in ("performance", "evidence", "landscape", "distributed")))
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HALF = 0.55  # of a time, at most, is half of it
+HALF = 0.55  # up to this ratio, a time counts as half
 PAPERS, FOREACH = "the papers' code", "torch's foreach"
 
-# What keeps an operator from moving its bytes and nothing else.
+# Why an operator takes longer than its memory traffic.
 BETWEEN = {
     "perturb_": "compute-bound: Philox and Box–Muller",
     "perturb_, backup, restore_": "compute-bound, only partly hidden behind the backup's stores",
@@ -40,14 +40,14 @@ BETWEEN = {
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of Markdown, the first column to the left."""
+    """A Markdown table with the first column left-aligned."""
     lines = [list(head), *map(list, rows)]
     lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: float | None) -> str:
-    """Two digits that count, more where there is more before the point; nothing for what there is not."""
+    """Two significant digits, or all digits before the point if more; empty for None."""
     if value is None:
         return ""
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
@@ -61,12 +61,12 @@ def where(result: dict[str, Any]) -> str:
 
 
 def named(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any] | None:
-    """The first row with these values, if there is one."""
+    """The first row with these values, or None."""
     return next((row for row in rows if all(row.get(k) == v for k, v in fields.items())), None)
 
 
 def speed(results: Results) -> str:
-    """README's: ours, and the others, in floors."""
+    """README's table: flatops and other implementations, in floors."""
     cpu, peers, growth = results["cpu"], results["peers"], results["growth"]
     rows = cpu["rows"]
 
@@ -91,14 +91,15 @@ def speed(results: Results) -> str:
     return "\n\n".join(
         [
             table(["a perturbed pass, entered and left", *columns], body),
-            f"Cost grows as a line: `perturb_` with backup and `restore_` take {line['ns_per_weight']:.2f} ns a weight, "
-            f"{number(line['us_per_call'])} µs a call and {number(line['us_per_tensor'])} µs a tensor, and less in a cache. {where(cpu)}",
+            f"Cost grows as a line: `perturb_` with backup and `restore_` take {line['ns_per_weight']:.2f} ns "
+            f"a weight, {number(line['us_per_call'])} µs a call and {number(line['us_per_tensor'])} µs a tensor, "
+            f"and less in a cache. {where(cpu)}",
         ]
     )
 
 
 def operators(results: Results) -> str:
-    """Every operator: its bytes, its limit and what it takes."""
+    """Every operator: bytes, limit and floors."""
     cpu = results["cpu"]
     body = []
     for row in cpu["rows"][1:]:
@@ -124,7 +125,7 @@ def operators(results: Results) -> str:
 
 
 def models(results: Results) -> str:
-    """Floors of each operator, a line for each model and dtype."""
+    """Floors of each operator, a row per model and dtype."""
     result = results["models"]
     names = list(dict.fromkeys((row["of"], row["name"]) for row in result["rows"][1:] if row["name"] != "floor"))
     cases = dict.fromkeys((row["model"], row["dtype"]) for row in result["rows"])
@@ -158,7 +159,7 @@ def peers(results: Results) -> str:
 
 
 def memory(results: Results) -> str:
-    """Bytes a weight of a perturbed pass."""
+    """Bytes per weight of a perturbed pass."""
     result = results["memory"]
     body = [
         [row["method"], row["name"], *(f"{row[k]:.1f}" for k in ("peak", "kept", "allocated"))]
@@ -169,7 +170,7 @@ def memory(results: Results) -> str:
 
 
 def growth(results: Results) -> str:
-    """The lines through the sizes."""
+    """The lines fitted over sizes."""
     result = results["growth"]
     body = [
         [f"`{row['name']}`", f"{row['ns_per_weight']:.3f}", f"{row['floors']:.2f}", f"{row['worst']:.0%}"]
@@ -184,17 +185,17 @@ def growth(results: Results) -> str:
 
 
 def points(value: float) -> str:
-    """Of a hundred, with a sign."""
+    """A signed difference in percentage points."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def between(row: dict[str, float]) -> str:
-    """A difference of accuracies and where it lies at 95 %."""
+    """A difference of accuracies with its 95 % interval."""
     return f"{points(row['mean'])} ({points(row['low'])} to {points(row['high'])})"
 
 
 def accuracy(results: Results, schedule: str) -> str:
-    """A table of accuracies: of all methods by one schedule, or of each with options of its own."""
+    """A table of accuracies: with one schedule for all, or with each method's own options."""
     result = results["accuracy"]
     rows = [row for row in result["rows"] if row["schedule"] == schedule]
     best = max(row["mean"] for row in rows)
@@ -210,17 +211,17 @@ def accuracy(results: Results, schedule: str) -> str:
 
 
 def fixed(results: Results) -> str:
-    """One schedule for all."""
+    """Accuracies with one schedule for all."""
     return accuracy(results, "fixed")
 
 
 def tuned(results: Results) -> str:
-    """Options found on held-out images."""
+    """Accuracies with options found on held-out images."""
     return accuracy(results, "tuned")
 
 
 def steps(results: Results) -> str:
-    """A step of each method, in steps of SGD."""
+    """A step of each method relative to SGD's."""
     result = results["methods"]
     networks = list(dict.fromkeys(row["network"] for row in result["rows"]))
     body = []
@@ -239,7 +240,7 @@ def steps(results: Results) -> str:
 
 
 def distributed(results: Results) -> str:
-    """A step of several processes, in steps of SGD."""
+    """A step on several processes relative to SGD's."""
     result = results["distributed"]
     config, rows = result["config"], result["rows"]
     kinds = {"ddp": "DDP", "fsdp": "FSDP2"}
@@ -249,7 +250,8 @@ def distributed(results: Results) -> str:
         body.append(
             [method, *(cell for row in found for cell in (step_of(row), str(row["collectives"]) if row else ""))]
         )
-    about = f"{config['model']}, {config['image']}×{config['image']}, batch {config['batch']}, {config['processes']} processes"
+    about = f"{config['model']}, {config['image']}×{config['image']}, batch {config['batch']}"
+    about += f", {config['processes']} processes"
     head = [
         about,
         *(cell for label in kinds.values() for cell in (f"{label}: step, SGD = 1 (quartiles)", "collectives")),
@@ -258,7 +260,7 @@ def distributed(results: Results) -> str:
 
 
 def step_of(row: dict[str, Any] | None) -> str:
-    """A step in steps of SGD and where half of the rounds lie; of SGD's own its time."""
+    """A step relative to SGD's with its quartiles; for SGD itself, its time."""
     if row is None:
         return ""
     return f"{row['to_sgd']:.2f} " + (
@@ -280,7 +282,7 @@ def machine_code(results: Results) -> str:
 
 
 def verdicts(results: Results) -> str:
-    """What the papers claim, and whether it is seen here."""
+    """The papers' claims, and whether they hold here."""
     found = results["accuracy"]["verdicts"]
     step = {(row["network"], row["method"]): row["to_sgd"] for row in results["methods"]["rows"]}
     halves = {network: step[network, "rwp"] / step[network, "sam"] for network, _ in step}
@@ -339,12 +341,12 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 
 
 def rewritten(text: str, results: Results) -> str:
-    """A page with its tables made from these results."""
+    """A page with its tables replaced by those of these results."""
     return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](results)}\n{found[3]}", text)
 
 
 def write(root: Path, results: Results) -> None:
-    """Makes the tables of every page anew."""
+    """Rewrites the tables of every page."""
     for page in PAGES:
         path = root / page
         path.write_text(rewritten(path.read_text(encoding="utf-8"), results), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What does a real training step cost beside SGD's? A timm model on made-up images, in bf16 autocast, as one would train it.
+"""What does a real training step cost relative to SGD's? A timm model on synthetic images, in bf16 autocast.
 
-Each method has its own model and optimizer, all in one process, their steps in turn; what counts is the median over rounds of
-the ratio to the SGD of the same round.
+Each method has its own model and optimizer in one process, and their steps take turns. The result is the median over
+rounds of the ratio to the SGD step of the same round.
 
     python -c "from flatops.benchmarks import train_step as t; t.main(t.Config(device='cuda'))"
 """
@@ -32,34 +32,34 @@ class Config:
     """Train with each method for a few steps."""
 
     model: str = "resnet50"
-    """Any name of timm's."""
+    """Any timm name."""
     batch: int = 256
-    """Images a step."""
+    """Images per step."""
     image: int = 224
-    """Their width and height."""
+    """Width and height of the images."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to train."""
+    """Device to train on."""
     rounds: int = 15
-    """How often each method has its turn; the median counts."""
+    """Rounds; the median counts."""
     steps: int = 3
-    """Steps a turn."""
+    """Steps per round."""
     json: Path | None = None
-    """Also write the rows to this file."""
+    """Also write the rows to this JSON file."""
 
 
 @dataclass
 class Contender:
-    """A method in one implementation."""
+    """One implementation of a method."""
 
     name: str
     step: Callable[[], Any]
-    own: Callable[[], Any] | None = None  # what it does beside forward, backward and the base optimizer's step
-    must: float | None = None  # times SGD's step, at most
-    seconds: list[float] = field(default_factory=list)  # a step
+    own: Callable[[], Any] | None = None  # everything but forward, backward and the base optimizer's step
+    must: float | None = None  # limit relative to SGD's step
+    seconds: list[float] = field(default_factory=list)  # per step
 
 
 def build_contenders(config: Config) -> list[Contender]:
-    """SGD first, then ours, then the papers' code."""
+    """SGD first, then flatops, then the papers' code."""
     device = torch.device(config.device)
     torch.backends.cudnn.benchmark = True
     generator = torch.Generator(device).manual_seed(0)
@@ -141,12 +141,12 @@ def build_contenders(config: Config) -> list[Contender]:
     def papers_sam() -> Contender:
         model, params, optimizer, backward = network_with(sgd)
 
-        def climb(grads: list[Tensor]) -> list[Tensor]:
+        def ascend(grads: list[Tensor]) -> list[Tensor]:
             return papers.ascend(params, grads, 0.05, papers.grad_norm(grads))
 
         def step() -> None:
             backward(first)
-            kept = climb([p.grad for p in params])
+            kept = ascend([p.grad for p in params])
             optimizer.zero_grad()
             with flatops.freeze_batchnorm_stats(model):
                 backward(first)
@@ -156,7 +156,7 @@ def build_contenders(config: Config) -> list[Contender]:
         backward(first)
         grads = [p.grad for p in params]
         optimizer.zero_grad()
-        return Contender("SAM, the papers' code", step, lambda: papers.copy_back(params, climb(grads)))
+        return Contender("SAM, the papers' code", step, lambda: papers.copy_back(params, ascend(grads)))
 
     return [
         plain(),
@@ -230,14 +230,14 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{result['model']}, batches of {result['batch']} images of {result['image']}x{result['image']}, bf16 autocast\n"
-        f"{result.get('gpu', result['machine'])}, torch {result['torch']}",
-        caption="own: what the method adds beside forward, backward and the base optimizer's step; on the GPU, and the host's time "
-        "until it is launched. A step of m-RWP sees two batches, of which one is counted.",
+        title=f"{result['model']}, batches of {result['batch']} images of {result['image']}x{result['image']}, "
+        f"bf16 autocast\n{result.get('gpu', result['machine'])}, torch {result['torch']}",
+        caption="own: the method's part beyond forward, backward and the base optimizer's step; on the GPU, and on the "
+        "host until everything is launched. A step of m-RWP sees two batches, of which one is counted.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("method", no_wrap=True)
-    columns = ("ms a step", "images/s", "to SGD", "limit", "own ms", "host ms", "own launches", "own syncs")
+    columns = ("ms per step", "images/s", "to SGD", "limit", "own ms", "host ms", "own launches", "own syncs")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
@@ -262,7 +262,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(config: Config) -> int:
-    """Measures and prints; writes JSON if asked. Returns 1 if one of ours makes the host wait."""
+    """Measures and prints; writes JSON if asked to. Returns 1 if a step of ours has a host sync."""
     result = measure(config)
     show(result)
     if config.json:

@@ -1,8 +1,8 @@
-"""Which options does each method do best with? A random search of the same size for each, on images held out of the training ones.
+"""Which options are best for each method? A random search of equal size for each, on held-out training images.
 
-The test images have no part in it. All methods try the same schedules, each with radii of its own kind drawn for it by chance, and
-then every radius on the schedule that did best. The best few of the trials are looked at again with more seeds, for the best of
-many is in part the luckiest.
+The test images are not used. All methods try the same schedules, each with a random radius of its own kind, and then
+every radius on the best schedule. The best few trials are repeated with more seeds, because the best of many is partly
+luck.
 
     python -m flatops.benchmarks.tuning      # 20 minutes on two cores; writes benchmarks/results/tuning.json
 """
@@ -29,7 +29,7 @@ T, R = TypeVar("T"), TypeVar("R")
 RESULT = Path(__file__).resolve().parent / "results/tuning.json"
 LABEL_NOISE = 0.3
 TRIALS, FINALISTS = 24, 4
-SEEDS, MORE_SEEDS = range(1000, 1004), range(1004, 1012)  # none of those that the methods are compared with
+SEEDS, MORE_SEEDS = range(1000, 1004), range(1004, 1012)  # disjoint from the seeds of the comparison
 
 SCHEDULE = {"epochs": (5, 10, 20), "lr": (0.01, 0.02, 0.05), "weight_decay": (5e-3, 0.02, 0.05, 0.08, 0.12, 0.2)}
 SIGMA, RHO = {"sigma": (0.01, 0.02, 0.03, 0.05, 0.07)}, {"rho": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)}
@@ -45,25 +45,25 @@ Options = dict[str, float]
 
 
 def trials(method: str, count: int = TRIALS) -> list[Options]:
-    """The schedules that all methods try, each with a radius of the method's own; the same every time."""
+    """The schedules that all methods try, each with a radius of this method; the same in every run."""
     random = np.random.default_rng(0)
     schedules = random.permutation(list(product(*SCHEDULE.values())))[:count]
     options = [dict(zip(SCHEDULE, map(float, schedule))) for schedule in schedules]
     for name, values in RADII[method].items():
-        drawn = random.permutation(np.resize(values, count))  # each as often as any other
+        drawn = random.permutation(np.resize(values, count))  # every value equally often
         options = [each | {name: float(value)} for each, value in zip(options, drawn)]
     return [each | {"epochs": int(each["epochs"])} for each in options]
 
 
 def accuracy(job: tuple[str, Options, int]) -> float:
-    """The last epoch's accuracy on held-out images of one training."""
+    """The last epoch's accuracy on held-out images in one training run."""
     method, options, seed = job
     config = TrainConfig(method=method, label_noise=LABEL_NOISE, validation=0.2, **options)
     return run_seed({method: config}, seed)[0]["history"][-1]["test_accuracy"]
 
 
 def spread(call: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
-    """The results of jobs that are each one thread's, over all cores."""
+    """The results of single-threaded jobs, spread over all cores."""
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as processes:
         return list(processes.map(call, jobs))
 
@@ -71,9 +71,9 @@ def spread(call: Callable[[T], R], jobs: Iterable[T]) -> list[R]:
 def search(
     method: str, count: int = TRIALS, seeds: Iterable[int] = SEEDS, more: Iterable[int] = MORE_SEEDS
 ) -> list[dict[str, Any]]:
-    """A row for every trial: its options and its accuracies by seed; the finalists first, the best of all before them."""
+    """One row per trial with its options and its accuracies by seed: finalists first, the best at the top."""
 
-    def look(rows: list[dict[str, Any]], seeds: Iterable[int]) -> None:
+    def evaluate(rows: list[dict[str, Any]], seeds: Iterable[int]) -> None:
         jobs = [(method, row["options"], seed) for row in rows for seed in seeds]
         for (_, options, _), found in zip(jobs, spread(accuracy, jobs)):
             next(row for row in rows if row["options"] == options)["accuracies"].append(found)
@@ -85,18 +85,18 @@ def search(
         return sorted(rows, key=lambda row: -fmean(row["accuracies"]))
 
     rows = rows_of(trials(method, count))
-    look(rows, seeds)
+    evaluate(rows, seeds)
     best = best_first(rows)[0]["options"]
     radii = [best | dict(zip(RADII[method], values)) for values in product(*RADII[method].values())]
     others = rows_of([each for each in radii if each not in [row["options"] for row in rows]])
-    look(others, seeds)
+    evaluate(others, seeds)
     rows = best_first(rows + others)
-    look(rows[:FINALISTS], more)
+    evaluate(rows[:FINALISTS], more)
     return best_first(rows[:FINALISTS]) + rows[FINALISTS:]
 
 
 def main() -> int:
-    """Searches for all methods; prints each one's best."""
+    """Searches for all methods; prints the best options of each."""
     result = {**provenance(), "label_noise": LABEL_NOISE, "schedule": SCHEDULE, "radii": RADII, "rows": []}
     for method in RADII:
         rows = search(method)

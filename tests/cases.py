@@ -1,4 +1,4 @@
-"""The table that every operator is tested on: backends, shapes, dtypes, memory layouts, arguments; and what equal bits are."""
+"""The cases that every operator is tested on: backends, shapes, dtypes, layouts, arguments; and comparison by bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if importlib.util.find_spec("emulated"):
     emulated.register()
 
 
-# --- backends ------------------------------------------------------------------------------------------------------------
+# --- backends ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,23 @@ class Backend:
 
     name: str
     device: str
-    level: str = ""  # cpp: a SIMD level, the best one if empty
+    level: str = ""  # for cpp: a SIMD level; empty for the best one
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.name, self.device, self.level)))
 
     @property
     def slow(self) -> bool:
-        """Whether it is a GPU's code on a CPU, a second a call."""
+        """Whether it runs GPU code on a CPU, at about a second per call."""
         return self.device == "cpu" and self.name in ("triton", "emulated")
 
     def operator(self, name: str) -> Callable[..., Any]:
-        """The registered operator itself, without the checks of flatops.ops."""
+        """The registered operator, without the checks of flatops.ops."""
         return getattr(operators(torch.device(self.device), self.name), name).default
 
     @contextlib.contextmanager
     def forced(self) -> Iterator[None]:
-        """Within, flatops runs on this backend, whatever it would choose."""
+        """flatops uses this backend in the body."""
         best = _C.simd()
         if self.level:
             _C.set_simd(self.level)
@@ -60,7 +60,7 @@ class Backend:
 
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-# Every pair that this machine might run, and why it cannot; empty where it can.
+# Every backend and device of this machine, and why the pair cannot run; empty where it can.
 WHY_NOT = {
     Backend(name, device): why_not(name, torch.device(device, 0))
     for name, (_, serves) in REGISTERED.items()
@@ -69,7 +69,7 @@ WHY_NOT = {
 }
 ORACLE = Backend("reference", "cpu")
 BACKENDS = [backend for backend, why in WHY_NOT.items() if not why]
-# What is held to the oracle: cpp at every SIMD level that the machine has.
+# The backends that are compared with the oracle: cpp at every SIMD level of this machine.
 CONFORMING = [
     leveled
     for backend in BACKENDS
@@ -80,10 +80,10 @@ CONFORMING = [
 ]
 
 
-# --- tensors -------------------------------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------------------------------------------
 
 SHAPES = {
-    # Odd lengths, lengths around the SIMD widths, the 128 lanes and 1024 elements of a sum, empty and scalar ones.
+    # Odd lengths, lengths around the SIMD widths, the 128 lanes and 1024 elements of a sum; empty tensors and scalars.
     "table": [
         (),
         (0,),
@@ -105,15 +105,15 @@ SHAPES = {
         (4, 5, 3, 2, 2),
         (16, 3, 3, 3),
     ],
-    # Filters too long for registers, for one block, for one share of the work; ViT-B's position embedding.
+    # Filters too long for registers, for one block, for one thread's share; ViT-B's position embedding.
     "long": [(8191,), (8192,), (8193,), (2, 9216), (3, 8192), (2, 40000), (70001,), (5, 9), (1, 197, 768)],
-    # More than one launch's table holds.
+    # More tensors than the table of one launch holds.
     "many": [(1 + i % 3, 1 + i % 5) for i in range(900)],
     "few": [(7,), (0, 3), (5, 9), (2, 1025), (4, 5, 3, 2, 2), (16, 3, 3, 3)],
     "tiny": [(7,), (2, 3, 3, 3), (4, 9)],
-    # To be cut into shards of rows; the last one's filters are split over blocks by every backend.
+    # Cut into shards of rows; every backend splits the last one's filters over blocks.
     "shards": [(), (7,), (0, 3), (5, 9), (70, 36), (16, 3, 3, 3), (2, 70001)],
-    "special": [(3, 37)] * 10,  # one of the values that `special` names in each
+    "special": [(3, 37)] * 10,  # each tensor holds one of the values of `special`
 }
 LAYOUTS = ["contiguous", "channels_last", "transposed", "strided", "unaligned"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -122,7 +122,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def make(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, generator: torch.Generator, scale: float = 1.0
 ) -> Tensor:
-    """A tensor of random values, with zeros of both signs among them, that lies in memory as `layout` says."""
+    """A tensor of random values, among them zeros of both signs, in the given memory layout."""
     t = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
     t = torch.where(torch.rand(shape, generator=generator) < 0.05, 0.0, t)
     t = torch.where(torch.rand(shape, generator=generator) < 0.05, -0.0, t).to(dtype)
@@ -135,7 +135,7 @@ def make(
     if layout == "strided" and t.dim() >= 1:
         room = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), 7.0, dtype=dtype)
         return room[..., : 2 * t.shape[-1] : 2].copy_(t)
-    if layout == "unaligned":  # one element into a buffer, and one short of its end
+    if layout == "unaligned":  # starts one element into a buffer and ends one element before its end
         return torch.full((t.numel() + 2,), 7.0, dtype=dtype)[1:-1].view(shape).copy_(t)
     return t
 
@@ -152,7 +152,7 @@ class Case:
     """One list of tensors."""
 
     shapes: str
-    dtype: torch.dtype | None = torch.float32  # None: all of them in turn
+    dtype: torch.dtype | None = torch.float32  # None: all dtypes in turn
     layout: str = "contiguous"
 
     def __str__(self) -> str:
@@ -166,12 +166,12 @@ class Case:
         for i, shape in enumerate(SHAPES[self.shapes]):
             dtype = self.dtype or DTYPES[i % len(DTYPES)]
             made.append(make(shape, dtype, self.layout, generator, scale))
-            if self.shapes == "special":  # alone in one filter, beside another list's in the next
+            if self.shapes == "special":  # only in one filter; another list has it in the next
                 made[-1][1, seed] = made[-1][2, 7] = special(dtype)[i]
         return made
 
     def otherwise(self) -> Case:
-        """The same tensors in another order of memory, as gradients may lie."""
+        """The same tensors in another memory format, as gradients may have it."""
         return replace(self, layout="channels_last" if self.layout == "contiguous" else "contiguous")
 
 
@@ -190,7 +190,7 @@ SLOW_CASES = [
 ]
 
 
-# --- operators ---------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 
 def _number(value: float) -> Tensor:
@@ -205,12 +205,12 @@ def _index(params: list[Tensor]) -> list[int]:
 
 
 def _first_row(params: list[Tensor]) -> list[int]:
-    """Shards from the largest parameters that there may be."""
+    """Rows that make the tensors shards of the largest possible parameters."""
     return [2**31 - 1 - 5 * i if p.dim() > 1 else 0 for i, p in enumerate(params)]
 
 
 def fisher_of(params: list[Tensor]) -> list[Tensor]:
-    """F of every parameter, as ARWP may have gathered it."""
+    """An F for every parameter, as ARWP may have accumulated it."""
     generator = torch.Generator().manual_seed(11)
     return [torch.rand(p.shape[:1] if p.dim() else (1,), generator=generator) * 10 for p in params]
 
@@ -232,7 +232,7 @@ def _perturb(case: Case, eta: float = 0.0, backup: bool = True) -> tuple:
 
 
 def mask_of(tensors: list[Tensor]) -> Tensor:
-    """A random mask; a filter of each tensor is dead, and of some tensors all."""
+    """A random mask, in which a filter of each tensor and all of some tensors are unselected."""
     generator = torch.Generator().manual_seed(13)
     masked = []
     for i, t in enumerate(tensors):
@@ -278,7 +278,7 @@ def _ascend(
 
 
 def _scores(case: Case, ties: bool = False) -> list[Tensor]:
-    """Scores as topk_mask takes them: not negative, and no NaN; with `ties`, of few values, zero most of all."""
+    """Valid scores for topk_mask: not negative, no NaN; with `ties`, few distinct values, mostly zero."""
     dtype = torch.float32 if case.dtype is None else case.dtype
     scores = [twin(t).abs_().nan_to_num_(nan=0.5, posinf=torch.inf) for t in replace(case, dtype=dtype).tensors(3)]
     return [s.mul_(2).floor_() for s in scores] if ties else scores
@@ -299,7 +299,7 @@ def _regrow(case: Case, drop: bool, grow: bool) -> tuple:
     return mask_of(params), params, *scores, KEY, DRAW, _index(params), count
 
 
-# The operator, and after a comma which variant of it: how to make its arguments for one case.
+# The operator, after a comma its variant: how to make its arguments for a case.
 OPERATORS: dict[str, Callable[[Case], tuple]] = {
     "filter_norms": lambda case: (case.tensors(1),),
     "perturb_": _perturb,
@@ -332,7 +332,7 @@ OPERATORS: dict[str, Callable[[Case], tuple]] = {
 
 
 def arguments(operator: str, case: Case, device: str = "cpu") -> tuple:
-    """What to call an operator with."""
+    """The arguments of an operator for a case."""
     return tuple(
         [twin(t, device) for t in a] if isinstance(a, list) and a and isinstance(a[0], Tensor)
         else twin(a, device) if isinstance(a, Tensor) else a
@@ -341,13 +341,13 @@ def arguments(operator: str, case: Case, device: str = "cpu") -> tuple:
 
 
 def tensors_of(arguments: tuple) -> list[Tensor]:
-    """The tensors among an operator's arguments, those in lists too."""
+    """The tensors among an operator's arguments, including those in lists."""
     nested = [a if isinstance(a, list) else [a] for a in arguments]
     return [t for a in nested for t in a if isinstance(t, Tensor)]
 
 
 def outcome(operator: str, case: Case, backend: Backend) -> list[Tensor]:
-    """All memory that a call was given, and its result: what is to change, what is not, and what lies between elements."""
+    """All memory passed to a call, with what should not change and the gaps between elements, and its result."""
     args = arguments(operator, case, backend.device)
     with backend.forced():
         result = backend.operator(operator.split(",")[0])(*args)
@@ -356,7 +356,7 @@ def outcome(operator: str, case: Case, backend: Backend) -> list[Tensor]:
 
 @functools.cache
 def expected(operator: str, case: Case) -> list[Tensor]:
-    """The oracle's outcome; all are kept, 0.4 GB, since tests come in any order."""
+    """The oracle's outcome. All outcomes are cached (0.4 GB), because tests run in any order."""
     return outcome(operator, case, ORACLE)
 
 
@@ -373,21 +373,21 @@ def table() -> list[tuple[str, Case, Backend]]:
     ]
 
 
-# --- equal bits ----------------------------------------------------------------------------------------------------------
+# --- equal bits -------------------------------------------------------------------------------------------------------
 
 
 def whole(t: Tensor) -> Tensor:
-    """All memory that a tensor's storage has, as one row."""
+    """All memory of a tensor's storage, as one row."""
     return t.detach().as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
 
 
 def twin(t: Tensor, device: str | torch.device | None = None) -> Tensor:
-    """A copy that lies in memory as `t` does: strides, offset and what is between the elements."""
+    """A copy with the same layout as `t`: strides, offset and the gaps between elements."""
     return whole(t).to(device or t.device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether every element has the same bits; one NaN is as good as another."""
+    """Whether every element has the same bits; all NaNs count as equal."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -399,7 +399,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def assert_same_bits(actual: list[Tensor] | Tensor, expected: list[Tensor] | Tensor) -> None:
-    """Fails, naming the tensor, unless all bits agree."""
+    """Fails, naming the tensor, unless all bits are equal."""
     if isinstance(actual, Tensor):
         actual, expected = [actual], [expected]
     assert len(actual) == len(expected)

@@ -1,4 +1,4 @@
-"""What has to be set before flatops is imported, and fixtures that several files share."""
+"""Settings that have to precede the import of flatops, and fixtures shared by several files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton's kernels are imported: they run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"  # set before Triton's kernels are imported: they then run in its interpreter
 
 from cases import BACKENDS  # noqa: E402
 
-from flatops.backend import _C  # noqa: E402 - after TRITON_INTERPRET, as above
+from flatops.backend import _C  # noqa: E402 - after TRITON_INTERPRET, see above
 
-# A shell that runs the tests in the background has SIGINT ignored; some of them interrupt themselves.
+# A shell that runs the tests in the background ignores SIGINT, but some tests interrupt themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files that take minutes, first, in whatever order the others are: none should be left alone with one process at the end.
+# Files that take minutes run first, in any order: none should be left to one process at the end.
 LONG = ("test_ops.py", "test_train_distributed.py", "test_triton.py", "test_benchmarks.py")
 
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 
 def seed(item):
-    """What a test draws follows the run's seed, which pytest prints, and its own name: not what ran before it."""
+    """Seeds from the run's seed, which pytest prints, and the test's name, independent of what ran before."""
     own = zlib.crc32(f"{item.config.getoption('randomly_seed', 0)} {item.nodeid}".encode())
     for generator in (random.seed, numpy.random.seed, torch.manual_seed):
         generator(own)
@@ -44,11 +44,11 @@ def pytest_runtest_setup(item):
 
 
 def pytest_runtest_call(item):
-    seed(item)  # again: the first test of a file makes fixtures that the others find
+    seed(item)  # again: the first test of a file runs shared fixtures
 
 
 def state():
-    """What a test could leave behind for others."""
+    """State that a test could leave changed for others."""
     return {
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
@@ -60,7 +60,7 @@ def state():
         "SIMD": _C.simd(),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
         "folder": os.getcwd(),
-        # What libraries set when they are imported is not for a test to take back.
+        # Libraries set these when they are imported; a test cannot undo that.
         "environment": {
             k: v
             for k, v in os.environ.items()
@@ -78,14 +78,13 @@ def nothing_is_left():
 
 @pytest.fixture(autouse=True)
 def one_default_seed(monkeypatch):
-    """Optimizers without a seed draw the same noise: tests compare one with its twin. What the seed is by default has tests of its own,
-    which take this away."""
+    """Optimizers without a seed draw the same noise, so tests can compare two. Tests of the default undo this."""
     monkeypatch.setattr("flatops.optim.groups._default_seed", lambda: 0)
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request):
-    """Every backend that this machine runs, in turn; flatops uses it, on tensors of its device."""
+    """Every backend that this machine runs, in turn; flatops uses it on tensors of its device."""
     with request.param.forced():
         yield request.param
 
@@ -101,7 +100,7 @@ def threads(request):
 
 @pytest.fixture
 def one_thread():
-    """One thread: on a busy machine small tensors wait for a second one longer than they compute."""
+    """One thread: on a busy machine, waiting for a second one takes longer than small tensors take to compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Runs what a page of docs/ shows."""
+"""Runs the Python blocks of a page of docs/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def snippets(page: str) -> list[Any]:
 
 
 def run_snippets(page: str, at_least: int = 1, namespace: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Every Python block in order, in one namespace, as someone would paste them."""
+    """Runs every Python block in order, in one namespace, as a user would paste them."""
     blocks = snippets(page)
     assert len(blocks) >= at_least
     namespace = {"__name__": "snippets"} if namespace is None else namespace

@@ -1,7 +1,6 @@
-"""A backend for tests: the CUDA kernels, compiled by the host's compiler, with CUDA's threads emulated one by one.
+"""A backend for tests: the CUDA kernels compiled for the host, with CUDA's threads emulated one at a time.
 
-It shows that the source is right: indices, sums, barriers, bits. What only a GPU can show (its compiler, its memory, its
-speed) it does not.
+It tests the source: indices, sums, barriers, bits; but not what depends on a GPU: its compiler, memory and speed.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ ROOT = Path(__file__).parent.parent
 
 @functools.cache
 def register() -> bool:
-    """Builds the backend `emulated`, where that has not been done, and adds it to flatops.backend.BACKENDS."""
+    """Builds the backend `emulated` if necessary, and adds it to flatops.backend.BACKENDS."""
     schemas.define("flatops_emulated")
-    build = ROOT / "build" / f"torch-{torch.__version__}" / "emulated"  # ninja does not look at torch's headers
+    build = ROOT / "build" / f"torch-{torch.__version__}" / "emulated"  # ninja does not track torch's headers
     build.mkdir(parents=True, exist_ok=True)
     with open(build / "one at a time", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        (build / "lock").unlink(missing_ok=True)  # torch's own, for which it waits for ever once a build was killed
+        (build / "lock").unlink(missing_ok=True)  # torch's own, which a killed build leaves and torch waits for
         cpp_extension.load(
             "flatops_emulated",
             [str(ROOT / "tests" / "emulation" / name) for name in ("bindings.cpp", "kernels.cpp")],

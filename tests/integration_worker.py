@@ -1,6 +1,7 @@
-"""What the processes of test_integrations_distributed.py run, under torchrun.
+"""The processes of test_integrations_distributed.py, under torchrun.
 
-integration_worker.py FRAMEWORK FILE: every case of CASES[FRAMEWORK], in one process group; this process's weights go to FILE.
+integration_worker.py FRAMEWORK FILE: runs every case of CASES[FRAMEWORK] in one process group and writes the weights to
+FILE.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import flatops
 
 SGD = torch.optim.SGD
-# One stream for all, or replicas would draw noise that one process does not.
+# One stream for all, or replicas would draw noise that a single process does not.
 METHODS = {
     "sam": (flatops.SAM, {"rho": 0.5}),
     "rwp": (flatops.RWP, {"seed": 0, "sigma": 0.3, "stream": 0}),
@@ -30,10 +31,11 @@ METHODS = {
 }
 STEPS = 4
 
-# (how, method, micro-batches in a step)
+# (how, method, micro-batches per step)
 CASES = {
     "lightning": [
-        ("ddp", "sam", 1), ("ddp", "rwp", 2), ("ddp", "mrwp", 2), ("fsdp2", "sam", 1), ("fsdp2", "sam", 2), ("fsdp2", "rwp", 1),
+        ("ddp", "sam", 1), ("ddp", "rwp", 2), ("ddp", "mrwp", 2),
+        ("fsdp2", "sam", 1), ("fsdp2", "sam", 2), ("fsdp2", "rwp", 1),
     ],
     "transformers": [
         ("trainer", "sam", 1), ("trainer", "rwp", 2), ("trainer", "mrwp", 2), ("trainer", "parallel mrwp", 1),
@@ -43,7 +45,7 @@ CASES = {
 
 
 def network() -> nn.Module:
-    """Without BatchNorm, whose statistics are each process's own: many processes compute what one does."""
+    """Has no BatchNorm, whose statistics would differ between processes and from those of a single process."""
     return make_net(norm=lambda channels: nn.GroupNorm(2, channels))
 
 
@@ -105,7 +107,7 @@ def transformers() -> Callable[..., nn.Module]:
     class Trainer(FlatMinimaMixin, transformers.Trainer):
         def get_train_dataloader(self) -> Any:
             loader = torch.utils.data.DataLoader(self.train_dataset, batch_size=4)
-            return self.accelerator.prepare(loader)  # which deals batches out to the processes
+            return self.accelerator.prepare(loader)  # deals batches out to the processes
 
         def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **_: Any) -> Tensor:
             return loss_of(model, (inputs["x"], inputs["y"]))
@@ -140,7 +142,7 @@ def transformers() -> Callable[..., nn.Module]:
 def main(framework: str, file: str) -> None:
     warnings.simplefilter("ignore")  # the frameworks' advice
     torch.set_num_threads(1)
-    os.chdir(Path(file).parent)  # the Trainer makes a folder
+    os.chdir(Path(file).parent)  # the Trainer creates a folder
     run = {"lightning": lightning, "transformers": transformers}[framework]()
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     result = {}

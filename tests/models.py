@@ -1,4 +1,4 @@
-"""What the optimizer tests share: a small network, data for it, and comparison by bits."""
+"""Shared by the optimizer tests: a small network, data for it, and comparison by bits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def bits(t: Tensor) -> Tensor:
-    """A copy as integers, by which NaN equals itself and 0 does not equal -0."""
+    """A copy as integers: NaN equals itself and 0 differs from -0."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     return t.detach().clone(memory_format=torch.contiguous_format).view(integer)
 
@@ -60,7 +60,7 @@ def assert_same_bits(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Momentum and the like, in the order of the parameters: the base optimizer's own state."""
+    """The base optimizer's state, such as momentum, in the order of the parameters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     entries = [item for p in params for item in sorted(optimizer.state.get(p, {}).items())]
     return [value for name, value in entries if torch.is_tensor(value) and name != "fisher"]

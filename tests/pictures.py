@@ -1,4 +1,4 @@
-"""Small folders of images, and what is wrong with some."""
+"""Small folders of images, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def make_folder(root: Path, train: int = 24, val: int = 8, classes: tuple[str, ...] = CLASSES) -> Path:
-    """train/ and val/ with so many images of each class, of unlike sizes; a class has its colour."""
+    """train/ and val/ with this many images per class, of different sizes; each class has its colour."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(classes):
@@ -26,7 +26,7 @@ def make_folder(root: Path, train: int = 24, val: int = 8, classes: tuple[str, .
     return root
 
 
-# How an upright image is stored under each orientation of EXIF.
+# How an upright image is stored under each EXIF orientation.
 STORED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,7 +40,7 @@ STORED = {
 
 
 def encoded(image: Image.Image, kind: str, orientation: int | None = None, **options: object) -> bytes:
-    """An image as a file, which EXIF has to turn upright."""
+    """An image file that EXIF turns upright."""
     if orientation:
         options["exif"] = Image.Exif()
         options["exif"][274] = orientation
@@ -51,6 +51,6 @@ def encoded(image: Image.Image, kind: str, orientation: int | None = None, **opt
 
 
 def truncate(path: Path) -> Path:
-    """Cut the second half of a file off."""
+    """Cuts off the second half of a file."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path

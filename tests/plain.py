@@ -1,4 +1,4 @@
-"""The loop that one would write: every micro-batch's passes, their gradients weighed and added up by hand."""
+"""The plain loop: the passes of every micro-batch, with gradients weighted and added by hand."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def plain_loop(
     clip: float | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Trains on `count` micro-batches; the losses that the first passes had.
+    """Trains on `count` micro-batches and returns the losses of the first passes.
 
-    backward(i) runs the forward and the scaled backward of the i-th and returns its loss.
+    backward(i) runs forward and scaled backward of micro-batch i and returns its loss.
     """
     losses: list[float] = []
     total: dict[Tensor, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What backends have, which one is chosen, and what is said of one that cannot be used."""
+"""Which operators backends have, which backend is chosen, and why one cannot be used."""
 
 import sys
 import warnings
@@ -14,21 +14,20 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_every_backend_has_the_operators_that_are_declared_and_no_others():
-    """The lists besides SCHEMAS: of csrc/bindings.h, of Triton's kernels, and of functions for users."""
+    """The lists besides SCHEMAS: csrc/bindings.h, Triton's kernels, and the public functions."""
     for device in ("CPU", *(["CUDA"] if _C.cuda_archs else [])):
         for name in SCHEMAS:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flatops::{name}", device), name
-    assert not [
-        impl for impl in torch._C._dispatch_find_dangling_impls() if "flatops" in impl
-    ]  # registered, not declared
+    # None is registered without being declared.
+    assert not [impl for impl in torch._C._dispatch_find_dangling_impls() if "flatops" in impl]
     assert set(pytest.importorskip("flatops.kernels", exc_type=ImportError).OPERATORS) == set(SCHEMAS)
-    functions = {"normal_": "normal", "subtract_noise_": "restore_"}  # of another name
+    functions = {"normal_": "normal", "subtract_noise_": "restore_"}  # differently named
     assert {functions.get(name, name) for name in SCHEMAS} <= set(ops.__all__)
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends that there is a GPU, that the core was compiled for some architectures, and that Triton is there or not."""
+    """Simulates a GPU, the architectures that the core was compiled for, and Triton's version or absence."""
     module = sys.modules["flatops.backend"]  # `flatops.backend` is the context manager of that name
 
     def pretend(capability: tuple[int, int], archs: list[str], triton: tuple[int, int] | None) -> None:
@@ -49,8 +48,8 @@ def machine(monkeypatch):
         ("sm_80", 80, True),
         ("sm_80", 89, True),  # machine code runs on later minor versions
         ("sm_86", 80, False),
-        ("sm_80", 90, False),  # and on no other major one
-        ("compute_80", 90, True),  # PTX is compiled for whatever comes
+        ("sm_80", 90, False),  # but on no other major version
+        ("compute_80", 90, True),  # PTX is compiled for any later GPU
         ("compute_120", 90, False),
         ("sm_90a", 90, True),
         ("sm_100a", 103, False),

@@ -1,4 +1,4 @@
-"""The full suite: its pure parts, a tiny run of each question, and that pages say what the committed rows say."""
+"""The full suite: its pure parts, a tiny run of each benchmark, and whether the pages match the committed rows."""
 
 import json
 import math
@@ -37,16 +37,16 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 
 
-# --- pure parts ------------------------------------------------------------------------------------------------------------
+# --- pure parts -------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_is_found_again():
+def test_a_line_is_fitted_exactly():
     a, b, worst = growth.fit([(n, 5e-6 + 3e-10 * n) for n in (1e5, 1e6, 1e7, 1e9)])
     assert a == pytest.approx(5e-6, rel=1e-6) and b == pytest.approx(3e-10, rel=1e-6) and worst < 1e-9
 
 
-def test_errors_of_a_line_are_relative():
-    """A point far out that is a tenth too high moves the line no more than a near one does."""
+def test_a_line_is_fitted_by_relative_errors():
+    """A distant point that is a tenth too high moves the line no more than a near one does."""
     a, b, worst = growth.fit([(10, 10.0), (1000, 1100.0)])
     assert a + 10 * b == pytest.approx(10) and worst == pytest.approx(0, abs=1e-9)
     *_, worst = growth.fit([(1, 1.0), (10, 10.0), (100, 110.0), (1000, 1000.0)])
@@ -73,7 +73,7 @@ def process_row(start):
     return [{"name": "one", "ms": float(abs(os.getpid() - start)), "exact": True}, {"name": "two", "ms": 7.0}]
 
 
-def test_the_best_of_processes_is_the_least_of_each_row():
+def test_the_best_of_processes_is_the_minimum_of_each_row():
     one, two = measure.best_of_processes(process_row, os.getpid(), processes=2)
     assert one["name"] == "one" and one["exact"] and 0 < one["ms"] and two == {"name": "two", "ms": 7.0}
 
@@ -92,7 +92,7 @@ def test_differences_are_relative_to_the_smaller():
     assert found["new, floors"] == (None, 0.0, math.inf)
 
 
-def test_differences_of_lists_and_of_what_is_negative():
+def test_differences_of_lists_and_of_negative_values():
     old = {"rows": [{"name": "a", "mean": -0.2, "between": [1.0, 2.0], "above_sgd": {"low": -0.4, "high": 0.1}}]}
     new = {"rows": [{"name": "a", "mean": -0.3, "between": [1.0, 2.5], "above_sgd": {"low": -0.2, "high": 0.1}}]}
     found = {name: each[2] for name, each in compare.differences(old, new).items()}
@@ -101,12 +101,12 @@ def test_differences_of_lists_and_of_what_is_negative():
     )
 
 
-def test_what_several_threads_gain_is_not_compared():
+def test_the_gain_of_several_threads_is_not_compared():
     gain = [{"name": "perturb_", "threads": threads, "times": 1.7} for threads in (1, 2)]
     assert compare.ratios({"gain": gain}) == {"perturb_, times": 1.7}
 
 
-def test_a_file_that_one_folder_has_alone_is_named(tmp_path, capsys):
+def test_a_file_in_only_one_folder_is_named(tmp_path, capsys):
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "cpu.json").write_text(json.dumps({"rows": ROWS}))
@@ -148,7 +148,7 @@ def test_a_damaged_file_of_rows_is_named(tmp_path, content):
         command.main(bench.Config(compare=(tmp_path / "good.json", tmp_path / "bad.json")))
 
 
-def test_every_ratio_has_a_name_of_its_own():
+def test_every_ratio_has_its_own_name():
     for name in suite.QUESTIONS:
         result = committed(name)
         rows = [row for key in ("rows", "checks", "verdicts") for row in result.get(key, [])]
@@ -166,7 +166,7 @@ def test_a_table():
     assert tables.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
 
 
-def test_what_stands_between_the_comments_is_written_anew(monkeypatch):
+def test_the_text_between_the_comments_is_replaced(monkeypatch):
     monkeypatch.setitem(tables.BLOCKS, "speed", lambda results: results["cpu"])
     page = "before\n<!-- bench: speed -->\nold\nlines\n<!-- end -->\nafter <!-- end -->\n"
     new = tables.rewritten(page, {"cpu": "new"})
@@ -174,7 +174,7 @@ def test_what_stands_between_the_comments_is_written_anew(monkeypatch):
     assert tables.rewritten(new, {"cpu": "new"}) == new
 
 
-# --- the pages -------------------------------------------------------------------------------------------------------------
+# --- the pages --------------------------------------------------------------------------------------------------------
 
 
 def test_pages_and_pictures_are_made_of_the_committed_rows(tmp_path):
@@ -195,7 +195,7 @@ def test_every_block_has_its_place():
     assert sorted(places) == sorted(tables.BLOCKS)
 
 
-# --- a tiny run of each question ---------------------------------------------------------------------------------------------
+# --- a tiny run of each question --------------------------------------------------------------------------------------
 
 
 def committed(name):
@@ -213,7 +213,7 @@ def test_models(monkeypatch):
     assert len(models.measure({"tiny": lambda: shapes}, processes=1)["skipped"]) == len(models.DTYPES)
 
 
-def test_more_threads_are_measured_beside_one():
+def test_several_threads_are_compared_with_one():
     rows = models._rows([(*models.THREADED, [(64, 64)])], threads=2, rounds=1)
     assert {row["threads"] for row in rows if "threads" in row} == {1, 2} and torch.get_num_threads() == 1
     assert {row["name"] for row in rows if "threads" in row} == {
@@ -221,7 +221,7 @@ def test_more_threads_are_measured_beside_one():
     }
 
 
-def test_shapes_that_timm_does_not_have():
+def test_shapes_of_models_that_timm_lacks():
     count = lambda shapes: sum(map(math.prod, shapes))
     assert count(models.wide_resnet_28_10()) == 36_536_884 and count(models.llama()) == 1_100_048_384
 
@@ -237,7 +237,7 @@ def test_peers():
 
 
 def test_every_contender_perturbs():
-    """Or it would be fast for nothing: between its two steps the weights are others."""
+    """A contender that perturbs nothing would look fast: between its two steps the weights must differ."""
     b = bench.Buffers([(3, 50)], torch.device("cpu"), torch.float32)
     for (method, name), call in peers.contenders(b).items():
         version = b.params[0]._version
@@ -271,7 +271,7 @@ def test_methods():
 
 
 def test_distributed():
-    """More passes make more collectives, local ascent and parallel m-RWP as many as SGD."""
+    """More passes need more collectives; local ascent and parallel m-RWP need as many as SGD."""
     result = distributed.measure(distributed.Config(model="cnn", batch=4, image=8, rounds=1))
     kept = committed("distributed")
     assert result.keys() == kept.keys() and {frozenset(row) for row in result["rows"]} == {
@@ -283,7 +283,7 @@ def test_distributed():
     assert once == {calls["ddp", "SGD"]} and calls["ddp", "SAM, synced ascent"] == 2 * calls["ddp", "SGD"]
 
 
-def test_a_batch_that_processes_cannot_share():
+def test_a_batch_that_is_not_divisible_by_the_processes():
     with pytest.raises(ValueError, match="batch 5 must be divisible by processes 2"):
         distributed.measure(distributed.Config(batch=5))
 
@@ -312,7 +312,7 @@ def test_flatness(one_thread):
 
 
 def test_accuracies_are_those_of_the_last_epoch(monkeypatch):
-    """Of every method and seed; SGD's own is nothing above SGD's."""
+    """For every method and seed; SGD's difference to itself is zero."""
     monkeypatch.setattr(
         accuracy, "options_of", lambda schedule: {"sgd": {"epochs": 1}, "rwp": {"epochs": 2, "sigma": 0.1}}
     )
@@ -325,7 +325,7 @@ def test_accuracies_are_those_of_the_last_epoch(monkeypatch):
     assert {frozenset(row) for row in rows} == {frozenset(row) for row in committed("accuracy")["rows"]}
 
 
-def test_an_interval_holds_the_mean_nineteen_times_of_twenty():
+def test_an_interval_contains_the_mean_in_95_percent_of_cases():
     random = np.random.default_rng(0)
     found = [accuracy.interval(list(random.normal(3.0, 2.0, 5))) for _ in range(2000)]
     assert 0.93 < np.mean([low < 3 < high for low, high in found]) < 0.97
@@ -347,7 +347,7 @@ def test_verdicts(low, high, kind, found):
 
 
 def test_verdicts_are_paired():
-    """Seeds differ by much and methods by little, always to the same side."""
+    """Seeds differ much and methods little, but always in the same direction."""
     easy, hard = 0.99, 0.6
     rows = [
         {"schedule": schedule, "method": method, "accuracies": [easy + more, hard + more, easy + more / 2]}
@@ -373,8 +373,8 @@ def test_verdicts_are_paired():
     }
 
 
-def test_trials_are_the_same_schedules_for_all():
-    """The same every time, each once, with every radius as often as any other."""
+def test_all_methods_try_the_same_schedules():
+    """The same in every run, without duplicates, and every radius equally often."""
     schedules = {}
     for method, radii in tuning.RADII.items():
         found = tuning.trials(method)
@@ -388,7 +388,7 @@ def test_trials_are_the_same_schedules_for_all():
     assert all(each == schedules["sgd"] for each in schedules.values())
 
 
-def test_the_committed_search_is_that_of_the_program():
+def test_the_committed_search_matches_the_program():
     kept = committed("tuning")
     assert kept["schedule"] == {name: list(values) for name, values in tuning.SCHEDULE.items()}
     for method in tuning.RADII:
@@ -401,8 +401,8 @@ def test_the_committed_search_is_that_of_the_program():
 
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "arwp"])
-def test_a_search_tries_every_radius_and_looks_at_the_best_again(method, monkeypatch):
-    """By a stand-in for trainings: large rates are best, small ones by luck at first; of the radii the largest."""
+def test_a_search_tries_every_radius_and_repeats_the_best(method, monkeypatch):
+    """With fake training: large rates are best, but small ones look best at first; the largest radius is best."""
 
     def spread(call, jobs):
         luck = lambda options, seed: 10 * (seed in tuning.SEEDS and options["lr"] == 0.01)
@@ -445,7 +445,7 @@ def test_the_tuned_table_has_what_the_search_found():
 
 
 def test_a_full_suite(tmp_path, monkeypatch, capsys):
-    """Each question in a process of its own, its rows in a folder; README stays as it is."""
+    """Each benchmark runs in its own process and writes its rows to a folder; README stays unchanged."""
     monkeypatch.setattr(suite, "TIMED", {"cpu": "bench"})
     monkeypatch.setattr(suite, "TOGETHER", {"accuracy": "accuracy", "flatness": "flatness"})
     monkeypatch.setattr(suite, "QUESTIONS", suite.TIMED | suite.TOGETHER)
@@ -457,16 +457,16 @@ def test_a_full_suite(tmp_path, monkeypatch, capsys):
     assert (ROOT / "README.md").read_text() == before
 
 
-def test_a_suite_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
+def test_an_interrupted_suite_keeps_old_results(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("as it was")
-    monkeypatch.setattr(suite, "ask", breaks_off)
+    monkeypatch.setattr(suite, "ask", raises_memory_error)
     with pytest.raises(MemoryError):
         command.main(bench.Config(suite="full"))
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
-def breaks_off(modules):
+def raises_memory_error(modules):
     for module in modules:
         if module == "models":
             raise MemoryError("too small a machine")

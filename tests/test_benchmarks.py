@@ -1,4 +1,4 @@
-"""What the benchmarks say is what happened: counts, machine code, and a rehearsal on the CPU of what runs on a GPU."""
+"""The benchmarks' measurements: counts, machine code, and a rehearsal on the CPU of what runs on a GPU."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from flatops.benchmarks import bench, bench_gpu, machine_code, measure
 ROOT = Path(__file__).parent.parent
 
 
-# --- times and counts ----------------------------------------------------------------------------------------------------
+# --- times and counts -------------------------------------------------------------------------------------------------
 
 
 def test_contenders_run_in_turn_and_the_first_round_does_not_count():
@@ -61,7 +61,7 @@ def test_a_traced_call_launches_nothing_on_a_cpu():
 
 
 class FakeCuda:
-    """Stands in for torch.cuda: what the host says to a GPU, in order; the GPU takes no time."""
+    """Stands in for torch.cuda and records the host's calls in order; the GPU takes no time."""
 
     def __init__(self, monkeypatch):
         self.said = said = []
@@ -89,7 +89,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
 
 
-def test_a_batch_waits_in_the_queue_until_it_is_whole(monkeypatch):
+def test_a_batch_starts_when_all_of_it_is_queued(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     batch = measure.Batch(lambda: cuda.said.append("call"), torch.device("cuda"))
     assert batch.calls == measure.Batch.CALLS and batch.pause > 0
@@ -101,7 +101,7 @@ def test_a_batch_waits_in_the_queue_until_it_is_whole(monkeypatch):
     assert sample.host > 0 and sample.wall > 0
 
 
-def test_a_call_that_waits_is_told_apart(monkeypatch):
+def test_a_call_with_a_host_sync_is_recognised(monkeypatch):
     cuda = FakeCuda(monkeypatch)
 
     def waiting():
@@ -114,12 +114,12 @@ def test_a_call_that_waits_is_told_apart(monkeypatch):
     assert measure.waits(waiting, torch.device("cpu")) is None
 
 
-# --- the tables ----------------------------------------------------------------------------------------------------------
+# --- the tables -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("copies", [1, 3])
-def test_every_row_runs_and_nothing_adds_up(dtype, copies):
+def test_every_row_runs_and_changes_do_not_accumulate(dtype, copies):
     rows = bench.operator_rows([(16, 3, 3, 3), (1024,), (3, 700)], torch.device("cpu"), "cpp", dtype, copies)
     assert [row.name for row in rows][:2] == ["floor", "perturb_"]
     for row in rows:
@@ -141,7 +141,7 @@ def test_copies_take_turns(monkeypatch):
     assert len(set(seen[:3])) == 3 and seen[:3] == seen[3:]
 
 
-def test_the_rows_of_a_cpu_are_those_that_are_committed():
+def test_the_cpu_rows_are_the_committed_ones():
     result = bench.measure(bench.Config(model="cnn", rounds=1), processes=1)
     committed = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
     assert result.keys() == committed.keys()
@@ -151,7 +151,7 @@ def test_the_rows_of_a_cpu_are_those_that_are_committed():
 
 
 def test_rehearsal(tmp_path, capsys):
-    """benchmarks/gpu.sh without a GPU: every program that it runs there runs, and writes what it will write there."""
+    """benchmarks/gpu.sh without a GPU: every program that it starts there runs and writes its results."""
     environment = {**os.environ, "FLATOPS_GPU_REHEARSAL": "1", "PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", ROOT / "benchmarks/gpu.sh", tmp_path], capture_output=True, text=True, env=environment
@@ -179,7 +179,7 @@ def test_rehearsal(tmp_path, capsys):
         assert row["images_per_second"] > 0 and row["step"]["launches"] == 0
         assert ("own" in row) == (row["name"] != "SGD")
 
-    # What only a GPU would say is shown as well.
+    # Also shows what only a GPU would report.
     table["rows"][1] |= {"graph_ms": 0.068, "queued": False}
     table["rows"][2] |= {"graph_ms": "RuntimeError: not [permitted]", "error": "the host waits: there"}
     table["rows"][3] = {key: value for key, value in table["rows"][3].items() if key != "device_ms"}
@@ -189,7 +189,7 @@ def test_rehearsal(tmp_path, capsys):
         assert part in shown, part
 
 
-def test_a_row_that_fails_leaves_the_others(monkeypatch):
+def test_a_row_that_fails_does_not_affect_the_others(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such kernel")
 
@@ -202,7 +202,7 @@ def test_a_row_that_fails_leaves_the_others(monkeypatch):
     assert all("device_ms" in row for row in result["rows"] if not row["error"])
 
 
-# --- machine code --------------------------------------------------------------------------------------------------------
+# --- machine code -----------------------------------------------------------------------------------------------------
 
 CODE = r"""
 #include <cstdint>
@@ -239,7 +239,7 @@ __global__ void half(const uint16_t* x, uint16_t* y) {
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory):
-    """The kernels above, compiled for two architectures, and read for one."""
+    """The kernels above, compiled for two architectures and read for one."""
     nvcc = machine_code.tool("nvcc")
     if nvcc is None or machine_code.tool() is None:
         pytest.skip("needs nvcc and cuobjdump")
@@ -288,7 +288,7 @@ def test_a_prediction_is_the_slower_of_two_counts():
     assert machine_code.predict({"issue": 42.0, "alu": 30.0}, 8, weights).pipe == "alu"
     assert machine_code.predict({"issue": 3.0, "xu": 1.0}, 8, weights).pipe == "xu"
     shared = machine_code.predict({"issue": 100.0, "fp32": 60.0, "imad": 50.0}, 8, weights)
-    assert shared.pipe == "fp32"  # together they need more than either
+    assert shared.pipe == "fp32"  # together they take longer than either
 
 
 def test_branches_of_every_kind():
@@ -313,7 +313,7 @@ def test_branches_of_every_kind():
 
 
 def test_the_table_of_our_own_kernels():
-    """Whatever is compiled in is found by the patterns that the table looks for."""
+    """The table's patterns find every kernel that is compiled in."""
     from flatops.backend import _C
 
     if not getattr(_C, "cuda_archs", None) or machine_code.tool() is None:

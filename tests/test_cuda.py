@@ -1,4 +1,4 @@
-"""What only a GPU shows: nobody waits for it, few launches, CUDA graphs, streams, several devices, very large tensors."""
+"""What only a GPU can test: no host syncs, few launches, CUDA graphs, streams, several devices, very large tensors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def make(kind: str, model: nn.Module, as_tensors: bool = True, **changed: Any) -
 
 
 def step(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Both passes of a step, or RWP's only one, and the base's step."""
+    """A step's passes (one for RWP) and the base optimizer's step."""
     optimizer.zero_grad()
     clean, perturbed = getattr(optimizer, "clean_weight", 1.0), getattr(optimizer, "perturbed_weight", 1.0)
     if clean:
@@ -68,12 +68,12 @@ def step(optimizer: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
     optimizer.step()
 
 
-# --- nobody waits ----------------------------------------------------------------------------------------------------------
+# --- host syncs -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def nobody_waits() -> Iterator[None]:
-    """Fails where PyTorch would wait for the GPU, and where the host comes back from work that it queued behind a sleep."""
+def no_host_sync() -> Iterator[None]:
+    """Fails on a host sync: PyTorch reports it, or the host returns only after a sleep queued before its work."""
     torch.cuda.synchronize()
     torch.cuda._sleep(1 << 28)  # more than a tenth of a second
     awake = torch.cuda.Event()
@@ -88,27 +88,27 @@ def nobody_waits() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("wait", [torch.cuda.synchronize, lambda: torch.ones((), device="cuda").item()])
-def test_waiting_is_noticed(wait):
-    with pytest.raises((AssertionError, RuntimeError), match="wait|synchroniz"), nobody_waits():
+def test_host_syncs_are_detected(wait):
+    with pytest.raises((AssertionError, RuntimeError), match="wait|synchroniz"), no_host_sync():
         wait()
 
 
 @on_kernels
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @on_operators
-def test_no_operator_waits(operator, layout, backend):
+def test_no_operator_syncs_with_the_host(operator, layout, backend):
     args = arguments(operator, Case("few", layout=layout), "cuda")
     call = backend.operator(operator.split(",")[0])
-    call(*args)  # loads, compiles, makes tables
-    with nobody_waits():
+    call(*args)  # loads, compiles, fills tables
+    with no_host_sync():
         call(*args)
 
 
 @on_kernels
 @pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
 @on_kinds
-def test_no_step_waits(kind, as_tensors, backend):
-    """Both passes, the base's step, a ramp; as a loop and as a closure."""
+def test_no_step_syncs_with_the_host(kind, as_tensors, backend):
+    """All passes, the base optimizer's step and a ramp; in a loop and with a closure."""
     model, (x, y) = make_net(), make_batch(0)
     optimizer = make(kind, model, as_tensors)
     ramp = CosineRamp(optimizer, key_of(kind), 0.1, 0.01, total_steps=9)
@@ -126,15 +126,15 @@ def test_no_step_waits(kind, as_tensors, backend):
 
     for _ in range(2):
         both()
-    with nobody_waits():
+    with no_host_sync():
         both()
 
 
-# --- launches --------------------------------------------------------------------------------------------------------------
+# --- launches ---------------------------------------------------------------------------------------------------------
 
 
 def launches(call: Callable[[], Any]) -> list[str]:
-    """What one call runs on the GPU: kernels, copies, fills. The first call, which compiles, does not count."""
+    """What one call runs on the GPU: kernels, copies, fills. A first call, which compiles, is not counted."""
     call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -142,7 +142,7 @@ def launches(call: Callable[[], Any]) -> list[str]:
         call()
         torch.cuda.synchronize()
     on_gpu = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    own = ("Sync", "Buffer", "Loading")  # what the profiler adds of itself
+    own = ("Sync", "Buffer", "Loading")  # events that the profiler adds
     return [name for name in on_gpu if not any(word in name for word in own)]
 
 
@@ -164,7 +164,7 @@ def test_three_launches_at_most(operator, shapes, backend, profiler_sees_kernels
 
 @on_kernels
 def test_numbers_cost_no_launches(backend, profiler_sees_kernels):
-    """sigma, seed, draw and rho as Python numbers are made into tensors once."""
+    """sigma, seed, draw and rho as Python numbers are converted to tensors once."""
     params, grads = Case("few").tensors(1), Case("few").tensors(2)
     params, grads = [p.cuda() for p in params], [g.cuda() for g in grads]
     backup, scales, norm = ops.new_backup(params), ops.new_scales(params), ops.grad_norm(grads)
@@ -178,7 +178,7 @@ def test_numbers_cost_no_launches(backend, profiler_sees_kernels):
 
 @on_kernels
 def test_a_pass_allocates_next_to_nothing(backend):
-    """Sums of parts and the like: less than a fiftieth of the weights, however often."""
+    """Partial sums and the like: less than a fiftieth of the weights, in every pass."""
     params = [torch.randn(512, 512, device="cuda") for _ in range(5)]
     grads = [torch.randn_like(p) for p in params]
     backup, scales = ops.new_backup(params), ops.new_scales(params)
@@ -199,11 +199,11 @@ def test_a_pass_allocates_next_to_nothing(backend):
     assert torch.cuda.max_memory_allocated() - before < sum(p.nbytes for p in params) / 50
 
 
-# --- CUDA graphs -----------------------------------------------------------------------------------------------------------
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 
 def capture(call: Callable[[], Any], warm_up: int = 3) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of a call, and the call's result, which every replay writes to."""
+    """A graph of a call, and the call's result, which every replay overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -221,8 +221,8 @@ def capture(call: Callable[[], Any], warm_up: int = 3) -> tuple[torch.cuda.CUDAG
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("shapes", ["few", "long"])
 @on_operators
-def test_a_replayed_operator_is_the_eager_one(operator, shapes, layout, backend):
-    """To the bit, whatever sigma, rho, norm, scale, key and draw have become between replays."""
+def test_a_replayed_operator_equals_the_eager_one(operator, shapes, layout, backend):
+    """To the bit, for any change of sigma, rho, norm, scale, key and draw between replays."""
     case, call = Case(shapes, layout=layout), backend.operator(operator.split(",")[0])
     args = arguments(operator, case, "cuda")
     start = [t.clone() for t in tensors_of(args)]
@@ -241,17 +241,17 @@ def test_a_replayed_operator_is_the_eager_one(operator, shapes, layout, backend)
 
 
 @on_kernels
-def test_a_replayed_pass_draws_anew(backend):
-    """At every replay the noise of the next draw, at the sigma that holds then; a checkpoint is written to in place."""
+def test_a_replayed_pass_draws_new_noise(backend):
+    """Every replay draws the noise of the next draw at the current sigma; a checkpoint is loaded in place."""
     w = nn.Parameter(torch.randn(8, 100, device="cuda"))
     optimizer = flatops.RWP([w], torch.optim.SGD, lr=0.1, sigma=torch.tensor(0.1).double(), seed=5, stream=2)
     saved, before, seen = optimizer.state_dict(), w.detach().clone(), torch.empty_like(w)
 
-    def look():
+    def copy_perturbed():
         with optimizer.perturbed(), torch.no_grad():
             seen.copy_(w)
 
-    graph, _ = capture(look)
+    graph, _ = capture(copy_perturbed)
     group = optimizer.param_groups[0]
     for sigma, draw in ((0.1, 3), (0.2, 4), (0.3, 5), (0.1, 0), (0.1, 1)):
         if draw == 0:
@@ -267,8 +267,8 @@ def test_a_replayed_pass_draws_anew(backend):
 
 @on_kernels
 @on_kinds
-def test_a_replayed_step_is_the_eager_one(kind, backend):
-    """Whole steps, with new data, sigma or rho at every replay; cuBLAS may round otherwise in a graph."""
+def test_a_replayed_step_equals_the_eager_one(kind, backend):
+    """Whole steps with new data, sigma or rho at every replay; cuBLAS may round differently in a graph."""
     model, twin, (x, y) = make_net(), make_net(), make_batch(0)
     optimizer, eager = make(kind, model), make(kind, twin)
     graph, _ = capture(lambda: step(optimizer, model, x, y))
@@ -310,8 +310,8 @@ def test_an_overflow_taints_in_a_graph_too(backend):
 
 
 @on_kernels
-def test_numbers_in_a_graph_are_its_own(backend):
-    """Memory of a graph does not enter the cache of numbers, which outlives the graph."""
+def test_numbers_in_a_graph_are_not_cached(backend):
+    """A graph's memory does not enter the cache of numbers, which outlives the graph."""
     w, draw = torch.randn(6, 50, device="cuda"), torch.tensor(4, device="cuda")
     ops.perturb_([w], 0.5, seed=1, draw=draw)
     checks._constant.cache_clear()
@@ -324,13 +324,13 @@ def test_numbers_in_a_graph_are_its_own(backend):
     assert_same_bits(w, expected[0])
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------------
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 @on_kernels
 @on_operators
 def test_the_current_stream_is_respected(operator, backend):
-    """Behind a slow producer on a side stream, and read there: what the operator gives on any stream."""
+    """Between a slow producer and a reader on a side stream, an operator gives its usual result."""
     case, call = Case("few"), backend.operator(operator.split(",")[0])
     expected_args = arguments(operator, case, "cuda")
     expected_result = call(*expected_args)
@@ -352,7 +352,7 @@ def test_the_current_stream_is_respected(operator, backend):
 
 @on_kernels
 def test_a_number_is_made_on_the_stream_that_reads_it(backend):
-    """One that another, sleeping stream is still to make would be read too early."""
+    """A tensor that another, sleeping stream has yet to fill would be read too early."""
     checks._constant.cache_clear()
     w, side = torch.randn(6, 50), torch.cuda.Stream()
     first, second = [w.cuda()], [w.cuda()]
@@ -370,7 +370,7 @@ def test_a_number_is_made_on_the_stream_that_reads_it(backend):
     assert_same_bits(first, expected)
 
 
-# --- several devices -------------------------------------------------------------------------------------------------------
+# --- several devices --------------------------------------------------------------------------------------------------
 
 SECOND = pytest.param(
     "cuda:1", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has one GPU")
@@ -382,7 +382,7 @@ SECOND = pytest.param(
 @pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
 @on_kinds
 def test_one_optimizer_over_several_devices(kind, as_tensors, grouped, other):
-    """The noise, the ascent and the step of the same parameters on the CPU alone; all weights come back to the bit."""
+    """The same noise, ascent and step as on the CPU alone; all weights are restored to the bit."""
 
     def parameters(devices):
         generator = torch.Generator().manual_seed(0)
@@ -444,18 +444,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("match", BAD)
-def test_tensors_elsewhere_are_refused(match):
-    """A ValueError that names the argument, and nothing changed."""
+def test_tensors_on_other_devices_are_refused(match):
+    """A ValueError that names the argument, before anything changes."""
     with pytest.raises(ValueError, match=match):
         BAD[match]()
     assert torch.equal(W.cpu(), torch.ones(3, 4)) and torch.equal(ON_CPU, torch.ones(3, 4))
 
 
-# --- more than 2**31 elements ------------------------------------------------------------------------------------------------
+# --- more than 2**31 elements -----------------------------------------------------------------------------------------
 
 
 def noise_at(filter: Tensor, offset: Tensor, key: int, draw: int, index: int) -> Tensor:
-    """The reference's normals at single places."""
+    """The reference's normals at single positions."""
     words = reference.philox(
         (offset // 4, filter, torch.full_like(offset, index), torch.full_like(offset, draw)), torch.tensor(key)
     )
@@ -470,9 +470,9 @@ def norm_in_parts(row: Tensor) -> Tensor:
 @on_kernels
 @pytest.mark.parametrize("shape", [(2**31 + 8195,), (2**21 + 3, 1024), (3, 2**30)], ids=str)
 def test_more_than_two_to_the_31_elements(shape, backend):
-    """Indices do not wrap: noise, ascent and sums at both ends and around 2**31 and 2**32 bytes; and all comes back."""
+    """No index overflows: noise, ascent, sums at both ends and around 2**31 and 2**32 bytes; weights are restored."""
     n = torch.Size(shape).numel()
-    needed = 5 * 2 * n  # five lists of bfloat16, with a mask of bool and chunks to spare
+    needed = 5 * 2 * n  # five lists of bfloat16, a mask of bool, and temporary chunks
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < 1.2 * needed:
@@ -504,16 +504,16 @@ def test_more_than_two_to_the_31_elements(shape, backend):
     torch.testing.assert_close(norm, norm_in_parts(g.view(-1)), rtol=1e-6, atol=0)
     ops.ascend_([w], [g], 1e4, norm=norm)
     step = (torch.tensor(1e4, dtype=torch.float64) / norm.cpu()).float()
-    climbed = reference.fma(step, g.view(-1)[on_gpu].cpu().float(), old.float()).bfloat16()
-    assert_same_bits(w.view(-1)[on_gpu], climbed)
+    ascended = reference.fma(step, g.view(-1)[on_gpu].cpu().float(), old.float()).bfloat16()
+    assert_same_bits(w.view(-1)[on_gpu], ascended)
 
 
-# --- training --------------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @on_kernels
 @on_kinds
-def test_an_exception_leaves_the_weights(kind, backend):
+def test_an_exception_restores_the_weights(kind, backend):
     model, (x, y) = make_net(), make_batch(0)
     optimizer = make(kind, model)
     F.mse_loss(model(x), y).backward()
@@ -530,7 +530,7 @@ def test_an_exception_leaves_the_weights(kind, backend):
 
 @on_kinds
 def test_every_backend_trains_the_same_weights(kind):
-    """Twenty steps, bit for bit; the network's own operations are the same ones every time."""
+    """Twenty steps, bit for bit; the network's own operations are deterministic."""
     trained = []
     for backend in ON_GPU:
         with backend.forced():
@@ -547,7 +547,7 @@ def test_every_backend_trains_the_same_weights(kind):
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "regenerating"])
 def test_float16_under_a_grad_scaler(kind, fused, backend):
-    """Training goes on; an overflow in the first pass skips the step and backs off, and the next step is whole."""
+    """An overflow in the first pass skips the step and lowers the scale, and the next step is complete."""
     model, (x, y) = make_net(), make_batch(0)
     optimizer = make(kind, model, fused=fused)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1000)

@@ -1,4 +1,4 @@
-"""Replicas under DistributedDataParallel: parallel m-RWP, synced and local ascent, what processes have to agree on."""
+"""Replicas under DistributedDataParallel: parallel m-RWP, synced and local ascent, what processes must agree on."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def part_of(batch: tuple[Tensor, Tensor], rank: int, world: int) -> tuple[Tensor
 
 
 def passes(method: str, model: nn.Module, optimizer, batch, other=None) -> None:
-    """What a user writes between two steps."""
+    """The passes of one step, as a user writes them."""
     if isinstance(optimizer, flatops.SAM):
         with optimizer.ascent_pass(model if "local" in method or "skipping" in method else None):
             loss_of(model, batch).backward()
@@ -93,7 +93,7 @@ def assert_close(left, right, tolerance: float = 2e-6) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m: f"tensor {i}: {m}")
 
 
-# --- parallel m-RWP ------------------------------------------------------------------------------------------------------
+# --- parallel m-RWP ---------------------------------------------------------------------------------------------------
 
 
 def parallel_against_one_process(lam: float, closure: str) -> None:
@@ -161,7 +161,7 @@ def roles() -> None:
     assert lone.perturbs and lone.perturbed_weight == 1.0
 
 
-def test_roles_have_process_groups():
+def test_each_role_has_a_process_group():
     run(roles, 4)
 
 
@@ -180,7 +180,7 @@ def regenerating() -> None:
 
 
 def mixed_arwp_accumulates() -> None:
-    """Each replica's first micro-batch is its own affair, and so is what F has seen of it."""
+    """Each replica's first micro-batch is local, and so is its contribution to F."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = DDP(make_net())
     optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.1, lam=0.5, eta=1.0, stream=0, lr=0.1)
@@ -205,7 +205,7 @@ def test_replicas_that_would_drift_apart_are_refused():
     run(regenerating, 2)
 
 
-def needs_two_replicas() -> None:
+def parallel_mrwp_on_one_process() -> None:
     model = make_net()
     optimizer = make_optimizer("mrwp parallel", model)
     with pytest.raises(ValueError, match="needs two replicas"), optimizer.perturbed():
@@ -213,12 +213,12 @@ def needs_two_replicas() -> None:
     assert not optimizer.is_perturbed and optimizer.param_groups[0]["draw"] <= 1
 
 
-def test_parallel_mrwp_alone_says_what_to_do():
-    needs_two_replicas()
-    run(needs_two_replicas, 1)
+def test_parallel_mrwp_on_one_process_is_an_error_with_a_remedy():
+    parallel_mrwp_on_one_process()
+    run(parallel_mrwp_on_one_process, 1)
 
 
-# --- replicas stay the same ----------------------------------------------------------------------------------------------
+# --- replicas stay the same -------------------------------------------------------------------------------------------
 
 
 class Dropping(nn.Module):
@@ -264,7 +264,7 @@ def test_four_processes_stay_the_same_to_the_bit_over_fifty_steps(method):
     run(fifty_steps, 4, method)
 
 
-# --- the SAM family ------------------------------------------------------------------------------------------------------
+# --- the SAM family ---------------------------------------------------------------------------------------------------
 
 
 def sam_against_one_process(method: str, flags: dict, pieces: int) -> None:
@@ -303,7 +303,7 @@ FLAGS = {
 
 
 class Branching(nn.Module):
-    """Uses another head from step to step and, for local ascent, from process to process."""
+    """Uses different heads in different steps and, for local ascent, in different processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ def unused_parameters(method: str) -> None:
         net.turn = alone.turn = i % 2
         for m, o, b in ((model, optimizer, part_of(batch, rank, world)), (alone, expected, batch)):
             o.zero_grad()
-            o.run.agreed = o is expected  # it takes its passes alone
+            o.run.agreed = o is expected  # it runs its passes alone
             passes(method, m, o, b)
             o.step()
         if "local" not in method:
@@ -430,8 +430,8 @@ def test_an_overflow_on_one_process_skips_the_step_on_all(method):
     run(overflow_on_one, 2, method)
 
 
-def mistakes_of_one() -> None:
-    """What one process does wrong is an error on both, and neither waits."""
+def errors_of_one() -> None:
+    """An error of one process is raised on both, and neither waits."""
     rank = dist.get_rank()
     model = make_net(norm=groupnorm)
     optimizer = flatops.SSAM(model.parameters(), SGD, lr=0.1)
@@ -452,11 +452,11 @@ def mistakes_of_one() -> None:
         skipping.step(lambda: loss_of(model, make_batch(0)))
 
 
-def test_a_mistake_of_one_process_is_an_error_on_all():
-    run(mistakes_of_one, 2)
+def test_an_error_of_one_process_is_raised_on_all():
+    run(errors_of_one, 2)
 
 
-def resume_in_mid_epoch(method: str) -> None:
+def resume_mid_epoch(method: str) -> None:
     def new():
         torch.manual_seed(3)
         model = DDP(make_net(norm=groupnorm))
@@ -483,7 +483,7 @@ def resume_in_mid_epoch(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["marwp parallel", "sam local", "ssam dynamic local"])
 def test_resume_equals_no_interruption_to_the_bit(method):
-    run(resume_in_mid_epoch, 2, method)
+    run(resume_mid_epoch, 2, method)
 
 
 def masks_against_one_process(pattern: str, vectorize: bool) -> None:
@@ -492,7 +492,7 @@ def masks_against_one_process(pattern: str, vectorize: bool) -> None:
     batch = make_batch(5, size=8)
     mine = [part_of(batch, rank, world)]
     made = []
-    # One process sees the whole batch; as there are two of them here, its F is summed too, to twice as much in the same order.
+    # Two processes evaluate the whole batch here, and their F is summed: twice the value, in the same order.
     for wrapped, batches, samples in ((DDP(model), mine, 8 // world), (model, [batch], 8)):
         sparsity = {} if ":" in pattern else {"sparsity": 0.6}
         optimizer = flatops.SSAM(wrapped.parameters(), SGD, pattern=pattern, lr=0.1, **sparsity)
@@ -507,7 +507,7 @@ def test_masks_of_two_processes_equal_those_of_one(pattern):
     run(masks_against_one_process, 2, pattern, pattern == "global")
 
 
-# --- streams and agreement -----------------------------------------------------------------------------------------------
+# --- streams and agreement --------------------------------------------------------------------------------------------
 
 
 def streams() -> None:
@@ -522,7 +522,7 @@ def streams() -> None:
     assert all(torch.equal(noisy[0], other) for other in noisy[1:])
 
 
-def test_replicas_draw_different_noise_unless_told_not_to():
+def test_replicas_draw_different_noise_by_default():
     run(streams, 3)
 
 
@@ -540,7 +540,7 @@ def disagree(what: str) -> None:
         more |= {"parallel": rank == 0, "lam": 0.5}
     optimizer = flatops.RWP(params, SGD, **{"sigma": 0.1, "lr": 0.1, **more})
     if what == "draw":
-        with torch.no_grad():  # a look at the loss that one process takes more than the other
+        with torch.no_grad():  # one process evaluates the loss once more than the other
             for _ in range(rank):
                 with optimizer.perturbed():
                     pass
@@ -557,11 +557,11 @@ def disagree(what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["seed", "sigma", "params", "draw", "parallel", "restore", "the optimizer"])
-def test_processes_that_disagree_are_told_on_what(what):
+def test_processes_that_disagree_are_told_about_what(what):
     run(disagree, 2, what)
 
 
-def agreement_is_asked_for_once() -> None:
+def agreement_is_checked_once() -> None:
     model = make_net(norm=groupnorm)
     optimizer = make_optimizer("rwp", model)
     calls = []
@@ -573,38 +573,38 @@ def agreement_is_asked_for_once() -> None:
             passes("rwp", model, optimizer, make_batch(i))
             optimizer.step()
         assert len(calls) == 1
-        optimizer.load_state_dict(optimizer.state_dict())  # another checkpoint may be another's
+        optimizer.load_state_dict(optimizer.state_dict())  # another checkpoint may come from another optimizer
         passes("rwp", model, optimizer, make_batch(9))
         assert len(calls) == 2
     finally:
         dist.all_gather_object = real
 
 
-def test_processes_meet_once():
-    run(agreement_is_asked_for_once, 2)
+def test_agreement_is_checked_once():
+    run(agreement_is_checked_once, 2)
 
 
-# --- engines that put something else in the place of the parameters ---------------------------------------------------------
+# --- engines that replace the parameters ------------------------------------------------------------------------------
 
 
 def flattened(params: list[Tensor]) -> list[Tensor]:
-    """As ZeRO-1 and 2 and Megatron's distributed optimizer have it: one float32 copy, which no forward reads."""
+    """As in ZeRO-1 and 2 and Megatron's distributed optimizer: one float32 copy, which no forward reads."""
     return [torch.cat([p.detach().flatten().float() for p in params]).requires_grad_()]
 
 
 def copied(params: list[Tensor]) -> list[Tensor]:
-    """As apex's and Megatron's mixed precision have it: a float32 copy each."""
+    """As in the mixed precision of apex and Megatron: a float32 copy of each parameter."""
     return [p.detach().float().clone().requires_grad_() for p in params]
 
 
 def nothing(params: list[Tensor]) -> list[Tensor]:
-    """As ZeRO-3 has it between two steps."""
+    """As in ZeRO-3 between two steps."""
     return []
 
 
 @pytest.mark.parametrize("put", [flattened, copied, nothing])
 @pytest.mark.parametrize("method", ["rwp", "sam"])
-def test_copies_in_the_place_of_parameters_are_refused(method, put):
+def test_copies_that_replace_parameters_are_refused(method, put):
     model = make_net()
     optimizer = make_optimizer(method, model)
     (group,) = optimizer.param_groups
@@ -618,8 +618,8 @@ def test_copies_in_the_place_of_parameters_are_refused(method, put):
     assert_same_bits(all_bits(group["params"]), before)
 
 
-def test_parameters_that_were_never_modules_are_not_taken_for_copies():
-    """Tensors from the beginning; other parameters later, as where a scene grows new points."""
+def test_parameters_outside_modules_are_not_mistaken_for_copies():
+    """Plain tensors from the start; later other parameters, as when a scene gets new points."""
     w = torch.ones(3, 2, requires_grad=True)
     optimizer = flatops.RWP([w], SGD, sigma=0.1, lr=0.1)
     with optimizer.perturbed():
@@ -635,12 +635,12 @@ def test_parameters_that_were_never_modules_are_not_taken_for_copies():
 
 
 class FlatParameter(nn.Parameter):
-    """What fairscale, XLA and copies of them call the parameter into which they flatten others."""
+    """The name of the parameter into which fairscale, XLA and their copies flatten others."""
 
 
 @pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened", "ds_id", "its class"])
-def test_flattened_parameters_are_known_by_their_marks(mark):
-    """Before the optimizer is built or after; for flatops.perturb too."""
+def test_flattened_parameters_are_recognised(mark):
+    """Before or after the optimizer is built; for flatops.perturb too."""
     p = FlatParameter(torch.ones(6)) if mark == "its class" else nn.Parameter(torch.ones(6))
     later = flatops.RWP([p], SGD, lr=0.1) if mark != "its class" else None
     if mark != "its class":
@@ -654,7 +654,7 @@ def test_flattened_parameters_are_known_by_their_marks(mark):
     assert torch.equal(p, torch.ones(6))
 
 
-# --- the documentation ---------------------------------------------------------------------------------------------------
+# --- the documentation ------------------------------------------------------------------------------------------------
 
 
 def snippets(blocks: list[str]) -> None:
@@ -690,6 +690,6 @@ def _default_seeds() -> None:
     assert [after for _, after in seeds] == [[seeds[0][0], 5]] * 2
 
 
-def test_processes_share_the_first_ones_default_seed():
-    """They may have seeded torch each in its own way; a seed that was given stays."""
+def test_processes_share_the_default_seed_of_the_first():
+    """Even if they seeded torch differently; a given seed is kept."""
     run(_default_seeds, 2)

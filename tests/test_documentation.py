@@ -1,4 +1,4 @@
-"""Every Python block of every page runs, and every link leads somewhere."""
+"""Every Python block of every page runs, and every link has a target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = ("choosing.md", "faq.md", "kernels.md", "quickstart.md")
 
 
 @pytest.mark.parametrize("page", HERE)
-def test_a_page_runs_as_it_would_be_pasted(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run_snippets(page)
@@ -42,7 +42,7 @@ def test_several_processes():
 
 
 def test_no_page_is_left_out():
-    """Pages of integrations run in those integrations' tests, where they may be skipped."""
+    """Pages of integrations run in the tests of those integrations, where they may be skipped."""
     elsewhere = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     for path in DOCS.rglob("*.md"):
         page = str(path.relative_to(DOCS))

@@ -1,4 +1,4 @@
-"""Shards under FSDP2: the same noise, masks and steps for any number of them, and checkpoints that any number goes on from."""
+"""Shards under FSDP2: noise, masks, steps and checkpoints do not depend on the number of shards."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def shard(net: nn.Module, mesh=None, **policy) -> nn.Module:
 
 
 def whole(t: Tensor) -> Tensor:
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()  # of one shard it is the shard itself
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()  # on one shard it is a view of the shard
 
 
 def wholes(model: nn.Module) -> list[Tensor]:
     return [whole(p.detach()) for p in model.parameters()]
 
 
-def two_passes(optimizer, model, batch, other, seen: list | None = None) -> None:
-    """A step's passes, the same on one process and on shards; `seen` gets the perturbed weights."""
+def run_passes(optimizer, model, batch, other, seen: list | None = None) -> None:
+    """The passes of one step, on one process or on shards; `seen` collects the perturbed weights."""
     if isinstance(optimizer, flatops.SAM):
         loss_of(model, batch).backward()
     elif optimizer.clean_weight:
@@ -53,7 +53,7 @@ def two_passes(optimizer, model, batch, other, seen: list | None = None) -> None
         (getattr(optimizer, "perturbed_weight", 1.0) * loss_of(model, batch)).backward()
 
 
-def shards_against_none(method: str) -> None:
+def shards_against_one_process(method: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = make_net(4, norm=groupnorm)
     model = shard(copy.deepcopy(alone))
@@ -65,8 +65,8 @@ def shards_against_none(method: str) -> None:
         noisy, noisy_alone = [], []
         optimizer.zero_grad()
         expected.zero_grad()
-        two_passes(optimizer, model, part_of(batch, rank, world), part_of(other, rank, world), noisy)
-        two_passes(expected, alone, batch, other, noisy_alone)
+        run_passes(optimizer, model, part_of(batch, rank, world), part_of(other, rank, world), noisy)
+        run_passes(expected, alone, batch, other, noisy_alone)
         if "regenerating" in method:
             assert_close([p._local_tensor for p in model.parameters()], before, 1e-6)
         else:
@@ -91,14 +91,14 @@ def shards_against_none(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", SHARDED)
-def test_three_shards_equal_none(method):
-    run(shards_against_none, 3, method)
+def test_three_shards_equal_one_process(method):
+    run(shards_against_one_process, 3, method)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("method", ["rwp", "arwp", "sam", "ssam", "ssam dynamic"])
-def test_any_number_of_shards_equals_none(method, world):
-    run(shards_against_none, world, method)
+def test_any_number_of_shards_equals_one_process(method, world):
+    run(shards_against_one_process, world, method)
 
 
 def masks_from_samples(pattern: str) -> None:
@@ -146,7 +146,7 @@ def test_scores_that_cannot_be_ordered_are_an_error_on_every_process():
 
 
 def one_shard(device: str, method: str) -> None:
-    """All of it on one GPU, where there is no second one to be had: the devices of everything, and NCCL."""
+    """Everything on one GPU, for lack of a second: tests devices and NCCL."""
     group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
     alone = make_net(4, norm=groupnorm).to(device)
     model = shard(copy.deepcopy(alone), DeviceMesh.from_group(group, device))
@@ -155,7 +155,7 @@ def one_shard(device: str, method: str) -> None:
         batch, other = (tuple(t.to(device) for t in make_batch(j)) for j in (i, i + 50))
         for o, m in ((optimizer, model), (expected, alone)):
             o.zero_grad()
-            two_passes(o, m, batch, other)
+            run_passes(o, m, batch, other)
             o.step()
     assert_close(wholes(model), list(alone.parameters()), 1e-4 if device == "cuda" else 0)
 
@@ -166,7 +166,7 @@ def test_one_shard_on_each_device(device, method):
     run(one_shard, 1, device, method)
 
 
-# --- gathered weights that are out of date --------------------------------------------------------------------------------
+# --- stale gathered weights -------------------------------------------------------------------------------------------
 
 
 def stale(reshard_after_forward: bool | int | None, backward_too: bool) -> None:
@@ -179,22 +179,22 @@ def stale(reshard_after_forward: bool | int | None, backward_too: bool) -> None:
     optimizer, expected = (make_optimizer("mrwp", m, stream=0, sigma=0.5) for m in (model, alone))
     batch = make_batch(0, size=12)
 
-    def look(net):
+    def evaluate(net):
         with torch.no_grad():
             return loss_of(net, batch)
 
     for i in range(3):
-        clean = look(model)  # leaves the root's weights gathered, and with False everybody's
-        assert_close([clean], [look(alone)], 1e-5)
+        clean = evaluate(model)  # leaves the root's weights gathered, and with False everyone's
+        assert_close([clean], [evaluate(alone)], 1e-5)
         with optimizer.perturbed(), expected.perturbed():
-            noisy = look(model)
-            assert_close([noisy], [look(alone)], 1e-5)
+            noisy = evaluate(model)
+            assert_close([noisy], [evaluate(alone)], 1e-5)
         assert abs(noisy - clean) > 1e-3
-        assert_close([look(model)], [look(alone)], 1e-5)
+        assert_close([evaluate(model)], [evaluate(alone)], 1e-5)
         optimizer.zero_grad()
         expected.zero_grad()
-        two_passes(optimizer, model, part_of(batch, rank, world), part_of(batch, rank, world))
-        two_passes(expected, alone, batch, batch)
+        run_passes(optimizer, model, part_of(batch, rank, world), part_of(batch, rank, world))
+        run_passes(expected, alone, batch, batch)
         optimizer.step()
         expected.step()
     assert_close(wholes(model), list(alone.parameters()), 2e-5)
@@ -205,27 +205,27 @@ def test_evaluation_leaves_no_stale_weights(setting):
     run(stale, 2, setting, True)
 
 
-def test_weights_left_gathered_after_backward_are_gathered_anew():
+def test_weights_left_gathered_after_backward_are_gathered_again():
     run(stale, 2, False, False)
 
 
-def first_looks() -> None:
-    """Passes without gradients before any with, and one that fails in the middle of a forward."""
+def first_evaluations() -> None:
+    """Evaluations before any pass with gradients, and one that fails in the middle of a forward."""
     alone = make_net(4, norm=groupnorm)
     model = shard(copy.deepcopy(alone))
     optimizer, expected = (make_optimizer("rwp", m, stream=0, sigma=0.5) for m in (model, alone))
     batch = make_batch(0, size=12)
 
     @torch.no_grad()
-    def looks_right() -> bool:
+    def same_loss() -> bool:
         return torch.allclose(loss_of(model, batch), loss_of(alone, batch), atol=1e-5)
 
     with torch.no_grad():
         for _ in range(2):
-            assert looks_right()
+            assert same_loss()
             with optimizer.perturbed(), expected.perturbed():
-                assert looks_right()
-            assert looks_right()
+                assert same_loss()
+            assert same_loss()
 
     def fail(*_):
         raise MemoryError
@@ -235,14 +235,14 @@ def first_looks() -> None:
         with torch.set_grad_enabled(grad), pytest.raises(MemoryError), optimizer.perturbed(), expected.perturbed():
             loss_of(model, batch)
         hook.remove()
-        assert looks_right()
+        assert same_loss()
     loss_of(model, batch).backward()
     loss_of(alone, batch).backward()
     assert_close([whole(p.grad) for p in model.parameters()], [p.grad for p in alone.parameters()], 1e-5)
 
 
-def test_looks_and_failures_leave_no_stale_weights():
-    run(first_looks, 2)
+def test_evaluations_and_failures_leave_no_stale_weights():
+    run(first_evaluations, 2)
 
 
 def low_precision(method: str) -> None:
@@ -250,13 +250,13 @@ def low_precision(method: str) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = shard(make_net(4, norm=groupnorm), mp_policy=policy)
     optimizer = make_optimizer(method, model)
-    params = list(model.parameters())  # evaluation puts gathered ones in their place
+    params = list(model.parameters())  # in evaluation, gathered parameters replace them
     first = None
     for i in range(20):
         optimizer.zero_grad()
         batch = part_of(make_batch(i % 2, size=16), rank, world)
         before = [p._local_tensor.clone() for p in params]
-        two_passes(optimizer, model, batch, batch)
+        run_passes(optimizer, model, batch, batch)
         assert_same_bits([p._local_tensor for p in params], before)
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in params)
         optimizer.step()
@@ -271,7 +271,7 @@ def test_mixed_precision_policy(method):
     run(low_precision, 2, method)
 
 
-# --- HSDP ----------------------------------------------------------------------------------------------------------------
+# --- HSDP -------------------------------------------------------------------------------------------------------------
 
 
 def hybrid(method: str) -> None:
@@ -286,7 +286,7 @@ def hybrid(method: str) -> None:
         noisy = wholes(model)
     one = flatops.RWP(alone.parameters(), SGD, sigma=0.1, seed=0, stream=replica, lr=0.1)
     if method == "rwp" or replica:
-        with torch.no_grad(), one.perturbed():  # with gradients it would wait for the processes that take no part
+        with torch.no_grad(), one.perturbed():  # with gradients it would wait for the other processes
             assert_same_bits(noisy, alone.parameters())
     else:
         assert_same_bits(noisy, alone.parameters())
@@ -326,8 +326,8 @@ def test_parallel_mrwp_under_hsdp_is_the_mixed_gradient():
     run(hybrid_parallel, 4)
 
 
-def groups_and_pieces() -> None:
-    """Groups with sigma and eta of their own, gradients accumulated before they are reduced."""
+def groups_and_accumulation() -> None:
+    """Groups with their own sigma and eta; gradients accumulated before they are reduced."""
     alone = make_net(4, norm=groupnorm)
     model = shard(copy.deepcopy(alone))
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -349,12 +349,12 @@ def groups_and_pieces() -> None:
     assert_close(wholes(model), list(alone.parameters()), 1e-5)
 
 
-def test_groups_of_their_own_and_accumulation():
-    run(groups_and_pieces, 2)
+def test_parameter_groups_and_accumulation():
+    run(groups_and_accumulation, 2)
 
 
 def micro_batches(method: str, how: str) -> None:
-    """Two micro-batches a step, whose gradients are reduced when `how` says; as on one process without shards."""
+    """Two micro-batches per step, whose gradients are reduced according to `how`; as on one process without shards."""
     rank, world = dist.get_rank(), dist.get_world_size()
     alone = make_net(4, norm=groupnorm)
     model = shard(copy.deepcopy(alone))
@@ -371,9 +371,7 @@ def micro_batches(method: str, how: str) -> None:
     for i in range(3):
         for net, optimizer in pairs:
             optimizer.zero_grad()
-            if (
-                how == "passes"
-            ):  # an ascent for each micro-batch, which needs its gradient; RWP needs none before the step
+            if how == "passes":  # an ascent per micro-batch needs its gradient; RWP needs none before the step
                 for k in range(2):
                     for one_pass in flatops.passes(optimizer, net):
                         with one_pass:
@@ -404,8 +402,8 @@ def test_accumulation_reduces_gradients_where_they_are_needed(method, how):
     run(micro_batches, 2, method, how)
 
 
-def held_back(pass_of: str, method: str, hold: str) -> None:
-    """What fully_shard has not reduced, all of it or a module's, in either pass: an error, and the weights as they were."""
+def not_reduced(pass_of: str, method: str, hold: str) -> None:
+    """Gradients of all or of one module that were not reduced, in either pass: an error, and restored weights."""
     world = dist.get_world_size()
     mesh = (
         init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -414,7 +412,7 @@ def held_back(pass_of: str, method: str, hold: str) -> None:
     )
     policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if hold == "low precision" else {}
     model = shard(make_net(4, norm=groupnorm), mesh, **policy)
-    other = shard(make_net(4, norm=groupnorm))  # accumulates as it likes
+    other = shard(make_net(4, norm=groupnorm))  # may accumulate
     other.set_requires_gradient_sync(False)
     loss_of(other, make_batch(0)).backward()
     optimizer = (
@@ -450,8 +448,8 @@ def held_back(pass_of: str, method: str, hold: str) -> None:
     [("sam", "all"), ("ssam", "a module"), ("sam", "low precision"), ("sam", "all-reduce"), ("marwp", "all")],
     ids=lambda value: value.replace(" ", "_"),
 )
-def test_gradients_that_are_held_back_are_an_error(method, hold, pass_of):
-    run(held_back, 4 if hold == "all-reduce" else 2, pass_of, method, hold)
+def test_gradients_that_are_not_reduced_are_an_error(method, hold, pass_of):
+    run(not_reduced, 4 if hold == "all-reduce" else 2, pass_of, method, hold)
 
 
 def masks_while_accumulating() -> None:
@@ -466,10 +464,10 @@ def masks_while_accumulating() -> None:
     kept = [p.grad.full_tensor() for p in model.parameters()]
     alone = make_net(4, norm=groupnorm)
     loss_of(alone, make_batch(0)).backward()
-    assert_close(kept, [2 * p.grad for p in alone.parameters()], 1e-5)  # nothing of it was lost
+    assert_close(kept, [2 * p.grad for p in alone.parameters()], 1e-5)  # no gradient was lost
 
 
-def test_no_mask_is_made_while_gradients_are_held_back():
+def test_no_mask_is_made_before_gradients_are_reduced():
     run(masks_while_accumulating, 2)
 
 
@@ -482,7 +480,7 @@ def hybrid_sam() -> None:
         batch = make_batch(i, size=16)
         for o, m, b in ((optimizer, model, part_of(batch, dist.get_rank(), 4)), (expected, alone, batch)):
             o.zero_grad()
-            two_passes(o, m, b, b)
+            run_passes(o, m, b, b)
             o.step()
     assert_close(wholes(model), list(alone.parameters()), 1e-5)
 
@@ -491,7 +489,7 @@ def test_sam_under_hsdp_equals_one_process():
     run(hybrid_sam, 4)
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def refusals() -> None:
@@ -518,12 +516,12 @@ def refusals() -> None:
         ssam.update_mask(model, F.cross_entropy, [make_batch(dist.get_rank())], samples=2)
 
 
-def test_what_cannot_work_is_refused_by_name():
+def test_unsupported_settings_are_refused_by_name():
     run(refusals, 2)
 
 
-def first_kind(use_orig_params: bool, after: bool, frozen: bool) -> None:
-    """FSDP's first kind, around a model whose weights it flattens, before the optimizer is built or after."""
+def fsdp1(use_orig_params: bool, after: bool, frozen: bool) -> None:
+    """FSDP1 around a model whose weights it flattens, before or after the optimizer is built."""
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(2)])
     net[0].weight.requires_grad_(not frozen)
@@ -555,11 +553,11 @@ def first_kind(use_orig_params: bool, after: bool, frozen: bool) -> None:
     [(False, False, False), (True, False, False), (True, True, False), (True, True, True)],
     ids=["flat", "with its parameters", "wrapped later", "wrapped later, partly frozen"],
 )
-def test_fsdp_of_the_first_kind_is_refused(use_orig_params, after, frozen):
-    run(first_kind, 2, use_orig_params, after, frozen)
+def test_fsdp1_is_refused(use_orig_params, after, frozen):
+    run(fsdp1, 2, use_orig_params, after, frozen)
 
 
-# --- overflow and checkpoints -----------------------------------------------------------------------------------------------
+# --- overflow and checkpoints -----------------------------------------------------------------------------------------
 
 
 def overflow(method: str) -> None:
@@ -585,7 +583,7 @@ def test_an_overflow_skips_the_step_on_all_shards(method):
 
 
 def save_and_resume(method: str, base, folder: str, phase: str) -> None:
-    """Trains 3 steps and saves, or loads and trains on, or trains all 6 steps."""
+    """Trains 3 steps and saves, or loads and continues, or trains all 6 steps."""
     rank, world = dist.get_rank(), dist.get_world_size()
     flat, options = METHODS[method]
 
@@ -597,7 +595,7 @@ def save_and_resume(method: str, base, folder: str, phase: str) -> None:
         for i in which:
             optimizer.zero_grad()
             batch, other = make_batch(i, size=12), make_batch(i + 50, size=12)
-            two_passes(optimizer, model, part_of(batch, rank, world), part_of(other, rank, world))
+            run_passes(optimizer, model, part_of(batch, rank, world), part_of(other, rank, world))
             optimizer.step()
 
     if phase == "save":
@@ -614,7 +612,7 @@ def save_and_resume(method: str, base, folder: str, phase: str) -> None:
             full = wholes(model) and None
         if rank == 0:
             torch.save(full, f"{folder}/end.pt")
-        again, resumed = new(9)  # torch.save, the same shards
+        again, resumed = new(9)  # torch.save, with the same shards
         local.seek(0)
         state = torch.load(local, weights_only=False)
         again.load_state_dict(state["model"])
@@ -638,7 +636,7 @@ def save_and_resume(method: str, base, folder: str, phase: str) -> None:
     "method, base",
     [("rwp", SGD), ("arwp", ADAMW), ("mrwp", SGD), ("sam", ADAMW), ("ssam", SGD), ("ssam dynamic", ADAMW)],
 )
-def test_checkpoints_go_on_with_any_number_of_shards(method, base, tmp_path):
+def test_checkpoints_resume_on_any_number_of_shards(method, base, tmp_path):
     run(save_and_resume, 2, method, base, str(tmp_path), "save")
     run(save_and_resume, 2, method, base, str(tmp_path), "same")
     for world in (1, 3):

@@ -1,4 +1,4 @@
-"""Modules of flatops import one another in one direction, also inside functions."""
+"""The modules of flatops have no circular imports, not even inside functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = {"flatops": ROOT / "flatops", "flatops.kernels": ROOT / "kernels", "f
 
 
 def import_graph(packages: dict[str, Path]) -> dict[str, set[str]]:
-    """The modules of these packages that each of their modules imports, at its top or in a function."""
+    """For each module of these packages, the modules of the packages that it imports, at the top or in a function."""
     parts = {
         file: (*name.split("."), *file.relative_to(folder).with_suffix("").parts)
         for name, folder in packages.items()
@@ -29,13 +29,13 @@ def import_graph(packages: dict[str, Path]) -> dict[str, set[str]]:
                 above = parts[file][: -node.level] if node.level else ()
                 base = ".".join([*above, *filter(None, [node.module])])
                 found = {f"{base}.{alias.name}" for alias in node.names} & graph.keys()
-                # A name that is no module is one in the base itself.
+                # a name that is not a module is defined in the base itself
                 graph[name] |= found | ({base} & graph.keys() if len(found) < len(node.names) else set())
     return graph
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """A circle of imports, or an empty list."""
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """A circular import, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -43,13 +43,13 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_there_are_no_circular_imports():
     graph = import_graph(PACKAGES)
     assert "flatops.train.order" in graph["flatops.train.dataset"] and "flatops.benchmarks.bench" in graph
-    # These are imported by name, where no import statement shows it.
+    # Imported by name, without an import statement.
     graph["flatops.backend"] |= {"flatops.kernels"}
     graph["flatops.train.datasets"] |= {name for name in graph if name.startswith("flatops.train.datasets.")}
-    assert not circle(graph)
+    assert not cycle(graph)
 
 
 def reached(graph: dict[str, set[str]], *modules: str) -> set[str]:
@@ -75,9 +75,9 @@ def test_noise_and_landscapes_need_no_optimizer():
 @pytest.mark.parametrize(
     "hidden", ["from . import a", "from .a import x", "import p.a", "from p.a import x", "from ..p import a"]
 )
-def test_a_circle_is_found_in_a_function_too(tmp_path, hidden):
+def test_a_cycle_inside_a_function_is_found(tmp_path, hidden):
     package = tmp_path / "p"
     package.mkdir()
     for name, content in {"__init__": "", "a": "from .b import f", "b": f"def f():\n    {hidden}"}.items():
         (package / f"{name}.py").write_text(content)
-    assert set(circle(import_graph({"p": package}))) == {"p.a", "p.b"}
+    assert set(cycle(import_graph({"p": package}))) == {"p.a", "p.b"}

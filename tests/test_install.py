@@ -1,4 +1,4 @@
-"""The package as it is shipped: what a user without a compiler reads, what the sdist holds, what info tells."""
+"""The package as shipped: errors without a compiler, contents of the sdist, output of info."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_without_a_compiler_the_error_says_what_is_missing(tmp_path):
+def test_without_a_compiler_the_error_names_what_is_missing(tmp_path):
     done = run("setup.py", "build_ext", "--build-lib", str(tmp_path), CXX="/nowhere/g++")
     assert done.returncode != 0
     assert "no C++ compiler" in done.stderr and "apt-get install g++" in done.stderr
@@ -33,7 +33,7 @@ def test_without_a_compiler_the_error_says_what_is_missing(tmp_path):
 
 @pytest.fixture
 def setup(monkeypatch):
-    """What setup.py hands to setuptools for a command, and its functions."""
+    """The arguments that setup.py passes to setuptools for a command, and its functions."""
 
     def setup(command: str) -> tuple[dict, dict]:
         handed = {}
@@ -47,7 +47,7 @@ def setup(monkeypatch):
 
 @pytest.fixture
 def find_cuda(setup, monkeypatch):
-    """setup.py's, on a machine without a toolkit of its own."""
+    """setup.py's find_cuda, on a machine without a toolkit."""
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
@@ -57,7 +57,7 @@ def find_cuda(setup, monkeypatch):
 
 
 def toolkit(path: Path, version: str, header: bool = True) -> Path:
-    """A CUDA toolkit as far as finding one goes."""
+    """As much of a CUDA toolkit as is needed to find one."""
     (path / "bin").mkdir(parents=True)
     (path / "include").mkdir()
     if header:
@@ -68,7 +68,7 @@ def toolkit(path: Path, version: str, header: bool = True) -> Path:
 
 
 def test_a_usable_nvcc_is_found(find_cuda, monkeypatch, tmp_path):
-    """In CUDA_HOME; or behind an nvcc on PATH that is a link, or a script beside the toolkit."""
+    """In CUDA_HOME, or through an nvcc on PATH that is a link, or a script next to the toolkit."""
     home = toolkit(tmp_path / "cuda", "13.0")
     monkeypatch.setenv("CUDA_HOME", str(home))
     assert find_cuda("13.2") == home
@@ -88,7 +88,7 @@ def test_a_usable_nvcc_is_found(find_cuda, monkeypatch, tmp_path):
         ("13.0", True, None, "this torch knows no CUDA"),
     ],
 )
-def test_an_nvcc_that_cannot_be_used_leaves_the_cpu(
+def test_without_a_usable_nvcc_only_the_cpu_is_built(
     find_cuda, monkeypatch, tmp_path, capsys, version, header, wanted, says
 ):
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda", version, header)))
@@ -96,8 +96,8 @@ def test_an_nvcc_that_cannot_be_used_leaves_the_cpu(
     assert says in capsys.readouterr().out
 
 
-def test_each_torch_has_a_build_of_its_own(setup, monkeypatch):
-    """An upgraded torch finds nothing of what was compiled for the one before: ninja would have no work to do."""
+def test_each_torch_has_its_own_build(setup, monkeypatch):
+    """After an upgrade of torch nothing compiled for the old one is found: ninja would consider it up to date."""
     monkeypatch.setenv("CUDA_HOME", os.environ.get("CUDA_HOME", ""))  # which the command sets, and TORCH_CUDA_ARCH_LIST
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     options, _ = setup("build_ext")
@@ -122,12 +122,15 @@ def test_the_oldest_torch_is_the_same_everywhere(setup):
 
 
 def test_pips_isolation_does_not_hide_the_torch_that_is_installed(tmp_path):
-    """As pip isolates: by a PYTHONPATH whose sitecustomize takes the interpreter's own packages away."""
+    """Isolated as by pip: a PYTHONPATH whose sitecustomize removes the interpreter's own packages."""
     (tmp_path / "sitecustomize.py").write_text(
         "import site, sys\nsys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
     )
-    setuptools = "import sys, types; sys.modules['setuptools'] = types.SimpleNamespace(setup=lambda **kwargs: print(kwargs['setup_requires']))"
-    program = f"{setuptools}; import runpy; assert not any('site-packages' in p for p in sys.path); runpy.run_path('setup.py')"
+    program = (
+        "import runpy, sys, types; setup = lambda **kwargs: print(kwargs['setup_requires']); "
+        "sys.modules['setuptools'] = types.SimpleNamespace(setup=setup); "
+        "assert not any('site-packages' in p for p in sys.path); runpy.run_path('setup.py')"
+    )
     done = run("-c", program, PYTHONPATH=str(tmp_path), PYTHONNOUSERSITE="1")
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
@@ -138,7 +141,7 @@ def test_pips_isolation_does_not_hide_the_torch_that_is_installed(tmp_path):
     ids=["another minor version", "an older one"],
 )
 def test_a_core_for_another_torch_says_how_to_build_it_for_this_one(core):
-    """Without isolation, in which uv would build for the newest torch again, and not from pip's cache."""
+    """Without isolation, where uv would again build for the newest torch, and without pip's cache."""
     program = f"""
 import importlib, torch, types
 def other(name, real=importlib.import_module):
@@ -165,19 +168,19 @@ def test_the_sdist_holds_what_a_build_needs(tmp_path):
     assert set(tracked) - names <= {".gitignore"}
 
 
-def test_the_import_brings_in_nothing_but_flatops_itself():
-    """torch's own import takes a second; its compiler, DTensor and sympy, which come along easily, take as long again."""
+def test_the_import_adds_nothing_but_flatops_itself():
+    """torch's own import takes a second; its compiler, DTensor and sympy, easily imported too, take as long again."""
     program = "import sys, torch; before = set(sys.modules); import flatops; print(*set(sys.modules) - before)"
     done = run("-c", program)
     assert done.returncode == 0, done.stderr
     assert {name.split(".")[0] for name in done.stdout.split()} == {"flatops"}
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_defined_in_one_place():
     assert importlib.metadata.version("flatops") == flatops.__version__
 
 
-def test_info_tells_what_was_built():
+def test_info_shows_what_was_built():
     done = run("-m", "flatops", "info", "--json")
     report = json.loads(done.stdout)
     assert report["core"]["built"] and report["devices"]["cpu"]["backend"] == "cpp"
@@ -186,7 +189,7 @@ def test_info_tells_what_was_built():
 
 
 def test_info_shows_the_cuda_build():
-    """Wherever a usable nvcc was, with or without a GPU."""
+    """Wherever a usable nvcc was found, with or without a GPU."""
     done = run("-m", "flatops", "info")
     assert done.returncode == 0
     expected = f"{_C.cuda_version} for {_C.cuda_archs[0]}" if _C.cuda_version else "no usable nvcc"

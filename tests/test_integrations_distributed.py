@@ -1,4 +1,4 @@
-"""Lightning, Hugging Face's Trainer and accelerate on two processes, under torchrun, against a plain loop on one with the whole batch."""
+"""Lightning, Hugging Face's Trainer and accelerate on two processes, against a plain loop on one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from torch import Tensor
 from torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = (
-    5e-7  # of the weights' norm: 2e-8 to 3e-8 was seen; without perturbations, or with other noise, 1e-2 to 9e-2
-)
+# Relative to the weights' norm. Seen: 2e-8 to 3e-8; without perturbations, or with other noise, 1e-2 to 9e-2.
+TOLERANCE = 5e-7
 
 
 def run(framework: str, folder: Path) -> list[dict]:
-    """What each of two processes ends with, for every case of a framework."""
+    """The results of two processes for every case of a framework."""
     file = folder / "weights"
     done = torchrun(worker.__file__, framework, file)
     assert done.returncode == 0, done.stderr
@@ -36,7 +35,7 @@ def transformers(tmp_path_factory):
 
 
 def plain(method: str, accumulate: int) -> list[Tensor]:
-    """The loop that one would write, on one process; in parallel m-RWP each half of the batch has a pass of its own."""
+    """The plain loop on one process; for parallel m-RWP with one pass per half of the batch."""
     model = worker.network()
     other = {"parallel": False, "stream": 1} if method == "parallel mrwp" else {}
     optimizer = worker.optimizer_of(method, model, **other)
@@ -60,7 +59,7 @@ def plain(method: str, accumulate: int) -> list[Tensor]:
 
 
 def distance(left: list[Tensor], right: list[Tensor]) -> float:
-    """As a share of the norm."""
+    """Relative to the norm."""
     left, right = (torch.cat([t.detach().flatten() for t in tensors]) for tensors in (left, right))
     return ((left - right).norm() / right.norm()).item()
 
@@ -71,7 +70,7 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
 )
 def test_two_processes_compute_what_one_does(request, framework, case):
-    """Their weights are equal to the bit, have moved, and are those of one process with the whole batch up to rounding."""
+    """Their weights have moved, are equal to the bit, and equal up to rounding those of one process."""
     first, second = (result[case] for result in request.getfixturevalue(framework))
     assert_same_bits(first, second)
     assert distance(first, list(worker.network().parameters())) > 0.01

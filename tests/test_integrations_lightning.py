@@ -1,4 +1,4 @@
-"""Lightning's trainer against a plain loop, to the bit: precision, a real scaler, accumulation, clipping, both optimizations."""
+"""Lightning's trainer against a plain loop, to the bit: precision, loss scale, accumulation, clipping, manual loops."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Net(lightning.LightningModule):
 
 
 class Seen(lightning.Callback):
-    """What Lightning logs and hands on, and how often hooks run."""
+    """Records what Lightning logs and passes on, and how often hooks run."""
 
     def __init__(self):
         self.logged, self.outputs, self.backwards, self.steps, self.clean = [], [], 0, 0, True
@@ -90,7 +90,7 @@ def fit(module, batches, precision="fp32", callbacks=None, epochs=1, checkpoint=
 
 
 def plain(method, batches, precision="fp32", accumulate=1, clip=None, factors=None):
-    """The loop that one would write: every micro-batch's two passes, their gradients added up."""
+    """The plain loop: the two passes of every micro-batch, with gradients added up."""
     model = make_net()
     optimizer = make(method, model)
     scaler = GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
@@ -111,7 +111,7 @@ def plain(method, batches, precision="fp32", accumulate=1, clip=None, factors=No
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_automatic_optimization_equals_a_plain_loop(method, precision, accumulate, clip):
-    """Weights, BatchNorm's statistics and momentum to the bit; the clean losses are logged; hooks run once a backward or step."""
+    """Weights, running statistics, momentum to the bit; clean losses are logged; hooks run once a backward or step."""
     batches = batches_of(4)
     model, optimizer, losses, _ = plain(method, batches, precision, accumulate, clip)
     module, seen = Net(method), Seen()
@@ -130,7 +130,7 @@ def test_automatic_optimization_equals_a_plain_loop(method, precision, accumulat
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_overflow_skips_the_step(method):
-    """The scaler backs off, and all is as in the plain loop."""
+    """The loss scale is reduced, and everything equals the plain loop."""
     batches, factors = batches_of(3), {1: 1e38}
     model, optimizer, _, expected = plain(method, batches, "fp16", factors=factors)
     module = Net(method, factors)
@@ -145,7 +145,7 @@ def test_an_overflow_skips_the_step(method):
 @pytest.mark.parametrize("method", ["sam", "rwp", "mrwp"])
 @pytest.mark.parametrize("own", [False, True], ids=["passes", "perturbed"])
 def test_manual_optimization_equals_a_plain_loop(method, precision, own):
-    """With flatops.passes, or with perturbed() itself."""
+    """With flatops.passes, and with perturbed() directly."""
 
     class Manual(Net):
         automatic_optimization = False
@@ -183,7 +183,7 @@ def test_manual_optimization_equals_a_plain_loop(method, precision, own):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("method", ["sam", "rwp"])
 def test_a_manual_step_without_a_pass_is_refused(method, precision):
-    """Lightning gives step() a closure that does nothing: that would be a plain step, or none at all."""
+    """Lightning passes step() a closure that does nothing: the result would be a plain step, or none."""
 
     class Manual(Net):
         def __init__(self):
@@ -205,7 +205,7 @@ def test_a_manual_step_without_a_pass_is_refused(method, precision):
 
 @pytest.mark.parametrize("method", ["sam", "rwp"])
 def test_resume_from_lightnings_checkpoint(method, tmp_path):
-    """Two epochs at once, or one and then another from its checkpoint: the same bits."""
+    """Two epochs at once, or one and then the other from its checkpoint: the same bits."""
     batches = batches_of(3)
     whole = Net(method)
     fit(whole, batches, epochs=2)
@@ -217,7 +217,7 @@ def test_resume_from_lightnings_checkpoint(method, tmp_path):
 
 
 class StatefulLoader:
-    """Tells where it is and goes on from there, as torchdata's StatefulDataLoader does."""
+    """Saves and restores its position, like torchdata's StatefulDataLoader."""
 
     def __init__(self, batches):
         self.batches, self.next = batches, 0
@@ -239,7 +239,7 @@ class StatefulLoader:
 
 
 @pytest.mark.parametrize("method, accumulate", [("sam", 2), ("marwp", 1)])
-def test_resume_in_mid_epoch_with_a_stateful_loader(method, accumulate, tmp_path):
+def test_resume_mid_epoch_with_a_stateful_loader(method, accumulate, tmp_path):
     """From a checkpoint after four of six batches in the second of three epochs: the same bits."""
     file = tmp_path / "middle.ckpt"
 
@@ -261,7 +261,7 @@ def test_resume_in_mid_epoch_with_a_stateful_loader(method, accumulate, tmp_path
 
 @pytest.mark.parametrize("method", ["rwp", "sam"])
 def test_weight_averaging_takes_batchnorm_statistics_at_clean_weights(method):
-    """Of the average of the weights with which the last two epochs begin; the epoch in which it looks at the data has no passes."""
+    """Statistics of the average of the weights at the start of the last two epochs; their epoch runs no passes."""
 
     class Keep(lightning.Callback):
         def __init__(self):
@@ -284,8 +284,8 @@ def test_weight_averaging_takes_batchnorm_statistics_at_clean_weights(method):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("method", ["sam", "rwp"])
-def test_a_step_that_is_left_out(method, accumulate, precision):
-    """training_step returns None, on_train_batch_start returns -1: no weight stays perturbed, and training goes on."""
+def test_a_skipped_batch(method, accumulate, precision):
+    """training_step returns None or on_train_batch_start returns -1: weights are restored, and training continues."""
 
     class Sparse(Net):
         def training_step(self, batch, batch_idx):
@@ -322,13 +322,13 @@ def test_an_exception_in_either_pass(method, run, error):
     assert_same_bits(module.net.parameters(), before.parameters())
 
 
-class Looks(lightning.Callback):
-    """Says at which hooks the weights are perturbed, and fails in the `fail`-th call of one of them."""
+class PassObserver(lightning.Callback):
+    """Records at which hooks the weights are perturbed, and fails in the `fail`-th call of one hook."""
 
     def __init__(self, at=None, fail=None):
         self.at, self.fail, self.perturbed = at, fail, {}
 
-    def look(self, hook, module):
+    def observe(self, hook, module):
         flat = flatops.unwrap(module.optimizers())
         clean = all(map(torch.equal, all_bits(module.net.parameters()), self.weights))
         assert clean is not flat.is_perturbed
@@ -340,35 +340,35 @@ class Looks(lightning.Callback):
         self.weights = all_bits(module.net.parameters())
 
     def on_train_batch_start(self, trainer, module, *args):
-        self.look("on_train_batch_start", module)
+        self.observe("on_train_batch_start", module)
 
     def on_before_backward(self, trainer, module, loss):
-        self.look("on_before_backward", module)
+        self.observe("on_before_backward", module)
 
     def on_after_backward(self, trainer, module):
-        self.look("on_after_backward", module)
+        self.observe("on_after_backward", module)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.look("on_before_optimizer_step", module)
+        self.observe("on_before_optimizer_step", module)
 
     def on_train_batch_end(self, trainer, module, *args):
         self.weights = all_bits(module.net.parameters())
-        self.look("on_train_batch_end", module)
+        self.observe("on_train_batch_end", module)
 
     def on_exception(self, trainer, module, exception):
-        self.look("on_exception", module)
-        trainer.save_checkpoint(trainer.default_root_dir + "/looks.ckpt", weights_only=False)
+        self.observe("on_exception", module)
+        trainer.save_checkpoint(trainer.default_root_dir + "/observer.ckpt", weights_only=False)
 
 
-class Bringing(FlatMinimaMixin, Net):
+class NetWithMixin(FlatMinimaMixin, Net):
     pass
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("at", ["on_train_batch_start", "on_before_backward", "on_after_backward", "training_step"])
-@pytest.mark.parametrize("method, kind", [("rwp", Net), ("rwp", Bringing), ("mrwp", Net), ("sam", Net)])
+@pytest.mark.parametrize("method, kind", [("rwp", Net), ("rwp", NetWithMixin), ("mrwp", Net), ("sam", Net)])
 def test_no_callback_sees_or_saves_perturbed_weights(method, kind, at, precision, tmp_path):
-    """Not even those before ours, of a pass that was broken off: all hooks but those within RWP's forward and backward."""
+    """Not even callbacks before ours, after an interrupted pass: only hooks within RWP's forward and backward do."""
 
     class Module(kind):
         def training_step(self, batch, batch_idx):
@@ -377,30 +377,29 @@ def test_no_callback_sees_or_saves_perturbed_weights(method, kind, at, precision
                 raise MemoryError
             return loss
 
-    looks = Looks(at, 2)
+    observer = PassObserver(at, 2)
     savers = [OnExceptionCheckpoint(tmp_path, "last"), ModelCheckpoint(tmp_path, "model", save_on_exception=True)]
-    callbacks = [looks, *savers, *([FlatMinima()] if kind is Net else [])]
+    callbacks = [observer, *savers, *([FlatMinima()] if kind is Net else [])]
     module = Module(method)
     with pytest.raises((MemoryError, SystemExit)):
         fit(module, batches_of(3), precision, callbacks, default_root_dir=tmp_path, enable_checkpointing=True)
-    within = looks.perturbed.pop("on_before_backward")
+    within = observer.perturbed.pop("on_before_backward")
     assert set(within) == {method == "rwp"}
-    assert not any(any(seen) for seen in looks.perturbed.values()) and looks.perturbed["on_exception"] == [False]
-    assert_same_bits(all_bits(module.net.parameters()), looks.weights)
+    assert not any(any(seen) for seen in observer.perturbed.values()) and observer.perturbed["on_exception"] == [False]
+    assert_same_bits(all_bits(module.net.parameters()), observer.weights)
     files = sorted(tmp_path.glob("*.ckpt"))
     assert len(files) == 3
     for file in files:
         saved = torch.load(file, weights_only=False)["state_dict"]
         assert_same_bits(
-            [all_bits([saved[f"net.{name}"]])[0] for name, _ in module.net.named_parameters()], looks.weights
+            [all_bits([saved[f"net.{name}"]])[0] for name, _ in module.net.named_parameters()], observer.weights
         )
     assert "training_step" not in vars(module.trainer.strategy)
-    assert flatops.unwrap(module.optimizers()).run.is_ready is (
-        at == "on_after_backward"
-    )  # a pass that was broken off is none
+    ready = flatops.unwrap(module.optimizers()).run.is_ready  # an interrupted pass does not count
+    assert ready is (at == "on_after_backward")
 
 
-def test_what_it_cannot_do_is_refused():
+def test_unsupported_settings_are_refused():
     """One error, before the first step."""
 
     class Plain(Net):
@@ -435,7 +434,8 @@ def test_importing_flatops_imports_no_framework():
     import subprocess
     import sys
 
-    code = "import sys, flatops; print([m for m in ('lightning', 'transformers', 'accelerate', 'timm') if m in sys.modules])"
+    frameworks = ("lightning", "transformers", "accelerate", "timm")
+    code = f"import sys, flatops; print([m for m in {frameworks} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "[]", result.stderr
 

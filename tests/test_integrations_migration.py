@@ -1,4 +1,4 @@
-"""Loops written for davda54/sam and pytorch_optimizer: same constructor, same weights to rounding, their checkpoints."""
+"""Loops written for davda54/sam and pytorch_optimizer: constructor, weights to rounding, checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASES = {"sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), "adamw": (torc
 
 
 class DavdaSAM:
-    """What davda54/sam does, as its README and its users' checkpoints show it: a wrapper that keeps copies of the weights in its state."""
+    """davda54/sam as in its README and its users' checkpoints: a wrapper with copies of the weights in its state."""
 
     def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, **kwargs):
         self.base_optimizer = base_optimizer(params, **kwargs)
@@ -51,7 +51,7 @@ class DavdaSAM:
         self.second_step()
 
     def state_dict(self):
-        """Before its first second_step, as its users save it: the copies, and nothing of the base's."""
+        """Before its first second_step, as its users save it: the copies, and no state of the base optimizer."""
         packed = self.base_optimizer.state_dict()
         return {**packed, "state": {i: self.state[p] for i, p in enumerate(self.params()) if p in self.state}}
 
@@ -59,8 +59,8 @@ class DavdaSAM:
 PEERS = {"davda54": DavdaSAM, "pytorch_optimizer": pytorch_optimizer.SAM}
 
 
-def drive(optimizer, model, form, steps, first=0):
-    """Both loops of their READMEs, in which the closure zeroes nothing."""
+def train(optimizer, model, form, steps, first=0):
+    """The loops of both READMEs, whose closures do not zero gradients."""
     for i in range(first, first + steps):
 
         def closure():
@@ -89,12 +89,12 @@ def difference(a, b):
 @pytest.mark.parametrize("form", ["two steps", "closure"])
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_same_loop_gives_the_same_weights(peer, form, base, adaptive):
-    """Over 20 steps, within 1e-6 of their norm (1.5e-7 was seen); they moved by a tenth of it or more."""
+    """Over 20 steps, within 1e-6 of the weights' norm (seen: 1.5e-7); the weights move by a tenth of it or more."""
     base, options = BASES[base]
     models = make_net(), make_net()
     for kind, model in zip((PEERS[peer], flatops.SAM), models):
         optimizer = kind(model.parameters(), base, rho=1.0 if adaptive else 0.1, adaptive=adaptive, **options)
-        drive(optimizer, model, form, 20)
+        train(optimizer, model, form, 20)
     assert difference(*models) < 1e-6
     assert difference(models[0], make_net()) > 0.1
 
@@ -102,26 +102,26 @@ def test_the_same_loop_gives_the_same_weights(peer, form, base, adaptive):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("peer", PEERS)
 def test_their_checkpoints_load(peer, base):
-    """With the base optimizer's state; training goes on as theirs would have."""
+    """With the base optimizer's state; training continues as it would have there."""
     base, options = BASES[base]
     model, twin = make_net(), make_net()
     old = PEERS[peer](model.parameters(), base, rho=0.1, **options)
-    drive(old, model, "two steps", 5)
+    train(old, model, "two steps", 5)
     twin.load_state_dict(model.state_dict())
     optimizer = flatops.SAM(twin.parameters(), base, rho=0.1, **options)
     saved = (old.base_optimizer if peer == "davda54" else old).state_dict()
-    optimizer.load_state_dict(copy.deepcopy(saved))  # as from a file: torch shares the tensors otherwise
+    optimizer.load_state_dict(copy.deepcopy(saved))  # as from a file: torch would share the tensors
     names = list(optimizer.state[twin.head.weight])
     assert names and "old_p" not in names
     assert_same_bits(state_tensors(optimizer), state_tensors(old.base_optimizer))
-    drive(old, model, "two steps", 5, first=5)
-    drive(optimizer, twin, "two steps", 5, first=5)
+    train(old, model, "two steps", 5, first=5)
+    train(optimizer, twin, "two steps", 5, first=5)
     assert difference(twin, model) < 1e-6
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_their_own_state_loads_too(base):
-    """davda54's state has copies of the weights and nothing of the base's, which begins anew, as it does there."""
+    """davda54's state has copies of the weights but no state of the base optimizer, which starts anew in both."""
     base, options = BASES[base]
     model, twin = make_net(), make_net()
     old = DavdaSAM(model.parameters(), base, rho=0.1, **options)
@@ -134,8 +134,8 @@ def test_their_own_state_loads_too(base):
     optimizer.load_state_dict(saved)
     assert not optimizer.state
     twin.load_state_dict(model.state_dict())
-    drive(optimizer, twin, "two steps", 3)
-    drive(fresh, model, "two steps", 3)
+    train(optimizer, twin, "two steps", 3)
+    train(fresh, model, "two steps", 3)
     assert_same_bits(twin.parameters(), model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's own tools all at once: AMP with a scaler, accumulation, clipping, a schedule, EMA, a compiled model."""
+"""PyTorch's tools together: AMP with a scaler, accumulation, clipping, a schedule, EMA, a compiled model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def with_everything(method, steps, factors):
 
 
 def by_hand(method, steps, factors):
-    """The same in eager mode, gradients added and averages taken by hand."""
+    """The same in eager mode, with gradients and averages computed by hand."""
     model, optimizer, schedule, scaler = make(method)
     average = []
 
@@ -86,8 +86,8 @@ def by_hand(method, steps, factors):
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("factors", [{}, {2: 1e38}], ids=["", "overflow"])
 @pytest.mark.parametrize("method", METHODS)
-def test_all_of_it_together(method, factors):
-    """To the bit: weights, statistics, momentum, the moving average, the loss scale; two graphs at the most."""
+def test_all_tools_together(method, factors):
+    """To the bit: weights, running statistics, momentum, the moving average, the loss scale; at most two graphs."""
     model, optimizer, scaler, average, graphs = with_everything(method, 4, factors)
     twin, theirs, expected, by_lerp = by_hand(method, 4, factors)
     assert_same_bits(model.state_dict().values(), twin.state_dict().values())
@@ -104,8 +104,8 @@ def test_all_of_it_together(method, factors):
 @knows_the_opcodes
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", [rwp, sam, mixed_arwp])
-def test_an_interrupt_at_any_moment_of_a_pass_leaves_the_weights(kind):
-    """As of perturbed(): in the handler already they are back."""
+def test_an_interrupt_at_any_moment_of_a_pass_restores_the_weights(kind):
+    """As with perturbed(): weights are restored before any handler runs."""
 
     class Passes:
         def __init__(self, params):
@@ -122,8 +122,8 @@ def test_an_interrupt_at_any_moment_of_a_pass_leaves_the_weights(kind):
 
 
 @pytest.mark.parametrize("method", ["sam", "rwp"])
-def test_closures_that_would_harm_are_refused(method):
-    """One that runs no backward leaves SAM nothing to step with; one that leaves a pass open, perturbed weights to step from."""
+def test_harmful_closures_are_refused(method):
+    """Without a backward SAM has no gradient to step with; with an open pass it would step from perturbed weights."""
     model, optimizer, *_ = make(method)
     before = all_bits(model.parameters())
 
@@ -150,7 +150,7 @@ def test_closures_that_would_harm_are_refused(method):
 
 
 def on_replicas(method, view):
-    """Two processes, two micro-batches a step, the first without an all-reduce, against all of it by hand."""
+    """Two processes, two micro-batches per step, the first without an all-reduce, against the same by hand."""
     rank = dist.get_rank()
     flat, options = METHODS[method]
     options = options | ({"seed": 0, "stream": 0} if flat is flatops.RWP else {})
@@ -175,7 +175,7 @@ def on_replicas(method, view):
         optimizer.zero_grad()
         total = None
         for i, batches in enumerate(micro):
-            # Each process climbs by itself where there is no all-reduce, together with the others where there is one.
+            # Without an all-reduce each process ascends alone, with one all ascend together.
             alone = [[b] for b in batches] if i == 0 and method == "sam" else [batches]
             for part in alone:
                 parts = []
@@ -206,7 +206,7 @@ def test_passes_on_replicas(method, view):
 
 
 def test_an_average_of_a_model_is_evaluated_under_noise():
-    """AveragedModel is a module like any other; update_bn gives it statistics of its own."""
+    """AveragedModel is an ordinary module; update_bn computes its statistics."""
     model = make_net()
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     ema.update_parameters(model)
@@ -217,8 +217,8 @@ def test_an_average_of_a_model_is_evaluated_under_noise():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_micro_batch_that_fails_costs_itself_alone(method):
-    """Out of memory in its first or last pass: what others have accumulated stays, to which m-RWP has by then added its clean part."""
+def test_a_failed_micro_batch_loses_no_other_gradients(method):
+    """Out of memory in any pass: accumulated gradients are kept, even after m-RWP has added its clean part to them."""
     model, optimizer, *_ = make(method)
     for one_pass in flatops.passes(optimizer, model):
         with one_pass:
@@ -239,7 +239,7 @@ def test_a_micro_batch_that_fails_costs_itself_alone(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_passes_refuse_what_is_no_flatops_optimizer(method):
+def test_passes_refuse_other_optimizers(method):
     with pytest.raises(TypeError, match="no flatops optimizer"):
         next(flatops.passes(SGD(make_net().parameters(), lr=0.1)))
 

@@ -1,4 +1,4 @@
-"""timm: its registry, its parameter groups, and its training script's loop, to the bit."""
+"""timm: its registry, its parameter groups, and the loop of its training script, to the bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_data(i):
 
 
 def test_every_name_makes_its_optimizer():
-    """With timm's groups, its defaults of the base and its way of passing options."""
+    """With timm's groups, its defaults for the base optimizer and its way of passing options."""
     assert set(NAMES) <= set(list_optimizers())
     assert len(NAMES) == 3 * sum(method.timm is not None for method in METHODS.values())
     for name in NAMES:
@@ -61,8 +61,8 @@ def test_options_and_other_bases():
         register("nosuch")
 
 
-def test_lookahead_around_it():
-    """timm's 'lookahead_' wraps it; its passes are found inside."""
+def test_lookahead_wraps_it():
+    """timm's 'lookahead_' wraps it; passes find the optimizer inside."""
     model = make_model()
     optimizer = create_optimizer_v2(model, "lookahead_samsgd", lr=0.1)
     x, y = make_data(0)
@@ -83,7 +83,7 @@ def start(name, precision):
     return model, optimizer, ModelEmaV3(model, decay=0.9), autocast, GradScaler("cpu", init_scale=2.0**10, enabled=fp16)
 
 
-def scripts_loop(name, precision, accumulate, clip, form):
+def training_script_loop(name, precision, accumulate, clip, form):
     """timm's train.py with the edits of the page: in float32 and bfloat16 it has no loss scaler."""
     model, optimizer, ema, amp_autocast, scaler = start(name, precision)
     task = lambda x, y: {"loss": torch.nn.functional.cross_entropy(model(x), y)}
@@ -93,7 +93,7 @@ def scripts_loop(name, precision, accumulate, clip, form):
     loss_scaler = NativeScaler("cpu") if scaler.is_enabled() else None
     loss_scaler = FlatScaler(model, "cpu", enabled=loss_scaler is not None, accum_steps=accumulate)
     assert loss_scaler._scaler.is_enabled() is scaler.is_enabled()
-    loss_scaler._scaler = scaler  # whose first scale is small enough for steps to be made
+    loss_scaler._scaler = scaler  # whose initial scale is small enough for a step
     losses = []
     optimizer.zero_grad()
     for i in range(4):
@@ -147,9 +147,9 @@ def by_hand(name, precision, accumulate, clip):
 @pytest.mark.parametrize("accumulate, clip", [(1, None), (2, 0.5)], ids=["", "accumulated and clipped"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["samsgd", "asammomentum", "ssamsgd", "rwpsgd", "mrwpadamw", "arwpsgd"])
-def test_the_training_scripts_loop(name, precision, accumulate, clip, form):
-    """As it is since timm 1.0.23, whose forward returns a pair, and as it was: the bits of the loop that one would write."""
-    losses, state = scripts_loop(name, precision, accumulate, clip, form)
+def test_the_loop_of_the_training_script(name, precision, accumulate, clip, form):
+    """As since timm 1.0.23, whose forward returns a pair, and as before: the same bits as a plain loop."""
+    losses, state = training_script_loop(name, precision, accumulate, clip, form)
     expected, other = by_hand(name, precision, accumulate, clip)
     assert losses == expected
     assert_same_bits(state, other)
@@ -166,7 +166,7 @@ SCALERS = {
 @pytest.mark.parametrize("loaded", SCALERS)
 @pytest.mark.parametrize("saved", SCALERS)
 def test_resume_in_another_precision(saved, loaded, tmp_path):
-    """From timm's own checkpoints: a scale is taken over where there are two, and otherwise begins anew."""
+    """From timm's own checkpoints: the loss scale is kept if both runs have one, and otherwise starts anew."""
 
     def new(kind):
         model = make_model()
@@ -192,8 +192,8 @@ def test_the_empty_state_of_a_disabled_scaler_loads():
     assert scaler._scaler.get_scale() == 2.0**16
 
 
-def test_f_does_not_depend_on_what_the_loss_is_divided_by():
-    """ARWP's F under a scaler and four micro-batches, which are four updates, is that of four losses as they are."""
+def test_f_does_not_depend_on_the_divisor_of_the_loss():
+    """ARWP's F under a scaler with four micro-batches, which are four updates, equals that of four unscaled losses."""
     seen = []
     for accumulate, enabled in ((1, False), (4, True)):
         model = make_model()
@@ -205,12 +205,11 @@ def test_f_does_not_depend_on_what_the_loss_is_divided_by():
             scaler(forward, optimizer, need_update=False)
         seen.append(list(optimizer.fisher.values()))
     torch.testing.assert_close(*seen)
-    assert (
-        sum(f.max() > 0 for f in seen[0]) > len(seen[0]) / 2
-    )  # a residual branch that begins at zero has no gradients
+    # Residual branches that start at zero have no gradients.
+    assert sum(f.max() > 0 for f in seen[0]) > len(seen[0]) / 2
 
 
-def test_a_loss_in_the_place_of_the_forward_is_refused():
+def test_a_loss_instead_of_a_function_is_refused():
     model = make_model()
     with pytest.raises(TypeError, match="function that computes the loss"):
         FlatScaler(model, "cpu")(torch.ones(()), create_optimizer_v2(model, "samsgd", lr=0.1))

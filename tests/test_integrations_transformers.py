@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and accelerate's loop against plain ones, to the bit: precision, a real scaler, accumulation, resume."""
+"""Hugging Face's Trainer and accelerate's loop against plain ones, to the bit: precision, accumulation, resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCALE = 2.0**10
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """accelerate keeps its state in the process."""
+    """Resets accelerate's state, which is global."""
     yield
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -41,13 +41,13 @@ def make_optimizer(method, model):
 
 
 def use_scaler(accelerator, **options):
-    """fp16 with a GradScaler on the CPU, which accelerate itself would refuse."""
+    """fp16 with a GradScaler on the CPU, which accelerate itself refuses."""
     accelerator.native_amp, accelerator.scaler = True, GradScaler("cpu", init_scale=SCALE, **options)
     accelerator.state._mixed_precision = "fp16"
 
 
 def by_hand(method, model, loss_of_batch, batches, precision, accumulate, clip):
-    """The loop that one would write: every micro-batch's passes, their gradients added up."""
+    """The plain loop: the passes of every micro-batch, with gradients added up."""
     optimizer = make_optimizer(method, model)
     scaler = GradScaler("cpu", init_scale=SCALE, enabled=precision == "fp16")
 
@@ -115,7 +115,7 @@ def make_trainer(method, folder, kind=FlatTrainer, texts=8, **options):
 
 
 def plain(method, items, precision="fp32", accumulate=1, clip=1.0, steps=4, factors=None):
-    """Without the Trainer; `items`: by how many tokens it divided each micro-batch's loss."""
+    """Without the Trainer; `items`: the numbers of tokens by which it divided each micro-batch's loss."""
     model = make_llama()
     model.train()
     dtype = PRECISIONS[precision]
@@ -133,7 +133,7 @@ def plain(method, items, precision="fp32", accumulate=1, clip=1.0, steps=4, fact
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trainer_equals_a_plain_loop(method, precision, accumulate, tmp_path):
-    """Weights and AdamW's state to the bit, gradients clipped; the clean losses are logged."""
+    """Weights and AdamW's state to the bit, with gradients clipped; the clean losses are logged."""
     options = {"bf16": True} if precision == "bf16" else {}
     trainer = make_trainer(method, tmp_path, gradient_accumulation_steps=accumulate, max_grad_norm=0.1, **options)
     if precision == "fp16":
@@ -169,8 +169,8 @@ def test_an_overflow_skips_the_step(method, tmp_path):
 
 @pytest.mark.parametrize("precision, accumulate", [("fp32", 1), ("fp16", 3)])
 @pytest.mark.parametrize("method", ["sam", "rwp", "marwp"])
-def test_resume_in_mid_epoch_equals_no_interruption(method, precision, accumulate, tmp_path):
-    """Two steps of three or four in an epoch, a checkpoint, a new process's worth of objects, the rest: the same bits, shuffled data."""
+def test_resume_mid_epoch_equals_no_interruption(method, precision, accumulate, tmp_path):
+    """Two of three or four steps of an epoch, a checkpoint, new objects, the rest: the same bits, shuffled too."""
 
     class Shuffling(FlatTrainer):
         get_train_dataloader = transformers.Trainer.get_train_dataloader
@@ -181,7 +181,7 @@ def test_resume_in_mid_epoch_equals_no_interruption(method, precision, accumulat
 
     def trainer(folder, **options):
         made = make_trainer(
-            method, tmp_path / folder, Shuffling, 8 if accumulate == 1 else 16,  # whose epoch ends with two micro-batches
+            method, tmp_path / folder, Shuffling, 8 if accumulate == 1 else 16,  # an epoch ends with two micro-batches
             max_steps=6, gradient_accumulation_steps=accumulate, **options,
         )  # fmt: skip
         if precision == "fp16":
@@ -203,7 +203,7 @@ def test_resume_in_mid_epoch_equals_no_interruption(method, precision, accumulat
 
 
 def test_the_trainer_makes_the_optimizer(tmp_path):
-    """From a class and its options, with its own groups for the weight decay."""
+    """From a class and its options, with the Trainer's groups for weight decay."""
     options = {"base": ADAMW, "rho": 0.1, "lr": 1e-3}
     trainer = FlatTrainer(
         make_llama(), arguments(tmp_path, weight_decay=0.1), train_dataset=make_texts(),
@@ -214,7 +214,7 @@ def test_the_trainer_makes_the_optimizer(tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0] and groups[1]["rho"] == 0.1
 
 
-def test_without_the_mixin_it_is_not_silent(tmp_path):
+def test_without_the_mixin_there_is_a_warning(tmp_path):
     trainer = make_trainer("sam", tmp_path, transformers.Trainer)
     with pytest.warns(UserWarning, match="without a perturbed pass"):
         trainer.train()
@@ -233,7 +233,7 @@ def test_other_optimizers_and_engines_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sam", "rwp"])
-def test_an_exception_leaves_the_weights(method, tmp_path):
+def test_an_exception_restores_the_weights(method, tmp_path):
     class Failing(FlatTrainer):
         def compute_loss(self, *args, **kwargs):
             if flatops.unwrap(self.optimizer).is_perturbed:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batches(dtype: torch.dtype = torch.float32) -> list:
-    """Of unlike sizes: the mean is over samples."""
+    """Of different sizes: the mean is over samples."""
     return [make_batch(0, dtype, 8), make_batch(1, dtype, 5)]
 
 
@@ -52,7 +52,7 @@ def explicit(w: torch.Tensor, draw: int, index: int, seed: int = 0) -> torch.Ten
 
 
 def trained(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """In training mode, with statistics and one-dimensional parameters that are not those of the start."""
+    """In training mode, with changed statistics and one-dimensional parameters."""
     model = make_net(seed, dtype)
     model(make_batch(5, dtype)[0])
     with torch.no_grad():
@@ -62,7 +62,7 @@ def trained(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 class Bowl(nn.Module):
-    """Half the weighted squared distance of its weights from where they began, whatever the input."""
+    """Half the weighted squared distance of its weights from their initial values, for any input."""
 
     def __init__(self, *shape: int, steep: float = 1.0) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Bowl(nn.Module):
         return 0.5 * self.steep * (self.weight - self.start).square().sum()
 
 
-def as_it_is(output, target):
+def output_as_loss(output, target):
     return output
 
 
@@ -108,7 +108,7 @@ def test_a_filter_of_zeros_stays_and_the_layout_does_not_matter():
 
 
 @pytest.mark.parametrize("all_parameters", [False, True])
-def test_a_surface_is_that_of_stored_directions(all_parameters):
+def test_a_surface_equals_that_of_stored_directions(all_parameters):
     model = trained()
     found = landscape.surface(
         model, F.cross_entropy, batches(), points=3, radius=0.5, seed=7, draws=(4, 1), all_parameters=all_parameters
@@ -134,16 +134,16 @@ def test_a_bowl_is_a_bowl_along_every_direction():
     """L(w + a d) = a^2 / 2 sum ||w_f||^2; in a plane plus a b d_1.d_2."""
     bowl = Bowl(6, 10)
     norm = float(bowl.start.square().sum())
-    line = landscape.surface(bowl, as_it_is, NOTHING, points=9, radius=2.0, draws=[5])
+    line = landscape.surface(bowl, output_as_loss, NOTHING, points=9, radius=2.0, draws=[5])
     np.testing.assert_allclose(line.losses, [0.5 * a * a * norm for a in line.axes[0]], rtol=1e-6, atol=1e-12)
     assert line.losses[4] == 0
-    plane = landscape.surface(bowl, as_it_is, NOTHING, points=3)
+    plane = landscape.surface(bowl, output_as_loss, NOTHING, points=3)
     between = float((explicit(bowl.start, 0, 0) * explicit(bowl.start, 1, 0)).sum())
     want = [[0.5 * norm * (a * a + b * b) + a * b * between for b in (-1, 0, 1)] for a in (-1, 0, 1)]
     np.testing.assert_allclose(plane.losses, want, rtol=1e-6, atol=1e-9)
 
 
-def test_the_same_twice_and_another_seed_another():
+def test_surfaces_repeat_with_the_seed_and_differ_between_seeds():
     model = trained()
     first, again, other = (
         landscape.surface(model, F.cross_entropy, batches(), points=3, draws=[0], seed=seed) for seed in (0, 0, 1)
@@ -187,7 +187,7 @@ def test_losses_that_are_not_finite_are_kept():
     assert math.isnan(line.losses[0]) and line.losses[1] == 0 and math.isnan(line.losses[2])
 
 
-# --- what is left as it was ------------------------------------------------------------------------------
+# --- everything is restored --------------------------------------------------------------------------
 
 
 def every_measure(model: nn.Module, loss_fn) -> list:
@@ -202,8 +202,8 @@ def every_measure(model: nn.Module, loss_fn) -> list:
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("measure", range(4))
-def test_weights_buffers_modes_and_gradients_are_as_before(measure, error):
-    """Whenever the loss raises, in the middle of an ascent too; a frozen layer in evaluation mode stays so."""
+def test_weights_buffers_modes_and_gradients_are_restored(measure, error):
+    """Wherever the loss raises, even in the middle of an ascent; a frozen layer in evaluation mode stays so."""
     for moment in range(1, 8, 3) if error else [0]:
         model = trained()
         model.features[1].eval()
@@ -218,7 +218,7 @@ def test_weights_buffers_modes_and_gradients_are_as_before(measure, error):
             calls += 1
             if calls == moment:
                 raise error
-            model.features[4].num_batches_tracked.add_(1)  # what an odd layer may do
+            model.features[4].num_batches_tracked.add_(1)  # as an unusual layer may do
             return F.cross_entropy(output, target)
 
         call = every_measure(model, loss_fn)[measure]
@@ -234,8 +234,8 @@ def test_weights_buffers_modes_and_gradients_are_as_before(measure, error):
 
 
 @pytest.mark.parametrize("measure", [landscape.surface, landscape.sharpness])
-def test_an_interrupt_on_any_line_leaves_the_weights(measure):
-    """Ctrl-C before whichever line of flatops/landscape is executed, one after the other until none is left."""
+def test_an_interrupt_on_any_line_restores_the_weights(measure):
+    """Ctrl-C before every line of flatops/landscape in turn."""
     quick = {"points": 3, "draws": [0]}
     if measure is landscape.sharpness:
         quick = {"sigmas": [0.1], "rhos": [0.1], "draws": 1, "steps": 1}
@@ -262,7 +262,7 @@ def test_an_interrupt_on_any_line_leaves_the_weights(measure):
             pass
         finally:
             sys.settrace(None)
-            torch.set_grad_enabled(True)  # an interrupt between the lines of a `with torch.no_grad()` is torch's affair
+            torch.set_grad_enabled(True)  # an interrupt can keep torch.no_grad() from being undone
         assert_same_bits(all_bits(model.parameters()), before)
     assert line > 50
 
@@ -284,15 +284,15 @@ def test_average_sharpness_is_the_mean_over_perturbed_losses():
         assert found.error[k] == pytest.approx(stdev(rises) / math.sqrt(3), rel=1e-9)
 
 
-def test_noise_in_a_bowl_costs_what_it_should():
+def test_noise_in_a_bowl_raises_the_loss_as_expected():
     """E = sigma^2 / 2 sum_f n_f ||w_f||^2, here within four standard errors."""
     bowl = Bowl(5, 40)
-    found = landscape.sharpness(bowl, as_it_is, NOTHING, sigmas=[0.1], draws=50, rhos=[0.1])
+    found = landscape.sharpness(bowl, output_as_loss, NOTHING, sigmas=[0.1], draws=50, rhos=[0.1])
     want = 0.5 * 0.1**2 * 40 * float(bowl.start.square().sum())
     assert abs(found.average[0] - want) < 4 * found.error[0] < 0.2 * want
 
 
-def test_worst_sharpness_begins_with_sams_step_and_never_leaves_the_ball():
+def test_worst_sharpness_starts_with_sams_ascent_and_stays_in_the_ball():
     model = trained()
     found = landscape.sharpness(model, F.cross_entropy, batches(), sigmas=[0.01], draws=1, rhos=[0.05, 0.5], steps=4)
     assert found.error == [0]
@@ -310,8 +310,8 @@ def test_worst_sharpness_begins_with_sams_step_and_never_leaves_the_ball():
         assert worst >= sam > 0
 
 
-def test_the_worst_in_a_ball_of_an_uneven_bowl():
-    """The ascent turns to the steep side: 1/2 h rho^2 + g rho is the most there is."""
+def test_the_worst_sharpness_of_an_uneven_bowl():
+    """The ascent turns to the steep side: 1/2 h rho^2 + g rho is the maximum."""
 
     class Uneven(nn.Module):
         def __init__(self):
@@ -322,13 +322,13 @@ def test_the_worst_in_a_ball_of_an_uneven_bowl():
             x, y, z = self.weight - 1
             return 0.05 * x + 50 * x * x + 0.1 * y + z.sin() * 0.01
 
-    found = landscape.sharpness(Uneven(), as_it_is, NOTHING, sigmas=[0.1], draws=1, rhos=[0.2], steps=15)
+    found = landscape.sharpness(Uneven(), output_as_loss, NOTHING, sigmas=[0.1], draws=1, rhos=[0.2], steps=15)
     assert 0.99 * (0.01 + 2.0) < found.worst[0] <= 0.01 + 2.0 + 1e-3
     assert found.worst[0] > 1.5 * found.sam[0]
 
 
-def test_no_gradient_no_ascent():
-    found = landscape.sharpness(Bowl(3, 3), as_it_is, NOTHING, sigmas=[0.1], draws=1, rhos=[0.1])
+def test_without_a_gradient_there_is_no_ascent():
+    found = landscape.sharpness(Bowl(3, 3), output_as_loss, NOTHING, sigmas=[0.1], draws=1, rhos=[0.1])
     assert found.sam == found.worst == [0]
 
 
@@ -362,7 +362,7 @@ def test_eigenvalues_are_those_of_the_full_hessian():
     assert short.iterations == 2 and min(abs(short.value - e) for e in exact) <= short.residual * abs(short.value)
 
 
-def test_float32_and_bfloat16_are_near():
+def test_float32_and_bfloat16_are_close():
     exact, single, short = (
         landscape.top_eigenvalues(trained(dtype=torch.float64).to(dtype), F.cross_entropy, batches(dtype))[0].value
         for dtype in (torch.float64, torch.float32, torch.bfloat16)
@@ -370,8 +370,8 @@ def test_float32_and_bfloat16_are_near():
     assert single == pytest.approx(exact, rel=1e-3) and short == pytest.approx(exact, rel=0.1)
 
 
-def test_a_bowls_eigenvalues_and_none():
-    found = landscape.top_eigenvalues(Bowl(2, 2, steep=-3.0), as_it_is, NOTHING, count=9)
+def test_eigenvalues_of_a_bowl_and_of_a_linear_loss():
+    found = landscape.top_eigenvalues(Bowl(2, 2, steep=-3.0), output_as_loss, NOTHING, count=9)
     assert len(found) == 4  # as many as there are weights
     assert [e.value for e in found] == pytest.approx([-3.0] * 4) and found[0].iterations == 1
     linear = landscape.top_eigenvalues(nn.Linear(2, 1), lambda out, y: out.mean(), [(torch.ones(1, 2), torch.ones(1))])
@@ -476,7 +476,7 @@ def test_importing_loads_no_matplotlib():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two networks of the same digits, and one of other labels."""
+    """Two networks trained on the same digits, and one with other labels."""
     folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
     config = TrainConfig(epochs=1, batch_size=256, label_noise=0.3)
     for name, changes in {"sgd": {"ema": 0.9}, "mrwp": {"method": "mrwp"}, "other": {"seed": 1}}.items():
@@ -516,11 +516,11 @@ def test_the_command_from_two_runs_to_a_picture(runs, program, tmp_path, capsys)
     assert len(page) > 1e6 and not re.search("<(script|link)[^>]+(src|href)=", page)  # opens offline
     assert all(text in page for text in ("SGD: test accuracy", " 0.05: test accuracy", "training loss"))
     before = (out / "landscape.png").read_bytes()
-    plots.portrait(result, out / "landscape.png")  # the JSON is all it takes
+    plots.portrait(result, out / "landscape.png")  # the JSON is sufficient
     assert (out / "landscape.png").read_bytes() == before
 
 
-def test_the_same_network_twice_is_the_same_twice(runs, program, tmp_path):
+def test_two_copies_of_a_network_have_the_same_landscape(runs, program, tmp_path):
     from flatops.landscape.config import LandscapeConfig
 
     quick = {"points": 3, "batches": 1, "batch_size": 64, "draws": 1, "iterations": 5, "all_parameters": True}
@@ -537,8 +537,8 @@ def test_the_same_network_twice_is_the_same_twice(runs, program, tmp_path):
     assert program.passes(config) == len(calls) + 2 * 5
 
 
-def test_ema_draws_the_averaged_weights(runs, program, tmp_path):
-    """As a checkpoint would be drawn that had them as its network."""
+def test_ema_shows_the_averaged_weights(runs, program, tmp_path):
+    """As for a checkpoint whose network is the average."""
     from flatops.landscape.config import LandscapeConfig
 
     state = torch.load(runs / "sgd/last.pt", weights_only=True)
@@ -555,9 +555,9 @@ def test_ema_draws_the_averaged_weights(runs, program, tmp_path):
     assert average["test_accuracy"] == state["history"][-1]["ema_accuracy"]
 
 
-def test_a_network_that_breaks_is_shown_with_holes(runs, program, tmp_path):
+def test_losses_that_are_not_finite_are_shown_as_holes(runs, program, tmp_path):
     state = torch.load(runs / "sgd/last.pt", weights_only=True)
-    state["model"]["1.weight"][0] = 1e38  # overflows away from the middle, if not there
+    state["model"]["1.weight"][0] = 1e38  # overflows away from the centre, if not there
     torch.save(state, tmp_path / "huge.pt")
     out = str(tmp_path / "out")
     assert cli.main(["landscape", str(runs / "sgd"), str(tmp_path / "huge.pt"), "--output", out, *QUICK]) == 0
@@ -586,7 +586,9 @@ def test_a_network_that_breaks_is_shown_with_holes(runs, program, tmp_path):
         (["sgd", "--output", "sgd/last.pt"], "output"),
     ],
 )
-def test_mistakes_name_the_argument_and_cost_status_2(arguments, message, runs, program, tmp_path, capsys, monkeypatch):
+def test_errors_name_the_argument_and_exit_with_status_2(
+    arguments, message, runs, program, tmp_path, capsys, monkeypatch
+):
     (runs / "damaged.pt").write_bytes((runs / "sgd/last.pt").read_bytes()[:1000])
     state = torch.load(runs / "sgd/last.pt", weights_only=True)
     torch.save(state | {"data": "3 images"}, runs / "changed.pt")
@@ -601,7 +603,7 @@ def test_mistakes_name_the_argument_and_cost_status_2(arguments, message, runs, 
     assert not (tmp_path / "out/landscape.json").exists()
 
 
-def test_without_plotly_it_says_what_to_install_before_anything_else(monkeypatch, capsys, runs):
+def test_without_plotly_it_first_says_what_to_install(monkeypatch, capsys, runs):
     ours = ("plotly", "flatops.landscape.run", "flatops.landscape.page")
     for name in [name for name in sys.modules if name.startswith(ours)]:
         monkeypatch.delitem(sys.modules, name)
@@ -642,7 +644,7 @@ class Complex(nn.Module):
 
 
 def test_complex_weights_move_as_pairs_of_real_ones():
-    """Surfaces and sharpness are those of the pairs, and the weights come back; the Hessian is of real weights."""
+    """Surfaces and sharpness equal those of the pairs, and weights are restored; the Hessian is of real weights."""
     data = [(torch.randn(6, 3), torch.randint(4, (6,)))]
     models = Complex(pairs=False), Complex(pairs=True)
     before = models[0].weight.detach().clone()

@@ -1,5 +1,4 @@
-"""What the CUDA kernels' machine code has to show with any compiler: no spills, 128-bit accesses, nothing approximate, room for the blocks that
-are to be resident. How many registers and instructions it takes is said in docs/performance.md."""
+"""Requirements on the CUDA kernels' machine code: registers, no spills, 128-bit accesses, nothing approximate."""
 
 import functools
 import re
@@ -16,7 +15,7 @@ ARCHS = [arch for arch in _C.cuda_archs if arch.startswith("sm_")]
 FLOAT32 = r"perturbIf|ascendIf|4copyIf|filter_sumsIf|part_sumsIf"
 
 
-read = functools.cache(machine_code.kernels)  # for architectures in any order
+read = functools.cache(machine_code.kernels)  # called for the architectures in any order
 
 
 @pytest.fixture(params=ARCHS)
@@ -34,15 +33,15 @@ def test_nothing_is_spilled(kernels):
     assert {name: kernel.spills for name, kernel in kernels.items() if kernel.spills or kernel.stack} == {}
 
 
-def test_registers_leave_room_for_the_blocks_that_are_to_be_resident(kernels):
-    """As many as csrc/cuda asks for by __launch_bounds__, of 256 threads."""
+def test_registers_leave_room_for_the_requested_blocks(kernels):
+    """As many blocks of 256 threads as csrc/cuda requests by __launch_bounds__ are resident."""
     for name, kernel in kernels.items():
         blocks = 3 if re.search(r"perturbIf", name) else 4 if "mark_candidates" in name else 1
         assert kernel.warps >= 8 * blocks, name
 
 
 def test_weights_and_gradients_move_128_bits_at_once(kernels):
-    """On the path of whole, aligned tiles, where 16 or more weights a thread are read or written; what else is read are numbers, one a block."""
+    """On the path of whole, aligned tiles, with 16 weights or more per thread; other reads are scalars, one a block."""
     for name, kernel in kernels.items():
         if re.search(FLOAT32, name):
             path = kernel.path(machine_code.SEARCH)
@@ -54,14 +53,14 @@ def test_weights_and_gradients_move_128_bits_at_once(kernels):
 
 
 def test_nothing_is_approximate(kernels):
-    """Bits would differ from a CPU's. Reciprocals and inverse roots are where correctly rounded divisions and roots begin."""
+    """Bits would differ from a CPU's. Approximate reciprocals and roots may only start correctly rounded operations."""
     for name, kernel in kernels.items():
         assert not any(re.match(r"MUFU\.(LG2|EX2|SIN|COS|SQRT|TANH)", opcode) for opcode in kernel.instructions), name
 
 
 @pytest.mark.skipif("sm_90" not in ARCHS, reason="the model is of an H100, and TORCH_CUDA_ARCH_LIST left it out")
-def test_memory_and_not_arithmetic_bounds_an_h100():
-    """By the model in docs/performance.md: bytes take longer than instructions in all that moves weights."""
+def test_an_h100_is_memory_bound():
+    """In the model of docs/performance.md, bytes take longer than instructions in everything that moves weights."""
     kernels = machine_code.kernels(_C.__file__, "sm_90")
     weights = machine_code.MODELS["ResNet-50"]
     for operator, pattern, elements, bytes_per_weight in machine_code.OPERATORS:

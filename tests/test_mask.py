@@ -1,4 +1,4 @@
-"""Masks: exactly k bits, as a stable sort would choose; packing and counting; what climbs under one, and what is kept."""
+"""Masks: exactly k bits, as a stable sort would choose; packing and counting; the masked ascent, its backup."""
 
 import math
 
@@ -12,7 +12,7 @@ from flatops import ops
 
 
 def sorted_mask(scores: list[torch.Tensor], k: int) -> list[torch.Tensor]:
-    """The definition, by a stable sort of all scores in one row."""
+    """The definition: a stable sort of all scores concatenated."""
     row = torch.cat([s.flatten().double() for s in scores])
     live = torch.zeros_like(row, dtype=torch.bool)
     live[row.argsort(descending=True, stable=True)[:k]] = True
@@ -32,7 +32,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("on", BACKENDS, ids=str)
-def test_a_mask_is_what_a_stable_sort_chooses(on):
+def test_a_mask_equals_a_stable_sort(on):
     """A thousand random lists: shapes, kinds of scores, dtypes, k."""
 
     @settings(max_examples=12 if on.slow else 1000, deadline=None)
@@ -60,11 +60,11 @@ LARGE = [b for b in CONFORMING if not b.slow]
 
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("on", LARGE, ids=str)
-def test_a_large_mask_is_what_a_stable_sort_chooses(on, kind):
-    """Large enough for a sample to bracket the threshold, and for it to fall among ties, beside them and between."""
+def test_a_large_mask_equals_a_stable_sort(on, kind):
+    """Large enough for a sample to bracket the threshold, which falls among ties, next to them and between them."""
     generator = torch.Generator().manual_seed(1)
     scores = [SCORES[kind]((300, 701), generator), SCORES["any"]((5,), generator), SCORES[kind]((90001,), generator)]
-    scores[0][:, :100] = torch.rand(300, 100, generator=generator)  # the sample's steps see what they see
+    scores[0][:, :100] = torch.rand(300, 100, generator=generator)  # other scores, for the sample to hit or miss
     there = [s.to(on.device) for s in scores]
     row = torch.cat([s.flatten() for s in scores])
     elements = row.numel()
@@ -78,8 +78,8 @@ def test_a_large_mask_is_what_a_stable_sort_chooses(on, kind):
             assert_same_bits([l.cpu() for l in ops.unpack_mask(mask, there)], sorted_mask(scores, k))
 
 
-def test_a_pattern_in_step_with_the_sample_changes_nothing():
-    """Every place that is sampled holds a one, all others what the sample never saw."""
+def test_a_pattern_with_the_period_of_the_sample():
+    """All sampled positions hold a one, and all others a value that the sample never saw."""
     scores = torch.rand(32768 * 16)
     scores.view(-1, 16)[:, 8] = 1.0
     for k in (1, 1000, 32768, 32769, 100_000, 32768 * 8):
@@ -105,8 +105,8 @@ def test_bits_lie_in_storage_order():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_only_the_masked_change_and_all_come_back(dtype, backend):
-    """Whatever bits the others have, they keep them; the backup has a slot for each of the masked."""
+def test_only_selected_weights_change_and_all_are_restored(dtype, backend):
+    """All others keep their bits, whatever they are; the backup has a slot for each selected weight."""
     generator = torch.Generator().manual_seed(5)
     params = [make(shape, dtype, "contiguous", generator).to(backend.device) for shape in ((9, 130), (1500,), (3,))]
     params[0].view(-1)[7] = math.nan
@@ -125,7 +125,7 @@ def test_only_the_masked_change_and_all_come_back(dtype, backend):
 
 
 def test_several_dtypes_share_a_backup(backend):
-    """A slot is as wide as the widest of them."""
+    """A slot has the size of the widest dtype."""
     params = [torch.randn(40, 50, device=backend.device).to(d) for d in DTYPES]
     before = [twin(p) for p in params]
     mask = ops.topk_mask([torch.rand(40, 50, device=backend.device) for _ in params], 5000)
@@ -138,8 +138,8 @@ def test_several_dtypes_share_a_backup(backend):
 
 
 @pytest.mark.parametrize("drop, grow", [(True, True), (True, False), (False, True), (False, False)])
-def test_regrowing_is_what_sorting_chooses(drop, grow, backend):
-    """The lowest live ones go, the largest dead ones come, and their number stays."""
+def test_regrowing_equals_sorting(drop, grow, backend):
+    """The lowest selected weights are dropped, the highest others grow, and their number stays the same."""
     generator = torch.Generator().manual_seed(3)
     params = [torch.randn(30, 41, generator=generator), torch.randn(77, generator=generator)]
     grads = [torch.randn(p.shape, generator=generator) for p in params]
@@ -160,17 +160,17 @@ def test_regrowing_is_what_sorting_chooses(drop, grow, backend):
         assert w[grown].min() > w[~before & ~after].max()
 
 
-def test_regrowing_moves_no_more_than_there_is(backend):
+def test_regrowing_is_limited_by_the_unselected_weights(backend):
     params = [torch.randn(100, device=backend.device)]
     mask = ops.topk_mask([p.abs() for p in params], 97)
     live = ops.unpack_mask(mask, params)[0]
     ops.regrow_mask_(mask, params, 50, drop=params, seed=0, draw=0)
     after = ops.unpack_mask(mask, params)[0]
-    assert int(after.sum()) == 97 and bool(after[~live].all())  # all three dead ones have come
+    assert int(after.sum()) == 97 and bool(after[~live].all())  # all three unselected ones have grown
 
 
-def test_infinite_scores_are_the_last_to_go(backend):
-    """Fewer finite ones among the live than are to be dropped: infinite ones go too, the first of them first."""
+def test_infinite_scores_are_dropped_last(backend):
+    """If fewer finite scores are selected than are to be dropped, infinite ones are dropped too, in order."""
     params = [torch.ones(64, device=backend.device)]
     drop = [torch.full((64,), math.inf, device=backend.device)]
     drop[0][40] = 1.0
@@ -194,8 +194,8 @@ def test_random_growth_is_uniform_and_new_each_time():
     assert not torch.equal(*seen)
 
 
-def test_what_has_no_slot_stays_as_it_is(backend):
-    """A mask that lets more through than the backup has room for: an error where looking is free, else nothing is lost."""
+def test_weights_without_a_slot_do_not_change(backend):
+    """A mask of more weights than the backup has slots: an error where that costs no host sync, else no change."""
     params = [torch.randn(4000, device=backend.device)]
     few, many = (ops.topk_mask([p.abs() for p in params], k) for k in (100, 3000))
     backup, before = ops.new_backup(params, few), [twin(p) for p in params]
@@ -243,7 +243,7 @@ BAD = [
 
 @pytest.mark.parametrize("call, error, match", BAD, ids=range(len(BAD)))
 def test_bad_input(call, error, match):
-    """One clear error that names the argument, and nothing changed."""
+    """One clear error that names the argument, before anything changes."""
     params, mask = [twin(p) for p in P], M.clone()
     with pytest.raises(error, match=match):
         call()

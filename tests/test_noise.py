@@ -15,7 +15,7 @@ from torch import Tensor
 import flatops
 from flatops import ops, reference
 
-# Random123's own: counter, key, words.
+# From Random123: counter, key, words.
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -47,7 +47,7 @@ def test_normals_come_from_the_known_words(backend):
 
 @pytest.mark.parametrize("on", CONFORMING, ids=str)
 def test_bits_equal_the_reference(on):
-    """For any shape and any place in the noise."""
+    """For any shape and any position in the noise."""
 
     @settings(max_examples=8 if on.slow else 40, deadline=None)
     @given(
@@ -75,7 +75,7 @@ def test_bits_do_not_depend_on_level_or_threads(on, threads):
 
 
 def cut(params: list[Tensor], generator: torch.Generator) -> list[tuple[int, int, int]]:
-    """Shards of consecutive rows, some empty: the parameter, its first row and the one after its last."""
+    """Shards of consecutive rows, some of them empty: the parameter, its first row and the row after its last."""
     shards = []
     for i, p in enumerate(params):
         rows = p.shape[0] if p.dim() > 1 else 0
@@ -84,8 +84,8 @@ def cut(params: list[Tensor], generator: torch.Generator) -> list[tuple[int, int
     return shards
 
 
-def test_a_shard_of_rows_draws_what_the_whole_does(backend):
-    """However parameters are cut into rows, and cut anew before their noise is drawn again."""
+def test_a_shard_of_rows_draws_the_noise_of_the_whole(backend):
+    """However parameters are cut into rows, even if cut differently before the noise is drawn again."""
 
     @settings(max_examples=2 if backend.slow else 6, deadline=None)
     @given(st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.sampled_from([0.0, 0.7]))
@@ -118,7 +118,7 @@ def test_a_shard_of_rows_draws_what_the_whole_does(backend):
 
 
 def test_the_angle_and_radius_of_box_muller_are_accurate():
-    """Against float64 from u in float32 on, over a million random words and the ends of their range."""
+    """Against float64 starting from the float32 u, over a million random words and the ends of their range."""
     generator = torch.Generator().manual_seed(0)
     ends = torch.tensor([0, 1, 2, 3, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1])
     x0 = torch.cat([torch.randint(0, 2**32, (1_000_000,), generator=generator), ends.repeat(8)])
@@ -164,7 +164,7 @@ def test_tails_to_five_sigma(sample):
 
 
 def test_nothing_is_correlated(sample):
-    """Neighbours at several distances, filters, tensors, draws, seeds and streams; also the squares (the shared radius)."""
+    """Neighbours at several distances, filters, tensors, draws, seeds, streams; also of squares (the shared radius)."""
     here = {"seed": 20261121, "draw": 5}
     base = sample.ravel()
     others = {

@@ -38,7 +38,7 @@ from flatops.schemas import SCHEMAS, filters
 # Triton's interpreter computes with NumPy, which warns of special values.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter")
 
-# --- equal bits ----------------------------------------------------------------------------------------------------------
+# --- equal bits -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operator, case, on", table(), ids=str)
@@ -46,7 +46,7 @@ def test_equal_bits(operator, case, on):
     assert_same_bits(outcome(operator, case, on), expected(operator, case))
 
 
-# Triton's tables have no end, and its interpreter takes 10 ms a tensor.
+# Triton's tables are unlimited, and its interpreter takes 10 ms per tensor.
 @pytest.mark.parametrize("operator", SCHEMAS)
 @pytest.mark.parametrize("on", [b for b in BACKENDS if b != ORACLE and str(b) != "triton-cpu"], ids=str)
 def test_more_tensors_than_one_launch_holds(operator, on):
@@ -55,14 +55,14 @@ def test_more_tensors_than_one_launch_holds(operator, on):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_threads_change_nothing(operator, dtype, threads):
+def test_bits_do_not_depend_on_threads(operator, dtype, threads):
     case = Case("long", dtype)
     assert_same_bits(outcome(operator, case, Backend("cpp", "cpu")), expected(operator, case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_norm_over_special_values(dtype, backend):
-    """In a whole list one NaN hides everything else: each value by itself, in the gradient and in the weight."""
+    """In one list a single NaN would hide everything else: each value separately, in the gradient and in the weight."""
     for value in special(dtype):
         for grads, params in (([value, 0.5], [0.5, 0.5]), ([0.5, 0.5], [value, 0.5]), ([value], [value])):
             grads, params = torch.tensor(grads, dtype=dtype), torch.tensor(params, dtype=dtype)
@@ -73,7 +73,7 @@ def test_a_norm_over_special_values(dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_regenerating_comes_back_within_rounding(dtype, eta, backend):
+def test_regenerating_restores_within_rounding(dtype, eta, backend):
     params = [twin(t, backend.device) for t in Case("few", dtype).tensors(9)]
     before = [p.clone() for p in params]
     fisher = [f.to(backend.device) for f in fisher_of(params)] if eta else None
@@ -88,7 +88,7 @@ def test_regenerating_comes_back_within_rounding(dtype, eta, backend):
 
 @pytest.mark.parametrize("on", BACKENDS, ids=str)
 def test_restore_is_exact_for_any_bits(on):
-    """Whatever the weights' bits are, a backup brings them back."""
+    """A backup restores any bit pattern."""
 
     @settings(max_examples=6 if on.slow else 60, deadline=None)
     @given(
@@ -116,18 +116,18 @@ def test_restore_is_exact_for_any_bits(on):
 
 @pytest.mark.parametrize("on", WHY_NOT, ids=str)
 def test_every_backend_of_this_machine_is_tested(on):
-    """What cannot run here says why, as the reason for which this is skipped."""
+    """Backends that cannot run here are skipped with their reason."""
     if WHY_NOT[on]:
         pytest.skip(WHY_NOT[on])
     assert choose(torch.device(on.device), on.name) == on.name
     assert any((b.name, b.device) == (on.name, on.device) for b in CONFORMING) or on == ORACLE
 
 
-# --- definitions ---------------------------------------------------------------------------------------------------------
+# --- definitions ------------------------------------------------------------------------------------------------------
 
 
 def test_perturb_is_the_papers_formula():
-    """w_f + sigma ||w_f|| z_f / sqrt(1 + eta F_f), written with PyTorch's own operations in float64."""
+    """w_f + sigma ||w_f|| z_f / sqrt(1 + eta F_f), in PyTorch's own operations in float64."""
     w = torch.randn(8, 3, 3, 3, dtype=torch.float64)
     fisher = torch.rand(8)
     z = ops.normal((8, 27), seed=1, draw=2, tensor=5).double().view(w.shape)
@@ -137,8 +137,8 @@ def test_perturb_is_the_papers_formula():
     torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_storage_order_decides_where_noise_goes():
-    """A channels_last weight gets the noise of offset j at the j-th place of its filter in memory."""
+def test_noise_follows_storage_order():
+    """In a channels_last weight the noise of offset j belongs to the j-th element of its filter in memory."""
     w = torch.zeros(4, 6, 3, 3).contiguous(memory_format=torch.channels_last).fill_(1.0)
     before = w.clone()
     ops.perturb_([w], 0.5, seed=0, draw=0)
@@ -149,7 +149,7 @@ def test_storage_order_decides_where_noise_goes():
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 0.0])
-def test_a_norm_without_a_direction_ascends_nowhere(bad, adaptive, backend):
+def test_a_zero_or_non_finite_norm_gives_no_ascent(bad, adaptive, backend):
     ones = torch.ones(5, 5, device=backend.device)
     w, g = [ones.clone()], [torch.full_like(ones, bad)]
     backup = ops.new_backup(w)
@@ -159,7 +159,7 @@ def test_a_norm_without_a_direction_ascends_nowhere(bad, adaptive, backend):
     assert torch.equal(w[0], ones) and torch.equal(backup[0], ones)
 
 
-def test_a_sum_that_is_not_finite_leaves_the_fisher(backend):
+def test_a_sum_that_is_not_finite_does_not_change_the_fisher(backend):
     g = torch.ones(3, 4, device=backend.device)
     g[1, 2] = float("nan")
     fisher = [torch.full((3,), 2.0, device=backend.device)]
@@ -168,19 +168,19 @@ def test_a_sum_that_is_not_finite_leaves_the_fisher(backend):
 
 
 def test_sums_are_accurate():
-    """float32 sums over a million elements stay within a few roundings of float64's."""
+    """float32 sums over a million elements are within a few roundings of float64's."""
     g = [torch.randn(1000, 1000)]
     exact = g[0].double().norm()
     assert abs(ops.grad_norm(g) - exact) / exact < 1e-7
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
 
 
-def test_a_number_is_made_into_a_tensor_once():
-    """For each dtype, and no more of them than there is room for; -0.0 is 0.0."""
+def test_a_number_is_converted_to_a_tensor_once():
+    """For each dtype, and only as many as the cache holds; -0.0 becomes 0.0."""
     checks._constant.cache_clear()
     made = checks.scalar("sigma", 0.25, CPU)
     assert checks.scalar("rho", 0.25, CPU) is made and made.dtype == torch.float64 and made.item() == 0.25
@@ -195,8 +195,8 @@ def test_a_number_is_made_into_a_tensor_once():
 
 @pytest.mark.parametrize("first", ["real", "unreal"])
 @pytest.mark.parametrize("unreal", ["fake", "compiled", "inference"])
-def test_a_number_of_another_mode_is_of_no_other_use(unreal, first):
-    """A fake tensor must not come out of the cache in earnest, nor a real one where only fakes may be."""
+def test_cached_numbers_are_not_shared_between_modes(unreal, first):
+    """The cache must return no fake tensor outside fake mode, and no real one inside."""
     checks._constant.cache_clear()
     start = torch.randn(5, 9)
     expected = start.clone()
@@ -226,7 +226,7 @@ def test_a_number_of_another_mode_is_of_no_other_use(unreal, first):
     assert type(number) is torch.Tensor and not number.is_inference()
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------------
+# --- torch.library ----------------------------------------------------------------------------------------------------
 
 
 def test_the_table_has_every_operator():
@@ -241,7 +241,7 @@ def test_opcheck(operator, backend):
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_compile_over_a_perturb_restore_pair(compiler, backend):
-    """One graph, whatever sigma and draw are, and the loss at the perturbed weights."""
+    """One graph for any sigma and draw, and the loss at the perturbed weights."""
     w, x = (torch.randn(shape, device=backend.device) for shape in ((6, 5), (3, 5)))
     saved = w.clone()
     torch._dynamo.reset()
@@ -275,7 +275,7 @@ def test_compile_notices_another_backend(backend):
 
 
 def test_a_stale_backward_is_an_error(backend):
-    """In-place changes through pointers still move the version that autograd checks."""
+    """In-place changes through pointers still bump the version that autograd checks."""
     w = torch.randn(4, 4, device=backend.device, requires_grad=True)
     ones = torch.ones(4, 4, device=backend.device)
     for change in (
@@ -291,7 +291,7 @@ def test_a_stale_backward_is_an_error(backend):
 
 
 def test_nothing_is_allocated_beyond_scalars():
-    """perturb_, ascend_ and restore_ with room given make no tensor of more than one element."""
+    """perturb_, ascend_ and restore_ with preallocated buffers create no tensor of more than one element."""
     params = [torch.randn(64, 64) for _ in range(5)]
     grads = [torch.randn(64, 64) for _ in range(5)]
     backup, scales = ops.new_backup(params), ops.new_scales(params)
@@ -308,7 +308,7 @@ def test_nothing_is_allocated_beyond_scalars():
     assert max(event.cpu_memory_usage for event in profile.events()) <= 64
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 W = torch.ones(3, 4)
 ELSEWHERE = torch.ones(3, 4, device="meta")
@@ -382,14 +382,14 @@ BAD = [
 
 @pytest.mark.parametrize("call, error, match", BAD, ids=range(len(BAD)))
 def test_bad_input(call, error, match):
-    """One clear error that names the argument, and nothing changed."""
+    """One clear error that names the argument, before anything changes."""
     with pytest.raises(error, match=match):
         call()
     assert torch.equal(W, torch.ones(3, 4))
 
 
 def test_backend_precedence(monkeypatch):
-    """Argument over context manager over environment over what is best."""
+    """Argument before context manager before environment variable before the best available."""
     cpu = torch.device("cpu")
     assert choose(cpu) == "cpp"
     monkeypatch.setattr(sys.modules["flatops.backend"], "_forced", "reference")  # as FLATOPS_BACKEND does at import

@@ -1,4 +1,4 @@
-"""SAM, ASAM, RWP, m-RWP, ARWP and m-ARWP are what their papers say: against plain PyTorch loops."""
+"""SAM, ASAM, RWP, m-RWP, ARWP and m-ARWP follow their papers: comparison with plain PyTorch loops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BASES = {
 
 
 def noise_of(p, draw, index):
-    """The contract's normals laid over `p`: one filter per slice along dim 0, each in storage order."""
+    """The contract's normals in the shape of `p`: one filter per slice along dim 0, each in storage order."""
     if p.dim() < 2:
         return ops.normal(p.shape, seed=SEED, draw=draw, tensor=index).to(p.dtype)
     order = [0, *sorted(range(1, p.dim()), key=lambda d: -p.stride(d))]
@@ -43,7 +43,7 @@ def noise_of(p, draw, index):
 
 
 def over_filters(x):
-    """The sum over every slice along dim 0, shaped to broadcast; over all of a tensor of one dimension."""
+    """The sum over every slice along dim 0, shaped to broadcast; for one dimension, over the whole tensor."""
     return x.sum(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else x.sum()
 
 
@@ -65,7 +65,7 @@ def ascent_offsets(params, grads, rho, adaptive=False):
 
 
 def gradients(model, batch, offsets=None, statistics=False):
-    """Gradients at w + offsets, on a copy, whose BatchNorm statistics are taken over only if asked for."""
+    """Gradients at w + offsets on a copy, whose running statistics are kept only if asked for."""
     twin = copy.deepcopy(model)
     twin.zero_grad()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def gradients(model, batch, offsets=None, statistics=False):
 
 
 class Definition:
-    """One algorithm over a plain optimizer. `step` takes the clean pass's batch and the perturbed pass's."""
+    """One algorithm over a plain optimizer. `step` takes the batches of the clean and of the perturbed pass."""
 
     def __init__(self, algorithm, model, base, base_options):
         self.flat, self.options = ALGORITHMS[algorithm]
@@ -109,21 +109,21 @@ class Definition:
         self.optimizer.step()
 
 
-# --- ways of driving -----------------------------------------------------------------------------------
+# --- ways to run a step --------------------------------------------------------------------------------
 
 
-def two_passes(optimizer):
+def has_clean_pass(optimizer):
     return isinstance(optimizer, flatops.SAM) or optimizer.perturbed_weight < 1
 
 
-def clean_pass(optimizer, model, first):
+def clean_backward(optimizer, model, first):
     weight = 1.0 if isinstance(optimizer, flatops.SAM) else optimizer.clean_weight
-    if two_passes(optimizer):
+    if has_clean_pass(optimizer):
         (weight * loss_of(model, first)).backward()
 
 
-def perturbed_pass(optimizer, model, first, second):
-    with flatops.freeze_batchnorm_stats(model, enabled=two_passes(optimizer)):
+def perturbed_backward(optimizer, model, first, second):
+    with flatops.freeze_batchnorm_stats(model, enabled=has_clean_pass(optimizer)):
         if isinstance(optimizer, flatops.SAM):
             loss_of(model, first).backward()
         else:
@@ -131,9 +131,9 @@ def perturbed_pass(optimizer, model, first, second):
 
 
 def explicit(optimizer, model, first, second):
-    clean_pass(optimizer, model, first)
+    clean_backward(optimizer, model, first)
     with optimizer.perturbed():
-        perturbed_pass(optimizer, model, first, second)
+        perturbed_backward(optimizer, model, first, second)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -142,7 +142,7 @@ def by_closure(optimizer, model, first, second):
     def closure():
         optimizer.zero_grad()
         perturbed = optimizer.is_perturbed
-        with flatops.freeze_batchnorm_stats(model, enabled=perturbed and two_passes(optimizer)):
+        with flatops.freeze_batchnorm_stats(model, enabled=perturbed and has_clean_pass(optimizer)):
             batch = second if perturbed and not isinstance(optimizer, flatops.SAM) else first
             loss = loss_of(model, batch)
             loss.backward()
@@ -152,24 +152,24 @@ def by_closure(optimizer, model, first, second):
 
 
 def two_steps(optimizer, model, first, second):
-    clean_pass(optimizer, model, first)
+    clean_backward(optimizer, model, first)
     optimizer.first_step(zero_grad=isinstance(optimizer, flatops.SAM))
-    perturbed_pass(optimizer, model, first, second)
+    perturbed_backward(optimizer, model, first, second)
     optimizer.second_step(zero_grad=True)
 
 
-DRIVES = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
+FORMS = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
 
 
 # --- equal to their definitions ------------------------------------------------------------------------
 
-# Relative to a tensor's largest weight. A filter's scale and F are float32 also for float64 weights.
+# Relative to a tensor's largest weight. A filter's scale and F are float32 even for float64 weights.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
-    "dtype, layout, base, drive",
+    "dtype, layout, base, form",
     [
         (torch.float64, torch.contiguous_format, "sgd", "explicit"),
         (torch.float64, torch.contiguous_format, "sgd", "closure"),
@@ -181,8 +181,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, drive):
-    """Weights and BatchNorm statistics after 20 steps are the definition's, whatever the way of driving."""
+def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, form):
+    """Weights and running statistics after 20 steps equal the definition's, for every way to run a step."""
     base, base_options = BASES[base]
     model = make_net(dtype=dtype).to(memory_format=layout)
     definition = Definition(algorithm, copy.deepcopy(model), base, base_options)
@@ -191,7 +191,7 @@ def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, drive
     start = [p.detach().clone() for p in model.parameters()]
     for i in range(STEPS):
         first, second = make_batch(2 * i, dtype), make_batch(2 * i + 1, dtype)
-        DRIVES[drive](optimizer, model, first, second)
+        FORMS[form](optimizer, model, first, second)
         definition.step(first, second)
     tolerance = 1e-11 if dtype == torch.float64 and flat is flatops.SAM else TOLERANCE[dtype]
     for (name, ours), theirs in zip(model.state_dict().items(), definition.model.state_dict().values()):
@@ -203,8 +203,8 @@ def test_twenty_steps_equal_the_definition(algorithm, dtype, layout, base, drive
 
 
 @pytest.mark.parametrize("algorithm", ["arwp", "marwp"])
-def test_one_number_a_filter_is_the_fisher(algorithm):
-    """F is beta F + g^2 of the perturbed gradient, summed over a filter, per element in one dimension."""
+def test_fisher_is_one_number_per_filter(algorithm):
+    """F is beta F + g^2 of the perturbed gradient, summed over a filter, and per element in one dimension."""
     model = make_net(dtype=torch.float64)
     definition = Definition(algorithm, copy.deepcopy(model), *BASES["sgd"])
     optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, **ALGORITHMS[algorithm][1], **BASES["sgd"][1])
@@ -220,7 +220,7 @@ def test_one_number_a_filter_is_the_fisher(algorithm):
 @pytest.mark.parametrize("restore", ["exact", "regenerate"])
 @pytest.mark.parametrize("stream", [0, 3])
 def test_every_pass_draws_the_noise_of_its_draw(stream, restore):
-    """w + e has the bits of ops.perturb_ at draw 0, 1, 2, ..., whether or not a step lies between."""
+    """w + e has the bits of ops.perturb_ at draw 0, 1, 2, ..., with or without a step in between."""
     model = make_net()
     optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, lr=0.1, sigma=0.1, seed=SEED, stream=stream,
                              restore=restore)  # fmt: skip
@@ -232,8 +232,8 @@ def test_every_pass_draws_the_noise_of_its_draw(stream, restore):
 
 
 @pytest.mark.parametrize("algorithm", ["sam", "asam"])
-def test_no_gradient_no_ascent(algorithm):
-    """Where all gradients are zero there is no direction, and the weights stay as they are."""
+def test_without_a_gradient_there_is_no_ascent(algorithm):
+    """If all gradients are zero, the weights stay unchanged."""
     flat, options = ALGORITHMS[algorithm]
     p = nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     optimizer = flat([p], torch.optim.SGD, lr=0.1, **options)
@@ -242,7 +242,7 @@ def test_no_gradient_no_ascent(algorithm):
         assert torch.equal(bits(p), before)
 
 
-# --- nothing but the base optimizer at zero ------------------------------------------------------------
+# --- the base optimizer alone at zero ------------------------------------------------------------------
 
 ZEROS = {
     "sam": (flatops.SAM, {"rho": 0.0}),
@@ -256,10 +256,10 @@ ZEROS = {
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("zero", ZEROS)
-def test_zero_is_the_base_optimizer_to_the_bit(zero, drive, base):
-    """rho = 0, sigma = 0 or lam = 0: weights, statistics and momentum have the base optimizer's bits."""
+def test_zero_is_the_base_optimizer_to_the_bit(zero, form, base):
+    """With rho = 0, sigma = 0 or lam = 0, weights, statistics and momentum have the base optimizer's bits."""
     base, base_options = BASES[base]
     flat, options = ZEROS[zero]
     model = make_net()
@@ -267,7 +267,7 @@ def test_zero_is_the_base_optimizer_to_the_bit(zero, drive, base):
     optimizer = flat(model.parameters(), base, **options, **base_options)
     reference = base(plain.parameters(), **base_options)
     for i in range(3):
-        DRIVES[drive](optimizer, model, make_batch(i), make_batch(i))
+        FORMS[form](optimizer, model, make_batch(i), make_batch(i))
         reference.zero_grad()
         loss_of(plain, make_batch(i)).backward()
         reference.step()
@@ -276,13 +276,13 @@ def test_zero_is_the_base_optimizer_to_the_bit(zero, drive, base):
 
 
 @pytest.mark.parametrize("algorithm, key", [("sam", "rho"), ("asam", "rho"), ("rwp", "sigma"), ("arwp", "sigma")])
-def test_zero_in_one_group_leaves_that_group_alone(algorithm, key):
-    """A group with rho = 0 or sigma = 0 keeps its bits in the perturbed pass; the others are as ever."""
+def test_zero_in_one_group_leaves_that_group_unperturbed(algorithm, key):
+    """A group with rho = 0 or sigma = 0 keeps its bits in the perturbed pass; others are perturbed as usual."""
     flat, options = ALGORITHMS[algorithm]
     model, whole = make_net(), make_net()
     head, features = list(model.head.parameters()), list(model.features.parameters())
     optimizer = flat([{"params": features, key: 0.0}, {"params": head}], torch.optim.SGD, lr=0.1, **options)
-    # SAM's radius is that of what climbs; RWP's noise is that of a position.
+    # SAM's radius counts only groups that ascend; RWP's noise depends only on the position.
     others = list(whole.head.parameters()) if key == "rho" else [*whole.features.parameters(), *whole.head.parameters()]
     together = flat(others, torch.optim.SGD, lr=0.1, **options)
     loss_of(model, make_batch(0)).backward()
@@ -297,9 +297,9 @@ def test_zero_in_one_group_leaves_that_group_alone(algorithm, key):
 
 
 @pytest.mark.parametrize("algorithm", ["rwp", "mrwp", "arwp", "marwp"])
-@pytest.mark.parametrize("drive", DRIVES)
-def test_regenerating_draws_the_same_and_drifts_no_more_than_stated(algorithm, drive):
-    """restore='regenerate' takes the same noise away again: about 1.5e-8 sqrt(steps) of drift and no more."""
+@pytest.mark.parametrize("form", FORMS)
+def test_regenerating_drifts_no_more_than_documented(algorithm, form):
+    """restore='regenerate' subtracts the same noise: the drift is about 1.5e-8 sqrt(steps)."""
     exact, again = make_net(), make_net()
     options = {**ALGORITHMS[algorithm][1], "lr": 0.0, "momentum": 0.9}  # the weights move by drift alone
     start = [p.detach().clone() for p in exact.parameters()]
@@ -309,7 +309,7 @@ def test_regenerating_draws_the_same_and_drifts_no_more_than_stated(algorithm, d
     ]
     for i in range(STEPS):
         for optimizer, model in zip(optimizers, (exact, again)):
-            DRIVES[drive](optimizer, model, make_batch(i), make_batch(i + STEPS))
+            FORMS[form](optimizer, model, make_batch(i), make_batch(i + STEPS))
     assert_same_bits(exact.parameters(), start)
     drift = [(p - s).norm() / s.norm() for p, s in zip(again.parameters(), start) if s.norm() > 0]
     assert max(drift) < 3 * 1.5e-8 * STEPS**0.5
@@ -318,15 +318,15 @@ def test_regenerating_draws_the_same_and_drifts_no_more_than_stated(algorithm, d
     assert optimizers[1].state_dict()["param_groups"][0]["draw"] == STEPS
 
 
-# --- laws ----------------------------------------------------------------------------------------------
+# --- properties ----------------------------------------------------------------------------------------
 
 shapes = st.lists(st.lists(st.integers(1, 5), max_size=4).map(tuple), min_size=2, max_size=5)
 
 
 @settings(max_examples=30, deadline=None)
 @given(shapes=shapes, seed=st.integers(0, 2**64 - 1), swap=st.randoms(use_true_random=False))
-def test_noise_is_a_function_of_the_position_alone(shapes, seed, swap):
-    """Noise depends on the position in the optimizer, not on groups, on the others, on what is frozen."""
+def test_noise_depends_only_on_the_position(shapes, seed, swap):
+    """Noise depends on the position in the optimizer, not on groups, other parameters or frozen ones."""
     torch.manual_seed(0)
     weights = [torch.randn(shape) for shape in shapes]
 
@@ -348,7 +348,7 @@ def test_noise_is_a_function_of_the_position_alone(shapes, seed, swap):
 @settings(max_examples=30, deadline=None)
 @given(scale=st.floats(1e-3, 1e3), rho=st.floats(1e-3, 10.0))
 def test_the_ascent_has_length_rho_whatever_the_gradients(scale, rho):
-    """||e||_2 = rho over all parameters together, and the loss's scale does not matter."""
+    """||e||_2 = rho over all parameters together, whatever the scale of the loss."""
     torch.manual_seed(1)
     params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in [(4, 3), (5,), ()]]
     optimizer = flatops.SAM(params, torch.optim.SGD, lr=0.1, rho=rho)

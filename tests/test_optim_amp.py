@@ -26,8 +26,8 @@ ALGORITHMS = {
     "arwp": (flatops.RWP, {"sigma": 0.05, "eta": 3.0}),
     "marwp": (flatops.RWP, {"sigma": 0.05, "lam": 0.5, "eta": 3.0}),
 }
-ONE_PASS = ("rwp", "arwp")  # in the tests' order, their second
-OVERFLOW = 1e38  # a factor of the loss; with the loss scale on top, gradients are infinite
+ONE_PASS = ("rwp", "arwp")  # in these tests their only pass counts as the second
+OVERFLOW = 1e38  # a factor of the loss that, with the loss scale, makes gradients infinite
 
 
 def make(algorithm, base):
@@ -38,7 +38,7 @@ def make(algorithm, base):
 
 
 def scaler_of(scale):
-    """A scale that is a power of two, so that scaled and unscaled runs agree to the bit."""
+    """A power of two, so that scaled and unscaled runs agree to the bit."""
     return GradScaler("cpu", init_scale=scale, growth_interval=1000)
 
 
@@ -94,7 +94,7 @@ def test_without_overflow_the_scale_makes_no_difference(algorithm, base, clip):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_float16_autocast_under_a_scaler(algorithm):
-    """Training in float16 with a scale stays near training in float32 without, and the loss falls."""
+    """float16 training with a loss scale stays close to float32 training without, and the loss falls."""
     results = []
     for scaler, enabled in ((scaler_of(2.0**10), True), (GradScaler("cpu", enabled=False), False)):
         model, optimizer = make(algorithm, "sgd")
@@ -115,11 +115,11 @@ def test_float16_autocast_under_a_scaler(algorithm):
     "algorithm, where", [*((a, "second") for a in ALGORITHMS), *((a, "first") for a in ALGORITHMS if a not in ONE_PASS)]
 )
 def test_an_overflow_skips_the_step_and_backs_off(algorithm, base, where):
-    """In either pass: weights, momentum and F keep their bits, statistics count the clean pass alone."""
+    """In either pass: weights, momentum and F keep their bits; statistics count the clean pass only."""
     model, optimizer = make(algorithm, base)
     scaler = scaler_of(2.0**12)
     train(optimizer, model, scaler, 2)
-    twin = copy.deepcopy(model)  # sees the clean pass alone
+    twin = copy.deepcopy(model)  # sees the clean pass only
     two = algorithm not in ONE_PASS
     loss_of(twin, make_batch(2 if two else 102))
     weights, state, fisher = all_bits(model.parameters()), state_tensors(optimizer), fisher_of(optimizer)
@@ -147,8 +147,8 @@ def test_an_overflow_skips_the_step_and_backs_off(algorithm, base, where):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_an_overflow_in_one_filter_leaves_the_fisher_of_all(base):
-    """A step that is skipped is skipped for all of F, also where a fused optimizer is called anyway."""
+def test_an_overflow_in_one_filter_does_not_change_fisher(base):
+    """A skipped step leaves all of F unchanged, even if a fused optimizer is called anyway."""
     model, optimizer = make("arwp", base)
     scaler = scaler_of(2.0**12)
     train(optimizer, model, scaler, 2)
@@ -162,8 +162,8 @@ def test_an_overflow_in_one_filter_leaves_the_fisher_of_all(base):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(base):
-    """SAM, which draws nothing: a skipped step leaves no trace in the weights and the momentum."""
+def test_a_skipped_step_leaves_no_trace(base):
+    """For SAM, which draws no noise, a skipped step leaves no trace in weights and momentum."""
     model, optimizer = make("sam", base)
     other, untouched = make("sam", base)
     scaler = scaler_of(2.0**12)
@@ -181,8 +181,8 @@ def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(base):
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_an_overflow_where_the_second_pass_does_not_look(adaptive, bad):
-    """Rows that overflow in pass 1 and are not in pass 2: nothing climbs, and the step is skipped."""
+def test_an_overflow_in_rows_that_the_second_pass_does_not_use(adaptive, bad):
+    """Rows that overflow in pass 1 and are missing in pass 2: no ascent, and the step is skipped."""
     torch.manual_seed(0)
     embedding = nn.Embedding(4, 3)
     optimizer = flatops.SAM(embedding.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, adaptive=adaptive)
@@ -200,7 +200,7 @@ def test_an_overflow_where_the_second_pass_does_not_look(adaptive, bad):
 
 
 def test_the_taint_reaches_every_later_reducer():
-    """NaN is in the gradient before hooks that run after accumulation, such as an all-reduce."""
+    """The gradient is NaN before hooks that run after accumulation, such as an all-reduce."""
     p = nn.Parameter(torch.ones(3))
     seen = []
     p.register_post_accumulate_grad_hook(lambda q: seen.append(q.grad.clone()))
@@ -212,11 +212,11 @@ def test_the_taint_reaches_every_later_reducer():
     assert seen[1].isnan().all() and seen[2].isnan().all()
     p.grad = None
     p.sum().backward()
-    assert seen[3].isfinite().all()  # gone with the pass
+    assert seen[3].isfinite().all()  # gone after the pass
 
 
 def test_a_finite_first_pass_taints_nothing():
-    """The hook adds nothing to a gradient, not even a rounding."""
+    """The hook does not change a gradient, not even by rounding."""
     p = nn.Parameter(torch.ones(3))
     optimizer = flatops.SAM([p], torch.optim.SGD, lr=0.1, rho=0.5)
     p.grad = torch.ones(3)
@@ -230,8 +230,8 @@ def test_a_finite_first_pass_taints_nothing():
 
 @pytest.mark.parametrize("algorithm", ["sam", "rwp"])
 @pytest.mark.parametrize("enter", ["perturbed", "two steps"])
-def test_both_passes_in_one_autocast_block_see_their_own_weights(algorithm, enter):
-    """Autocast caches cast weights: the losses are those of separate blocks, before, within and after."""
+def test_both_passes_in_one_autocast_block_use_their_own_weights(algorithm, enter):
+    """Autocast caches cast weights: the losses before, in and after a pass equal those of separate blocks."""
     losses = {}
     for blocks in ("one", "three"):
         torch.manual_seed(0)
@@ -273,7 +273,7 @@ def test_both_passes_in_one_autocast_block_see_their_own_weights(algorithm, ente
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("algorithm", ["sam", "rwp"])
 def test_a_closure_through_the_scaler_is_refused(algorithm, base, scheduled):
-    """By position and by keyword: it would step on scaled gradients. None is no closure."""
+    """By position and by keyword: it would step on scaled gradients. None counts as no closure."""
     model, optimizer = make(algorithm, base)
     if scheduled:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
@@ -290,7 +290,7 @@ def test_a_closure_through_the_scaler_is_refused(algorithm, base, scheduled):
         assert_same_bits(all_bits(model.parameters()), before)
         optimizer.zero_grad()
         scaler = scaler_of(2.0**10)
-        for name in ("grad_scale", "found_inf"):  # torch leaves them behind when step() raises
+        for name in ("grad_scale", "found_inf"):  # torch does not remove them when step() raises
             optimizer.__dict__.pop(name, None)
     passes(optimizer, model, scaler, 0)
     scaler.step(optimizer, None)
@@ -299,7 +299,7 @@ def test_a_closure_through_the_scaler_is_refused(algorithm, base, scheduled):
 
 
 def test_a_closure_works_next_to_a_scaler():
-    """step(closure), not through the scaler, is not refused, even from within somebody's wrapper of it."""
+    """step(closure) without the scaler is allowed, even inside a wrapper of it."""
     model, optimizer = make("sam", "sgd")
 
     def closure():
@@ -315,7 +315,7 @@ def test_a_closure_works_next_to_a_scaler():
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_fisher_without_loss_scale_is_of_the_loss_weight(as_tensor):
+def test_fisher_divides_by_the_loss_weight_or_loss_scale(as_tensor):
     """m-ARWP divides its gradient by perturbed_weight, or by loss_scale, a number or a tensor: the same F."""
     fishers = []
     for scale in (1.0, 2.0**10):
@@ -330,8 +330,8 @@ def test_fisher_without_loss_scale_is_of_the_loss_weight(as_tensor):
     assert all(f.sum() > 0 for f in fishers[0][-2:])
 
 
-def test_the_clean_gradient_stays_out_of_fisher_and_comes_back():
-    """m-ARWP: F is of the perturbed gradient alone; p.grad is the sum of both, also if the body raises."""
+def test_the_clean_gradient_is_not_in_fisher_and_is_kept():
+    """For m-ARWP, F uses the perturbed gradient only; p.grad is the sum of both, even if the body raises."""
     model, optimizer = make("marwp", "sgd")
     alone, other = make("marwp", "sgd")
     for p in model.parameters():
@@ -353,7 +353,7 @@ def test_the_clean_gradient_stays_out_of_fisher_and_comes_back():
 
 @pytest.mark.parametrize("algorithm", ["sam", "mrwp", "rwp"])
 def test_unscaling_before_the_perturbed_pass_is_refused(algorithm):
-    """The second gradient would be added, or stepped on, still multiplied by the scale. Nothing has changed then."""
+    """The second gradient would be added, or stepped on, still scaled. The error comes before any change."""
     model, optimizer = make(algorithm, "sgd")
     scaler = scaler_of(2.0**16)
     before = all_bits(model.parameters())
@@ -365,7 +365,7 @@ def test_unscaling_before_the_perturbed_pass_is_refused(algorithm):
             with optimizer.perturbed():
                 pytest.fail("the pass began")
         assert_same_bits(all_bits(model.parameters()), before)
-        with torch.no_grad(), flatops.perturb(model, 0.1):  # a look at the loss is nobody's business
+        with torch.no_grad(), flatops.perturb(model, 0.1):  # an evaluation under noise is allowed
             loss_of(model, make_batch(0))
         optimizer.zero_grad()
         scaler.update()
@@ -375,7 +375,7 @@ def test_unscaling_before_the_perturbed_pass_is_refused(algorithm):
 
 
 def test_two_steps_need_an_unscaled_gradient():
-    """second_step() is not told of the scaler that its caller uses; after unscale_() all is well."""
+    """second_step() does not know its caller's scaler; after unscale_() it steps."""
     model, optimizer = make("sam", "sgd")
     twin, plain = make("sam", "sgd")
     scaler = scaler_of(2.0**16)
@@ -406,8 +406,8 @@ def test_two_steps_need_an_unscaled_gradient():
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_two_steps_beside_somebody_elses_scaler():
-    """One that the caller does not know scales something else."""
+def test_two_steps_next_to_an_unrelated_scaler():
+    """A scaler that this caller does not use scales something else."""
     model, optimizer = make("sam", "sgd")
 
     def elsewhere():
@@ -425,8 +425,8 @@ def test_two_steps_beside_somebody_elses_scaler():
 
 
 @pytest.mark.parametrize("algorithm", ["sam", "rwp"])
-def test_a_disabled_scaler_is_not_there(algorithm):
-    """It hands everything on, a closure by position too, as to any optimizer."""
+def test_a_disabled_scaler_has_no_effect(algorithm):
+    """It passes everything through, including a closure by position."""
     model, optimizer = make(algorithm, "sgd")
     twin, plain = make(algorithm, "sgd")
     scaler = GradScaler("cpu", enabled=False)
@@ -446,8 +446,8 @@ def test_a_disabled_scaler_is_not_there(algorithm):
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_an_overflow_is_carried_where_no_backward_runs():
-    """Gradients of torch.func run no hooks of parameters; the scaler skips the step all the same."""
+def test_an_overflow_is_carried_without_a_backward():
+    """Gradients of torch.func run no parameter hooks; the scaler still skips the step."""
     model, optimizer = make("sam", "sgd")
     model.eval()  # torch.func refuses to write statistics
     scaler = scaler_of(2.0**10)

@@ -1,4 +1,4 @@
-"""BatchNorm in the perturbed pass: freeze_batchnorm_stats leaves running statistics to the clean passes."""
+"""BatchNorm in the perturbed pass: freeze_batchnorm_stats updates running statistics in clean passes only."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ NORMS = [nn.BatchNorm2d, batch_norm_act, tracking_instance_norm, cumulative_batc
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("perturbed_input", ["finite", "nan"])
 @pytest.mark.parametrize("kind", ["sam", "mrwp"])
-def test_statistics_are_those_of_a_clean_only_twin(kind, norm, perturbed_input):
-    """Running mean, variance and count have the bits of a network that saw the clean passes alone."""
+def test_statistics_equal_those_of_clean_passes_alone(kind, norm, perturbed_input):
+    """Running mean, variance and count have the bits of a network that ran the clean passes only."""
     model, twin = make_net(norm=norm), make_net(norm=norm)
     optimizer = make(kind, model)
     for i in range(3):
@@ -58,7 +58,7 @@ def test_statistics_are_those_of_a_clean_only_twin(kind, norm, perturbed_input):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("training", [True, False])
 def test_freezing_changes_no_output(norm, training):
-    """Normalised by the batch in training, by the running statistics in eval; these stay as they are."""
+    """Normalised by the batch in training, by running statistics in eval; these stay unchanged."""
     model, x = make_net(norm=norm), make_batch(0)[0]
     model(x)
     model.train(training)
@@ -69,8 +69,8 @@ def test_freezing_changes_no_output(norm, training):
     assert torch.equal(frozen, model(x))
 
 
-def test_freezing_leaves_layers_as_it_found_them():
-    """After an error, nested, when off, and where a layer tracked nothing before."""
+def test_freezing_restores_layers():
+    """After an error, nested, disabled, and for a layer that tracked nothing before."""
     model, x = make_net(), make_batch(0)[0]
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     layers[1].track_running_stats = False

@@ -1,4 +1,4 @@
-"""A whole step inside torch.compile: weights come back, and gradients are those of the step that is not compiled."""
+"""A whole step inside torch.compile: weights are restored, and gradients equal those of the eager step."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ CASES = [(method, explicit) for method in METHODS] + [("sam", two_steps), ("sam"
 
 
 @pytest.mark.parametrize("method, step", CASES)
-def test_a_compiled_step_is_the_step(method, step):
-    """Weights that had not come back would not step to where they go without a compiler."""
+def test_a_compiled_step_equals_the_eager_step(method, step):
+    """Weights that were not restored would end up elsewhere than in eager mode."""
     models = make_net(), make_net()
     optimizers = [METHODS[method](model.parameters()) for model in models]
     compiled = torch.compile(step, backend="aot_eager")
@@ -82,7 +82,7 @@ def test_a_compiled_step_is_the_step(method, step):
 
 
 def test_compiled_noise_without_an_optimizer():
-    """It is there within, and gone afterwards, in every call."""
+    """In every call the noise is present in the body, and gone afterwards."""
     model, (x, _) = make_net().eval(), make_batch(0)
 
     def noisy(x):
@@ -97,8 +97,8 @@ def test_compiled_noise_without_an_optimizer():
     assert not torch.allclose(model(x), expected)
 
 
-def test_one_graph_alone_is_refused():
-    """fullgraph=True cannot hold what happens between graphs: torch's error says where, and nothing has changed."""
+def test_fullgraph_is_refused():
+    """fullgraph=True cannot hold what runs between graphs: torch's error says where, and nothing has changed."""
     model = make_net()
     optimizer = METHODS["rwp"](model.parameters())
     before = all_bits(model.parameters())

@@ -46,7 +46,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("make, name, bad", OPTIONS, ids=lambda v: getattr(v, "__name__", None) or repr(v))
-def test_a_hyper_parameter_out_of_range(make, name, bad):
+def test_a_hyperparameter_out_of_range(make, name, bad):
     """For the whole optimizer, for a group, and for a group added later: a ValueError with its name."""
     with pytest.raises(ValueError, match=name):
         make(**{name: bad})
@@ -82,8 +82,8 @@ def test_a_stream_out_of_range(bad):
     ],
     ids=["name", "none", "instance", "partial", "module", "scheduler", "LBFGS", "SAM", "SAMSGD"],
 )
-def test_a_base_that_is_no_optimizer_class(make, base):
-    """An instance is the likeliest slip; LBFGS and our own classes do not step once from p.grad."""
+def test_a_base_that_is_not_an_optimizer_class(make, base):
+    """An instance is the likeliest mistake; LBFGS and our own classes do not step once from p.grad."""
     with pytest.raises(TypeError, match="base"):
         make(base=base)
 
@@ -91,15 +91,15 @@ def test_a_base_that_is_no_optimizer_class(make, base):
 @pytest.mark.parametrize("make", [sam, rwp])
 @pytest.mark.parametrize("params", [[], (), iter(())], ids=["list", "tuple", "iterator"])
 def test_no_parameters(make, params):
-    """An empty list, or a generator that is used up: a ValueError about parameters."""
+    """An empty list, or an exhausted generator: a ValueError about parameters."""
     with pytest.raises(ValueError, match="parameter"):
         make(params)
 
 
 @pytest.mark.parametrize("make", [sam, rwp])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex32, torch.float8_e4m3fn], ids=str)
-def test_parameters_of_other_dtypes(make, dtype):
-    """Integers and halves of complex numbers, at the start or in a group added later: a TypeError with place and dtype."""
+def test_parameters_of_unsupported_dtypes(make, dtype):
+    """Integers and complex halves, initially or in a group added later: a TypeError with position and dtype."""
     bad = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)
     with pytest.raises(TypeError, match=rf"params\[1\] is {dtype}"):
         make([weights()[0], bad])
@@ -110,8 +110,8 @@ def test_parameters_of_other_dtypes(make, dtype):
 
 
 @pytest.mark.parametrize("make", [sam, rwp])
-def test_parameters_that_are_none(make):
-    """One tensor instead of a list, numbers, groups that are no dicts: a TypeError about params."""
+def test_params_of_the_wrong_type(make):
+    """One tensor instead of a list, numbers, groups that are not dicts: a TypeError about params."""
     for params in (torch.ones(3), [1.0, 2.0]):
         with pytest.raises(TypeError, match="param"):
             make(params)
@@ -121,7 +121,7 @@ def test_parameters_that_are_none(make):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_regenerating_low_precision(dtype):
-    """Their low bits would be lost: a TypeError naming the option, at the start and in a later group."""
+    """The low bits would be lost: a TypeError naming the option, initially and in a later group."""
     with pytest.raises(TypeError, match="restore='regenerate'"):
         rwp(weights(dtype), restore="regenerate")
     optimizer = rwp(restore="regenerate")
@@ -132,8 +132,8 @@ def test_regenerating_low_precision(dtype):
 
 
 @pytest.mark.parametrize("make", [sam, rwp])
-def test_options_that_nobody_has(make):
-    """A misspelt option reaches the base optimizer, which knows it no more than we do."""
+def test_unknown_options(make):
+    """A misspelt option is passed to the base optimizer, which does not know it either."""
     with pytest.raises(TypeError, match="sigmaa"):
         make(sigmaa=0.1)
 
@@ -157,8 +157,8 @@ WHILE_PERTURBED = {
 @pytest.mark.parametrize("way", ["perturbed", "first_step"])
 @pytest.mark.parametrize("what", WHILE_PERTURBED)
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
-def test_what_perturbed_weights_do_not_allow(kind, what, way):
-    """A RuntimeError that says so; the pass goes on, and leaving it brings back weights, state and groups."""
+def test_calls_that_are_refused_while_weights_are_perturbed(kind, what, way):
+    """A clear RuntimeError; the pass continues, and leaving it restores weights, state and groups."""
     model = make_net()
     flat = {"sam": flatops.SAM, "rwp": flatops.RWP}[kind]
     optimizer = flat(model.parameters(), SGD, lr=0.1, momentum=0.9)
@@ -196,7 +196,7 @@ def test_second_step_without_first_step(make):
     "enter", [lambda o: o.perturbed().__enter__(), lambda o: o.first_step()], ids=["perturbed", "first_step"]
 )
 def test_sam_without_gradients(enter):
-    """No direction to climb: a RuntimeError that says what to do first, and works once it was done."""
+    """Without a direction: a RuntimeError that says what to do first; afterwards it works."""
     optimizer = sam()
     params = optimizer.param_groups[0]["params"]
     before = all_bits(params)
@@ -211,8 +211,8 @@ def test_sam_without_gradients(enter):
 
 @pytest.mark.parametrize("make", [sam, rwp])
 @pytest.mark.parametrize("closure", [1.0, torch.ones(()), "closure"], ids=["number", "loss", "string"])
-def test_a_closure_that_cannot_be_called(make, closure):
-    """step(loss) is a slip: a TypeError naming the closure, and no step."""
+def test_a_closure_that_is_not_callable(make, closure):
+    """step(loss) is a mistake: a TypeError naming the closure, and no step."""
     optimizer = make(momentum=0.9)
     params = optimizer.param_groups[0]["params"]
     for p in params:
@@ -236,7 +236,7 @@ def test_a_closure_that_cannot_be_called(make, closure):
         (("sigma", 0.1, 0.2, -5), "total_steps"),
     ],
 )
-def test_a_ramp_that_makes_no_sense(arguments, name):
+def test_invalid_ramps(arguments, name):
     """A ValueError naming the argument; the groups keep their values."""
     optimizer = rwp(sigma=0.3)
     with pytest.raises(ValueError, match=name):
@@ -245,8 +245,8 @@ def test_a_ramp_that_makes_no_sense(arguments, name):
 
 
 @pytest.mark.parametrize("make", [flatops.SAM, flatops.RWP, flatops.SSAM])
-def test_the_base_by_another_name(make):
-    """Other libraries call it base_optimizer: the error says what it is called here."""
+def test_base_optimizer_instead_of_base(make):
+    """Other libraries call it base_optimizer: the error gives the name used here."""
     with pytest.raises(TypeError, match="is the argument base, not base_optimizer: write base=SGD"):
         make(weights(), base_optimizer=SGD, lr=0.1)
     with pytest.raises(TypeError, match="base must be an optimizer class"):

@@ -1,4 +1,4 @@
-"""The loops that users have: closures, two steps, schedulers, hooks, accumulation, torch.compile."""
+"""The loops that users write: closures, two steps, schedulers, hooks, accumulation, torch.compile."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def two_steps(optimizer, model, i=0):
     optimizer.second_step(zero_grad=True)
 
 
-DRIVES = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
+FORMS = {"explicit": explicit, "closure": by_closure, "two steps": two_steps}
 
 
-# --- form ----------------------------------------------------------------------------------------------
+# --- classes and wrappers ------------------------------------------------------------------------------
 
 
 def test_an_optimizer_is_both_its_classes():
-    """isinstance holds for the algorithm and for the base; the class is made once, named after both."""
+    """isinstance holds for the algorithm and for the base; the class is created once and named after both."""
     first, second = make("sam", make_net()), make("sam", make_net())
     assert isinstance(first, flatops.SAM) and isinstance(first, SGD) and isinstance(first, torch.optim.Optimizer)
     assert type(first) is type(second) and type(first).__name__ == "SAMSGD"
@@ -79,14 +79,14 @@ class Wrapper:
 
 
 def test_unwrap_finds_the_optimizer_in_its_wrappers():
-    """Through chains of .optimizer and ._optimizer, and through wrappers that answer for what they hold."""
+    """Through chains of .optimizer and ._optimizer, and through wrappers that delegate attributes."""
 
     class Delegating(Wrapper):
         def __getattr__(self, name):
             return getattr(self.__dict__["optimizer"], name)
 
     optimizer = make("sam", make_net())
-    posing = object.__new__(type(optimizer))  # of the class, but nothing more
+    posing = object.__new__(type(optimizer))  # an instance of the class, but never initialised
     posing.optimizer = optimizer
     for wrapped in (
         optimizer,
@@ -99,7 +99,7 @@ def test_unwrap_finds_the_optimizer_in_its_wrappers():
 
 
 def test_unwrap_says_what_it_was_given():
-    """Where there is no flatops optimizer, also in a circle of wrappers: a TypeError."""
+    """Without a flatops optimizer, even in a cycle of wrappers: a TypeError."""
     circle = Wrapper(None)
     circle.optimizer = circle
     for wrapped in (SGD(make_net().parameters(), lr=0.1), Wrapper(SGD(make_net().parameters(), lr=0.1)), circle, None):
@@ -129,7 +129,7 @@ def test_a_closure_runs_once_a_pass_and_returns_the_clean_loss(kind, expected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_closure_runs_once_after_a_pass(kind):
-    """step(closure) after perturbed() evaluates once, at the weights; the next one runs everything."""
+    """step(closure) after perturbed() evaluates once, at the restored weights; the next one runs all passes."""
     model = make_net()
     optimizer, calls = make(kind, model), []
     loss_of(model, make_batch(0)).backward()
@@ -143,7 +143,7 @@ def test_a_closure_runs_once_after_a_pass(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_closure_may_contain_the_pass(kind):
-    """A closure that goes through perturbed() itself runs once, and does what its lines do outside step()."""
+    """A closure that uses perturbed() itself runs once, and does what its lines do outside step()."""
 
     def both_passes(optimizer, model):
         optimizer.zero_grad()
@@ -167,7 +167,7 @@ def test_a_closure_may_contain_the_pass(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("failing", [0, 1])
 def test_after_a_closure_that_raised_the_next_step_is_whole(kind, failing):
-    """A batch that fails in any pass leaves no half-done step behind: the next one evaluates every pass."""
+    """A batch that fails in any pass leaves no half-done step: the next step runs every pass."""
     model = make_net()
     optimizer, calls = make(kind, model), []
     before = all_bits(model.parameters())
@@ -187,7 +187,7 @@ def test_after_a_closure_that_raised_the_next_step_is_whole(kind, failing):
     assert len(calls) == (1 if kind == "rwp" else 2)
 
 
-def test_looking_at_the_loss_under_noise_is_no_training_pass():
+def test_evaluating_under_noise_is_not_a_training_pass():
     """After an evaluation in perturbed() and no_grad, step(closure) still perturbs."""
     model = make_net()
     optimizer, calls = make("rwp", model), []
@@ -199,7 +199,7 @@ def test_looking_at_the_loss_under_noise_is_no_training_pass():
 
 @pytest.mark.parametrize("form", ["two steps", "closure"])
 def test_loops_written_for_davda54_sam_run_unchanged(form):
-    """Both forms of its README give our weights; its closure zeroes no gradients, a backward comes first."""
+    """Both forms of its README give our weights; its closure does not zero gradients and follows a backward."""
     model, twin = make_net(), make_net()
     optimizer, ours = make("sam", model), make("sam", twin)
 
@@ -245,14 +245,14 @@ def test_a_step_without_a_pass_warns_once_and_points_at_the_caller():
     other = make("sam", model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for drive in DRIVES.values():
-            drive(other, model)
+        for form in FORMS.values():
+            form(other, model)
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_hooks_run_once_a_step(kind, drive):
-    """Global and own hooks, before and after, once; pre-hooks see clean weights, post-hooks new ones."""
+def test_hooks_run_once_a_step(kind, form):
+    """Global and own hooks run once, before and after; pre-hooks see clean weights, post-hooks new ones."""
     model = make_net()
     SGD(make_net().parameters(), lr=0.1)  # torch hooks a class's step when it is first used
     optimizer = make(kind, model)
@@ -272,7 +272,7 @@ def test_hooks_run_once_a_step(kind, drive):
     optimizer.register_step_pre_hook(hook("pre"))
     optimizer.register_step_post_hook(hook("post"))
     try:
-        DRIVES[drive](optimizer, model)
+        FORMS[form](optimizer, model)
     finally:
         for handle in handles:
             handle.remove()
@@ -300,18 +300,18 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_schedulers_drive_it_as_they_drive_the_base(kind, schedule, drive):
-    """The same lr and momentum after every step, and no complaint about the order of steps."""
+def test_schedulers_work_as_on_the_base(kind, schedule, form):
+    """The same lr and momentum after every step, and no warning about the order of steps."""
     model, plain_model = make_net(), make_net()
     optimizer, plain = make(kind, model), SGD(plain_model.parameters(), lr=0.05, momentum=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedulers = [SCHEDULES[schedule](o) for o in (optimizer, plain)]
         for i in range(4):
-            DRIVES[drive](optimizer, model, i)
+            FORMS[form](optimizer, model, i)
             plain.step()
             for scheduler in schedulers:
                 scheduler.step(*([1.0] if schedule == "plateau" else []))
@@ -325,7 +325,7 @@ def test_schedulers_drive_it_as_they_drive_the_base(kind, schedule, drive):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_gradients_equal_one_big_batch(kind):
-    """Two half batches a pass, without BatchNorm: the step of the whole batch."""
+    """Two half batches per pass, without BatchNorm, give the step of the whole batch."""
     model, whole = (make_net(dtype=torch.float64, norm=nn.Identity), make_net(dtype=torch.float64, norm=nn.Identity))
     optimizer, big = make(kind, model), make(kind, whole)
     for i in range(3):
@@ -347,7 +347,7 @@ def test_accumulated_gradients_equal_one_big_batch(kind):
 
 
 def test_sam_zeroes_the_first_gradient_and_rwp_adds_to_it():
-    """perturbed() owns zeroing for SAM; for RWP the two gradients of m-RWP are to be summed."""
+    """For SAM, perturbed() zeroes gradients; for m-RWP, the two gradients are to be summed."""
     for kind in ("sam", "mrwp"):
         p = nn.Parameter(torch.ones(3))
         optimizer = flatops.SAM([p], SGD, lr=0.1) if kind == "sam" else flatops.RWP([p], SGD, lr=0.1, lam=0.5)
@@ -365,16 +365,16 @@ def process_group():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("drive", [explicit, by_closure])
+@pytest.mark.parametrize("form", [explicit, by_closure])
 @pytest.mark.parametrize("kind, changed", [("sam", {}), ("rwp", {}), ("mrwp", {}), ("mrwp", {"eta": 3.0})])
-def test_gradients_that_are_views_of_buckets(process_group, kind, changed, drive):
-    """DistributedDataParallel writes every backward into one buffer: no other gradient may lie there."""
+def test_gradients_that_are_views_of_buckets(process_group, kind, changed, form):
+    """DistributedDataParallel writes every backward into one buffer, which may hold no other gradient."""
     model, twin = make_net(), make_net()
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer, alone = make(kind, model, **changed), make(kind, twin, **changed)
     for i in range(3):
-        drive(optimizer, wrapped, i)
-        drive(alone, twin, i)
+        form(optimizer, wrapped, i)
+        form(alone, twin, i)
     assert_same_bits(model.state_dict().values(), twin.state_dict().values())
 
 
@@ -383,7 +383,7 @@ def test_gradients_that_are_views_of_buckets(process_group, kind, changed, drive
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_model_in_the_loop(kind):
-    """The weights of the eager loop; one graph for each way that BatchNorm runs, none from step to step."""
+    """The weights of the eager loop; one graph for each mode of BatchNorm, no recompilation in later steps."""
     torch._dynamo.reset()
     graphs = []
 
@@ -418,7 +418,7 @@ def test_a_compiled_step():
                 loss_of(network, make_batch(i)).backward()
             step()
             o.zero_grad()
-    # torch 2.11 compiles SGD itself to foreach operations, which round otherwise.
+    # torch 2.11 compiles SGD itself to foreach operations, which round differently.
     for ours, theirs in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
@@ -426,8 +426,8 @@ def test_a_compiled_step():
 # --- gradients without a backward, threads -------------------------------------------------------------
 
 
-def test_m_rwp_refuses_gradients_that_it_could_not_weigh():
-    """Those that torch.func makes and the loop writes to p.grad; by autograd.grad on the parameters themselves they are weighed."""
+def test_m_rwp_refuses_gradients_that_it_cannot_weight():
+    """Gradients of torch.func that the loop writes to p.grad are refused; those of autograd.grad are weighted."""
     model, batch = make_net(), make_batch(0)
     optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.0, lam=0.25, lr=0.1)
     model.eval()  # for the same statistics in both passes
@@ -460,7 +460,7 @@ def test_m_rwp_refuses_gradients_that_it_could_not_weigh():
 
 @pytest.mark.parametrize("kind", ["perturb", "optimizer"])
 def test_a_second_thread_is_refused(kind):
-    """It would restore the first one's noise. Other weights, and the same thread again, are free."""
+    """It would restore the first one's noise. Other weights, and the same thread again, are allowed."""
     from concurrent.futures import ThreadPoolExecutor
 
     model, other = make_net(), make_net(1)
@@ -471,7 +471,7 @@ def test_a_second_thread_is_refused(kind):
             return flatops.perturb(m, 0.1)
         return flatops.RWP(m.parameters(), SGD, sigma=0.1, seed=0, lr=0.1).perturbed()
 
-    def look(m):
+    def evaluate(m):
         with torch.no_grad(), enter(m):
             return loss_of(m, make_batch(0))
 
@@ -479,9 +479,9 @@ def test_a_second_thread_is_refused(kind):
         with enter(model):
             noisy = all_bits(model.parameters())
             with pytest.raises(RuntimeError, match="another thread is perturbing these weights"):
-                pool.submit(look, model).result()
-            pool.submit(look, other).result()
+                pool.submit(evaluate, model).result()
+            pool.submit(evaluate, other).result()
             assert_same_bits(all_bits(model.parameters()), noisy)
-            look(model)
-        pool.submit(look, model).result()
+            evaluate(model)
+        pool.submit(evaluate, model).result()
     assert_same_bits(all_bits([*model.parameters(), *other.parameters()]), before)

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer takes: frozen, without gradient, sparse, shared, moved, added later."""
+"""Which parameters an optimizer accepts: frozen, without gradient, sparse, shared, moved, added later."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(kind, params, **options):
 
 
 def changes(optimizer, params):
-    """Which parameters differ in the perturbed pass."""
+    """The parameters that differ in the perturbed pass."""
     before = all_bits(params)
     with optimizer.perturbed():
         changed = [not torch.equal(bits(p), b) for p, b in zip(params, before)]
@@ -44,7 +44,7 @@ def changes(optimizer, params):
 
 
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
-def test_every_form_of_passing_parameters_is_the_same(kind):
+def test_every_form_of_passing_parameters_gives_the_same_weights(kind):
     """Lists, generators, groups, groups of generators, named parameters: the same weights after two steps."""
     forms = {
         "list": lambda m: list(m.parameters()),
@@ -75,7 +75,7 @@ def test_every_form_of_passing_parameters_is_the_same(kind):
 
 @pytest.mark.parametrize("operator, kind, key", [("perturb_", "rwp", "sigma"), ("ascend_", "sam", "rho")])
 def test_groups_that_agree_are_one_operator_call(monkeypatch, operator, kind, key):
-    """Three groups, two values: two calls, and lr does not count."""
+    """Three groups with two values make two calls; lr does not count."""
     params, calls = some_params(), []
     original = getattr(ops, operator)
     monkeypatch.setattr(ops, operator, lambda *args, **kwargs: (calls.append(len(args[0])), original(*args, **kwargs)))
@@ -91,7 +91,7 @@ def test_groups_that_agree_are_one_operator_call(monkeypatch, operator, kind, ke
 
 
 def test_frozen_parameters_stay_in_every_pass():
-    """Neither noise nor ascent reaches a frozen parameter; it joins when it is thawed, and leaves again."""
+    """A frozen parameter gets no noise and no ascent; it takes part while it is thawed."""
     for kind in ("sam", "rwp"):
         params = some_params()
         optimizer = make(kind, params)
@@ -103,7 +103,7 @@ def test_frozen_parameters_stay_in_every_pass():
 
 
 def test_without_a_gradient_there_is_noise_but_no_ascent_and_no_step():
-    """What the loss does not reach: SAM leaves it alone, RWP perturbs it, the step passes it by."""
+    """A parameter that the loss does not use: SAM ignores it, RWP perturbs it, the step skips it."""
     for kind, in_pass in (("sam", [True, False]), ("rwp", [True, True])):
         used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         optimizer = make(kind, [used, unused], momentum=0.9)
@@ -117,7 +117,7 @@ def test_without_a_gradient_there_is_noise_but_no_ascent_and_no_step():
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_sam_refuses_a_sparse_gradient(order):
-    """Wherever in the list it is: a TypeError that says so, and no weight changed, no gradient lost."""
+    """Anywhere in the list: a clear TypeError, before any weight or gradient changes."""
     torch.manual_seed(0)
     layers = [nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)]
     params = [p for layer in layers[:: 1 - 2 * order] for p in layer.parameters()]
@@ -144,10 +144,10 @@ def test_arwp_refuses_a_sparse_gradient(lam):
     assert torch.equal(bits(embedding.weight), before)
 
 
-@pytest.mark.parametrize("drive", ["explicit", "closure"])
+@pytest.mark.parametrize("form", ["explicit", "closure"])
 @pytest.mark.parametrize("lam", [1.0, 0.5])
-def test_rwp_steps_on_sparse_gradients(drive, lam):
-    """Noise needs no gradient, so an optimizer for sparse ones works as its base; as dense ones would."""
+def test_rwp_steps_on_sparse_gradients(form, lam):
+    """Noise needs no gradient, so an optimizer for sparse ones works as its base, as with dense gradients."""
     weights = {}
     for sparse in (True, False):
         torch.manual_seed(0)
@@ -161,7 +161,7 @@ def test_rwp_steps_on_sparse_gradients(drive, lam):
             loss.backward()
             return loss
 
-        if drive == "closure":
+        if form == "closure":
             optimizer.step(closure)
         else:
             (optimizer.clean_weight * embedding(rows[0]).square().sum()).backward()
@@ -176,7 +176,7 @@ def test_rwp_steps_on_sparse_gradients(drive, lam):
 
 
 def test_groups_have_their_own_sigma_eta_and_seed():
-    """w + e of a group is what ops.perturb_ makes with its values and its positions in the optimizer."""
+    """w + e of a group equals ops.perturb_ with its values and its positions in the optimizer."""
     params = some_params()
     own = [{"sigma": 0.2, "seed": 3}, {"sigma": 0.05, "eta": 2.0}]
     optimizer = make("rwp", [{"params": params[:2], **own[0]}, {"params": params[2:], **own[1]}], beta=0.5)
@@ -191,7 +191,7 @@ def test_groups_have_their_own_sigma_eta_and_seed():
 
 
 def test_groups_have_their_own_rho_under_one_norm():
-    """e = rho_group g / ||g||, the norm over the parameters of all groups."""
+    """e = rho_group g / ||g||, with the norm over the parameters of all groups."""
     params = some_params()
     optimizer = make("sam", [{"params": params[:2], "rho": 0.3}, {"params": params[2:]}], rho=0.7)
     fill_gradients(params)
@@ -203,7 +203,7 @@ def test_groups_have_their_own_rho_under_one_norm():
 
 @pytest.mark.parametrize("kind, key", [("sam", "rho"), ("rwp", "sigma")])
 def test_a_group_added_later_is_like_one_from_the_start(kind, key):
-    """It takes the optimizer's values where it has none, its noise by position, and the others' draw."""
+    """It takes the optimizer's values where it has none, noise by position, and the draw of the others."""
     early, late = some_params(), some_params()
     whole = make(kind, [{"params": early[:2]}, {"params": early[2:], key: 0.2}])
     grown = make(kind, late[:2])
@@ -227,7 +227,7 @@ def test_a_group_added_later_is_like_one_from_the_start(kind, key):
 
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
 def test_a_tied_parameter_is_one_parameter(kind):
-    """Two layers that hold one parameter perturb it once, and step it once."""
+    """Two layers that share a parameter perturb it once, and step it once."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
@@ -248,8 +248,8 @@ def test_a_tied_parameter_is_one_parameter(kind):
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
 @pytest.mark.parametrize("how", ["same tensor", "same memory", "overlapping memory"])
-def test_memory_shared_between_parameters_never_costs_the_weights(kind, how):
-    """A weight perturbed twice could be lost: a clear error before anything changes, or it comes back."""
+def test_memory_shared_between_parameters_never_loses_weights(kind, how):
+    """A weight perturbed twice could be lost: a clear error before anything changes, or it is restored."""
     torch.manual_seed(0)
     a = nn.Parameter(torch.randn(4, 4))
     b = {"same tensor": lambda: a, "same memory": lambda: nn.Parameter(a.data),
@@ -265,8 +265,8 @@ def test_memory_shared_between_parameters_never_costs_the_weights(kind, how):
 
 
 @pytest.mark.parametrize("kind, key", [("sam", "rho"), ("rwp", "sigma")])
-def test_memory_shared_between_groups_never_costs_the_weights(kind, key):
-    """Two operator calls change the same weights: undone in the reverse order, or refused, they come back."""
+def test_memory_shared_between_groups_never_loses_weights(kind, key):
+    """Two operator calls change the same weights: undone in reverse order, or refused, they are restored."""
     torch.manual_seed(0)
     a = nn.Parameter(torch.randn(4, 4))
     b = nn.Parameter(a.data)
@@ -296,7 +296,7 @@ def test_memory_shared_between_groups_never_costs_the_weights(kind, key):
     ids=["channels_last", "float64", "bfloat16", "new data", "new shape"],
 )
 def test_parameters_may_be_replaced_between_passes(kind, move):
-    """Another layout, dtype, address or shape of the same parameter: perturbed anew, and back to the bit."""
+    """Another layout, dtype, address or shape of the same parameter: perturbed, and restored to the bit."""
     model = make_net()
     optimizer = make(kind, model.parameters())
     params = list(model.parameters())
@@ -331,7 +331,7 @@ def test_regenerating_is_refused_where_it_became_impossible(how):
 
 
 class OwnSGD(torch.optim.SGD):
-    """A user's optimizer, whose step calls the one it inherits."""
+    """A user's optimizer, whose step calls the inherited one."""
 
     def step(self, closure=None):
         self.own_steps = getattr(self, "own_steps", 0) + 1
@@ -359,8 +359,8 @@ BASES = [
 
 @pytest.mark.parametrize("kind", ["sam", "rwp"])
 @pytest.mark.parametrize("base, options", BASES, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v))
-def test_the_step_is_the_base_optimizers_own(kind, base, options):
-    """Given the perturbed pass's gradient, weights and state are the base optimizer's, to the bit."""
+def test_the_step_is_the_base_optimizers(kind, base, options):
+    """With the gradient of the perturbed pass, weights and state equal the base optimizer's, to the bit."""
     model, plain = make_net(), make_net()
     flat = {"sam": flatops.SAM, "rwp": flatops.RWP}[kind]
     optimizer = flat(model.parameters(), base, lr=0.01, **options)
@@ -381,7 +381,7 @@ def test_the_step_is_the_base_optimizers_own(kind, base, options):
 
 
 class TemperedSGD(torch.optim.SGD):
-    """A user's optimizer with a sigma of its own."""
+    """A user's optimizer with its own sigma."""
 
     def __init__(self, params, lr, sigma=1.0):
         super().__init__(params, lr)
@@ -391,7 +391,7 @@ class TemperedSGD(torch.optim.SGD):
 
 
 class ForwardingAdadelta(torch.optim.Adadelta):
-    """A user's optimizer that passes its options on."""
+    """A user's optimizer that forwards its options."""
 
     def __init__(self, params, **options):
         super().__init__(params, **options)
@@ -405,8 +405,8 @@ class ForwardingAdadelta(torch.optim.Adadelta):
         (flatops.RWP, TemperedSGD, "sigma"),
     ],
 )
-def test_a_base_with_a_hyper_parameter_of_our_name_is_refused(flat, base, name):
-    """Adadelta's rho is a decay: one entry of param_groups cannot be both, and nobody would notice."""
+def test_a_base_with_a_hyperparameter_of_our_name_is_refused(flat, base, name):
+    """Adadelta's rho is a decay: one entry of param_groups cannot silently be both."""
     with pytest.raises(ValueError, match=name):
         flat(some_params(), base, lr=0.1)
 
@@ -423,7 +423,7 @@ def test_a_base_with_a_hyper_parameter_of_our_name_is_refused(flat, base, name):
     lambda p: flatops.RWP(p, SGD, sigma=0.1, eta=1.0, seed=0, lr=0.1),
 ], ids=["sam", "asam", "ssam", "rwp", "arwp"])  # fmt: skip
 def test_complex_weights_are_pairs_of_real_ones(make_optimizer, dtype):
-    """Perturbed, restored and kept in checkpoints as view_as_real of them would be, to the bit."""
+    """Perturbed, restored and saved in checkpoints as their view_as_real would be, to the bit."""
     shapes = [(4, 3), (5,), (2, 3, 2), (), (0, 2)]
     complexes = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
     reals = [nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in complexes]
@@ -447,7 +447,7 @@ def test_complex_weights_are_pairs_of_real_ones(make_optimizer, dtype):
             gradients(2 * i + 1)
         optimizer.step()
         twin.step()
-        with torch.no_grad():  # the bases round complex numbers in their own way
+        with torch.no_grad():  # the bases round complex numbers differently
             for p, r in zip(complexes, reals):
                 torch.testing.assert_close(torch.view_as_real(p), r)
                 r.copy_(torch.view_as_real(p))
@@ -468,14 +468,14 @@ def test_noise_without_an_optimizer_in_complex_weights():
     assert torch.equal(w, before)
 
 
-# --- the other direction -------------------------------------------------------------------------------
+# --- maximize ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("rho", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_maximize_is_minimising_the_negated_loss(adaptive, rho, masked):
-    """To the bit, and in one group of two alone."""
+    """To the bit, and in only one of two groups."""
     results = []
     for sign in (1, -1):
         model = make_net()
@@ -494,12 +494,12 @@ def test_maximize_is_minimising_the_negated_loss(adaptive, rho, masked):
     assert_same_bits(*results)
 
 
-# --- the radius is that of what climbs -----------------------------------------------------------------
+# --- the radius counts what ascends --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_a_group_that_does_not_climb_is_not_in_the_norm(adaptive):
-    """Its gradient, however large, leaves the others their radius; where nothing climbs the step is the base's."""
+def test_a_group_that_does_not_ascend_is_not_in_the_norm(adaptive):
+    """Its gradient, however large, does not affect the others' radius; without any ascent the base steps."""
     params = some_params()
     groups = [{"params": params[:2]}, {"params": params[2:], "rho": 0.0}]
     optimizer = flatops.SAM(groups, SGD, rho=0.5, adaptive=adaptive, lr=0.1)
@@ -517,11 +517,11 @@ def test_a_group_that_does_not_climb_is_not_in_the_norm(adaptive):
             assert moved.item() == pytest.approx(0.5, rel=1e-5)
 
 
-# --- numbers of numpy's, seeds, and torch's defaults ----------------------------------------------------
+# --- numbers of NumPy, seeds, and torch's defaults ------------------------------------------------------
 
 
-def test_numbers_of_numpys_are_numbers():
-    """Wherever torch takes them; what is kept, and saved, is Python's."""
+def test_numpy_numbers_are_accepted():
+    """Wherever torch accepts them; what is stored and saved are Python numbers."""
     np = pytest.importorskip("numpy")
     p = some_params()
     options = {"sigma": np.float32(0.25), "seed": np.int64(3), "lam": np.float64(1), "stream": np.int32(1)}
@@ -556,7 +556,7 @@ def real_default_seed(monkeypatch):
     lambda p, **o: flatops.RWP(p, SGD, lr=0.1, **o), lambda p, **o: flatops.SSAM(p, SGD, lr=0.1, **o)
 ], ids=["rwp", "ssam"])  # fmt: skip
 def test_the_default_seed_follows_torchs(real_default_seed, make_optimizer):
-    """Two optimizers differ, two seeds of torch differ, the same seed repeats; a given one is taken as it is."""
+    """Two optimizers differ, two seeds of torch differ, the same seed repeats; a given one is kept."""
 
     def seeds(torchs):
         torch.manual_seed(torchs)
@@ -576,7 +576,7 @@ def test_the_default_seed_follows_torchs(real_default_seed, make_optimizer):
     lambda: torch.set_default_device("meta"), lambda: torch.set_default_dtype(torch.float64)
 ], ids=["device", "dtype"])  # fmt: skip
 def test_torchs_defaults_do_not_matter(default):
-    """Tensors of ours are made where the parameters are, of the dtype that they need."""
+    """Our tensors are made on the parameters' device, with the dtype that they need."""
     results = []
     for change in (lambda: None, default):
         models = [make_net() for _ in range(4)]

@@ -1,4 +1,4 @@
-"""perturbed() gives the weights back to the bit: any dtype, layout and way out, any interrupt."""
+"""perturbed() restores the weights to the bit: any dtype, layout and way out, any interrupt."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def some_params(dtype=torch.float32):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_weights_come_back_to_the_bit(kind, dtype, layout):
-    """For every dtype and layout; and the address, strides and version tell autograd what happened."""
+def test_weights_are_restored_to_the_bit(kind, dtype, layout):
+    """For every dtype and layout; and address, strides and version tell autograd what happened."""
     torch.manual_seed(0)
     p = nn.Parameter(LAYOUTS[layout](functools.partial(torch.randn, dtype=dtype)))
     optimizer = OPTIMIZERS[kind]([p])
@@ -96,8 +96,8 @@ def test_weights_come_back_to_the_bit(kind, dtype, layout):
         assert torch.equal(bits(p), before)
 
 
-def test_what_lies_between_the_elements_is_left_alone():
-    """A parameter that is every other element of a buffer does not change the elements between."""
+def test_memory_between_the_elements_does_not_change():
+    """A parameter of every other element of a buffer does not change the elements in between."""
     torch.manual_seed(0)
     buffer = torch.randn(6, 8)
     p = nn.Parameter(buffer[::2, ::2])
@@ -110,7 +110,7 @@ def test_what_lies_between_the_elements_is_left_alone():
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_dtypes_mix_in_one_optimizer(kind):
-    """One group of all dtypes at once gives what one optimizer a dtype gives, and takes it back."""
+    """One group of all dtypes together equals one optimizer per dtype, perturbed and restored."""
     params = [p for dtype in DTYPES for p in some_params(dtype)]
     optimizer = OPTIMIZERS[kind](params)
     before = all_bits(params)
@@ -129,8 +129,8 @@ arrays = st_numpy.arrays(
 @settings(max_examples=60, deadline=None)
 @given(arrays=st.lists(arrays, min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
        kind=st.sampled_from(sorted(OPTIMIZERS)), permute=st.randoms(use_true_random=False))  # fmt: skip
-def test_any_values_of_any_shape_come_back(arrays, dtype, kind, permute):
-    """NaN, infinities, denormals and -0 too, in any order of dimensions."""
+def test_any_values_of_any_shape_are_restored(arrays, dtype, kind, permute):
+    """NaN, infinities, subnormals and -0 too, in any order of dimensions."""
     params = []
     for array in arrays:
         weight = torch.from_numpy(array).to(dtype)
@@ -159,8 +159,8 @@ def leave_by_interrupt():
     ids=["error", "interrupt", "exit"],
 )
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_an_exception_in_the_body_passes_through_and_leaves_the_weights(kind, leave, error):
-    """In the handler already the weights are back, and the optimizer can be used and saved."""
+def test_an_exception_in_the_body_propagates_and_restores_the_weights(kind, leave, error):
+    """Weights are restored before any handler runs, and the optimizer can be used and saved."""
     params = some_params()
     optimizer = OPTIMIZERS[kind](params)
     before = all_bits(params)
@@ -182,8 +182,8 @@ def test_an_exception_in_the_body_passes_through_and_leaves_the_weights(kind, le
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("operator, kind", [("perturb_", rwp), ("ascend_", sam)])
 @pytest.mark.parametrize("enter", ["perturbed", "first_step"])
-def test_a_failure_half_way_undoes_the_first_half(monkeypatch, operator, kind, enter, when):
-    """The second of two operator calls fails, before or after its kernel: no weight keeps a perturbation."""
+def test_a_failure_halfway_undoes_the_first_half(monkeypatch, operator, kind, enter, when):
+    """The second of two operator calls fails, before or after its kernel: no weight stays perturbed."""
     params = some_params()
     key = "rho" if kind is sam else "sigma"
     optimizer = kind([p for p in params])
@@ -211,8 +211,8 @@ def test_a_failure_half_way_undoes_the_first_half(monkeypatch, operator, kind, e
     assert not optimizer.is_perturbed
 
 
-def test_a_bad_second_group_is_noticed_and_undoes_the_first():
-    """A hyper-parameter spoilt in param_groups behind the optimizer's back raises, and changes nothing."""
+def test_an_invalid_second_group_raises_and_undoes_the_first():
+    """An invalid hyperparameter written directly to param_groups raises, and changes nothing."""
     params = some_params()
     optimizer = rwp([{"params": params[:1]}, {"params": params[1:]}])
     optimizer.param_groups[1]["sigma"] = float("nan")
@@ -223,8 +223,8 @@ def test_a_bad_second_group_is_noticed_and_undoes_the_first():
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_nested_perturbed_is_refused_and_the_outer_pass_goes_on(kind):
-    """The inner perturbed() raises before anything changes; the outer one still holds, and still restores."""
+def test_nested_perturbed_is_refused_and_the_outer_pass_continues(kind):
+    """The inner perturbed() raises before anything changes; the outer pass continues, and still restores."""
     params = some_params()
     optimizer = OPTIMIZERS[kind](params)
     before = all_bits(params)
@@ -239,7 +239,7 @@ def test_nested_perturbed_is_refused_and_the_outer_pass_goes_on(kind):
 
 
 def test_restore_may_be_called_early():
-    """restore() in the body takes the perturbation away; leaving does not take it away twice."""
+    """restore() in the body removes the perturbation; leaving does not remove it again."""
     params = some_params()
     optimizer = regenerating(params)
     with optimizer.perturbed():
@@ -262,7 +262,7 @@ def test_a_pass_without_gradients(kind):
 
 
 @pytest.mark.parametrize("inside", ["forward", "backward"])
-def test_a_graph_across_the_edge_is_an_error_not_a_wrong_gradient(inside):
+def test_a_graph_across_the_edge_of_a_pass_is_an_error(inside):
     """Forward at one set of weights and backward at the other raises, as for any weight changed in place."""
     model, batch = make_net(), make_batch(0)
     optimizer = rwp(list(model.parameters()))
@@ -281,9 +281,9 @@ def test_a_graph_across_the_edge_is_an_error_not_a_wrong_gradient(inside):
 
 
 class Interrupt:
-    """Raises `error` at the k-th place where CPython answers signals, in flatops and in its context managers.
+    """Raises `error` at the k-th place where CPython handles signals, in flatops and in its context managers.
 
-    Those places are the start of a function or generator, the end of a call and the jump back of a loop.
+    Those places are the start of a function or generator, the return from a call and the backward jump of a loop.
     """
 
     def __init__(self, k: int, error: type[BaseException], modules: tuple[str, ...], starts_only: bool) -> None:
@@ -332,7 +332,7 @@ class Interrupt:
 
 
 def moments_that_go_wrong(kind, error, modules=("flatops", "contextlib"), starts_only=False, exact=True):
-    """One perturbed pass for every moment; returns those after which something is wrong in the handler already."""
+    """One perturbed pass for every moment; returns those after which a handler finds something wrong."""
     wrong, k = [], 0
     while True:
         k += 1
@@ -359,8 +359,8 @@ knows_the_opcodes = pytest.mark.skipif(sys.version_info < (3, 11), reason="opcod
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a generator that is being closed
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("kind", [rwp, mixed_arwp, sam, regenerating])
-def test_an_interrupt_at_any_moment_leaves_the_weights(kind, error):
-    """Ctrl-C, or a handler of SIGTERM that exits: in the handler already, the weights are back."""
+def test_an_interrupt_at_any_moment_restores_the_weights(kind, error):
+    """Ctrl-C, or a handler of SIGTERM that exits: the weights are restored before any handler runs."""
     wrong = moments_that_go_wrong(kind, error, exact=kind is not regenerating)
     assert not wrong, f"{len(wrong)} places: " + ", ".join(wrong)
 
@@ -368,16 +368,16 @@ def test_an_interrupt_at_any_moment_leaves_the_weights(kind, error):
 @knows_the_opcodes
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a generator that is being closed
 @pytest.mark.parametrize("kind", [rwp, sam])
-def test_an_interrupt_inside_the_reference_backend_leaves_the_weights(kind):
-    """The reference changes one tensor after another, in Python: those that it has changed come back too."""
+def test_an_interrupt_inside_the_reference_backend_restores_the_weights(kind):
+    """The reference changes one tensor after another in Python: those already changed are restored too."""
     with flatops.backend("reference"):
         wrong = moments_that_go_wrong(kind, KeyboardInterrupt, modules=(reference.__name__,), starts_only=True)
     assert not wrong, f"{len(wrong)} places: " + ", ".join(wrong)
 
 
 @pytest.mark.parametrize("kind", [rwp, sam])
-def test_interrupts_by_the_clock_leave_the_weights(kind):
-    """Real signals at random moments of a loop of passes: after every one the weights have their bits."""
+def test_interrupts_at_random_times_restore_the_weights(kind):
+    """Real signals at random moments of a loop of passes: after each the weights have their bits."""
     params = some_params()
     optimizer = kind(params)
     gradients, before = [p.grad for p in params], all_bits(params)
@@ -388,7 +388,7 @@ def test_interrupts_by_the_clock_leave_the_weights(kind):
         while caught < 400:
             try:
                 signal.setitimer(signal.ITIMER_REAL, delay.uniform(1e-4, 1e-3))
-                for _ in range(1000):  # Python swallows an interrupt that comes while it frees an object
+                for _ in range(1000):  # Python swallows an interrupt while it frees an object
                     for p, g in zip(params, gradients):
                         p.grad = g
                     with optimizer.perturbed():
@@ -397,7 +397,7 @@ def test_interrupts_by_the_clock_leave_the_weights(kind):
             except KeyboardInterrupt:
                 caught += 1
                 wrong += optimizer.is_perturbed or any(not torch.equal(bits(p), b) for p, b in zip(params, before))
-            torch.set_grad_enabled(True)  # torch.no_grad's own end may have been interrupted
+            torch.set_grad_enabled(True)  # the exit of torch.no_grad may have been interrupted
             if optimizer.is_perturbed:
                 optimizer.restore()
     finally:

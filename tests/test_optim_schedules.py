@@ -1,4 +1,4 @@
-"""CosineRamp: sigma and rho along half a cosine, for every group that takes part."""
+"""CosineRamp: sigma and rho follow half a cosine, in every group that takes part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flatops import CosineRamp
 
 @pytest.mark.parametrize("start, end", [(0.0, 0.02), (0.02, 0.0), (0.01, 0.05)])
 def test_cosine_ramp(start, end):
-    """end + (start - end) (1 + cos(pi t / T)) / 2, then end; a group at 0 stays there; it can resume."""
+    """end + (start - end) (1 + cos(pi t / T)) / 2, then end; a group at 0 stays at 0; it can resume."""
     model = make_net()
     groups = [{"params": model.features.parameters()}, {"params": model.head.parameters(), "sigma": 0.0}]
     optimizer = flatops.RWP(groups, SGD, lr=0.1, sigma=0.3)
@@ -38,7 +38,7 @@ def test_cosine_ramp(start, end):
 
 @pytest.mark.parametrize("kind, key", [("sam", "rho"), ("rwp", "sigma")])
 def test_a_ramp_of_an_optimizer_that_starts_at_zero_ramps(kind, key):
-    """Where every group is at 0 nobody is kept out: the ramp moves them, or says that it cannot."""
+    """If every group is at 0, none is excluded: the ramp moves them, or raises if it cannot."""
     flat = {"sam": flatops.SAM, "rwp": flatops.RWP}[kind]
     optimizer = flat(make_net().parameters(), SGD, lr=0.1, **{key: 0.0})
     try:
@@ -52,7 +52,7 @@ def test_a_ramp_of_an_optimizer_that_starts_at_zero_ramps(kind, key):
 
 
 def test_a_ramp_takes_groups_added_later():
-    """A group that joins after the ramp was made follows it from its next step on."""
+    """A group that is added after the ramp was made follows it from its next step."""
     model = make_net()
     optimizer = flatops.RWP(model.features.parameters(), SGD, lr=0.1, sigma=0.3)
     ramp = CosineRamp(optimizer, "sigma", 0.3, 0.1, total_steps=2)

@@ -1,4 +1,4 @@
-"""Sparse SAM: what the papers define, masks exactly as large as they say, and everything that SAM can do besides."""
+"""Sparse SAM: equal to the papers' definitions, masks of exactly the stated size, and every feature of SAM."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def train(model, optimizer, steps):
 
 
 def flat(tensors):
-    """All elements in storage order: dim 0 first, then as they lie in memory."""
+    """All elements in storage order: dim 0 first, then as in memory."""
     return torch.cat([t.permute(0, *sorted(range(1, t.dim()), key=lambda d: -t.stride(d))).flatten() for t in tensors])
 
 
 def lives(optimizer):
-    """The mask as booleans of the parameters' shapes; all True where there is none."""
+    """The mask as booleans of the parameters' shapes; all True without one."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     live = {p: l for mask in optimizer.masks.values() for p, l in mask.live().items()}
     return [live.get(p, torch.full(p.shape, not live)) for p in params]
 
 
-def climbed(optimizer, model):
-    """Which weights the ascent along the present gradients changes, each parameter alone."""
+def ascended(optimizer, model):
+    """Which weights the ascent along the current gradients changes, for each parameter."""
     before = [p.detach().clone() for p in model.parameters()]
     with optimizer.perturbed():
         return [p.detach() != b for p, b in zip(model.parameters(), before)]
@@ -84,7 +84,7 @@ def k_of(sparsity, n=SIZE):
     return n - math.ceil(sparsity * n)
 
 
-# --- equal to the papers' definitions --------------------------------------------------------------------------------------
+# --- equal to the papers' definitions ---------------------------------------------------------------------------------
 
 
 def gradients(model, batch, offsets=None, statistics=False):
@@ -117,7 +117,7 @@ def largest(scores, count):
 
 
 class Definition:
-    """Sparse SAM over a plain optimizer, its mask one row of booleans over the concatenated weights."""
+    """Sparse SAM over a plain optimizer, with its mask as one row of booleans over the concatenated weights."""
 
     def __init__(self, model, rho, adaptive=False):
         self.model, self.rho, self.adaptive, self.updates = model, rho, adaptive, 0
@@ -169,7 +169,7 @@ def assert_close(model, definition):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vmap"])
 def test_ssam_f_equals_the_definition(layout, adaptive, vectorize):
-    """20 steps with masks before the 1st, 8th and 15th: mask, weights and statistics are the definition's."""
+    """20 steps with masks before steps 1, 8 and 15: mask, weights and statistics equal the definition's."""
     model = make_net().to(memory_format=layout)
     options = {"rho": 2.0 if adaptive else 0.5, "adaptive": adaptive}
     definition = Definition(copy.deepcopy(model), **options)
@@ -189,7 +189,7 @@ def test_ssam_f_equals_the_definition(layout, adaptive, vectorize):
 )
 @pytest.mark.parametrize("how", ["scheduled", "called"])
 def test_ssam_d_equals_the_definition(drop, grow, how):
-    """20 steps with updates in the 8th and the 15th, by schedule or by hand; the number of ones is always k."""
+    """20 steps with updates in steps 8 and 15, by schedule or by hand; the number of ones is always k."""
     model = make_net()
     definition = Definition(copy.deepcopy(model), 0.5)
     options = {"drop": drop, "grow": grow, "drop_rate": 0.6, "total_updates": 3}
@@ -202,7 +202,7 @@ def test_ssam_d_equals_the_definition(drop, grow, how):
             backward(model, i)
         optimizer.step()
         optimizer.zero_grad()
-        if i == 0:  # random, and so not for the definition to say
+        if i == 0:  # random, so not part of the definition
             definition.mask = flat(lives(optimizer))
         regrow = lambda grads: definition.regrow(grads, 0.7, drop, grow, 0.6, 3)
         definition.step(make_batch(i), regrow if i in (7, 14) else lambda grads: None)
@@ -212,13 +212,13 @@ def test_ssam_d_equals_the_definition(drop, grow, how):
     assert_close(model, definition)
 
 
-@pytest.mark.parametrize("drive", ["closure", "two steps"])
-def test_other_ways_of_driving(drive):
+@pytest.mark.parametrize("form", ["closure", "two steps"])
+def test_other_ways_to_run_a_step(form):
     """step(closure) and first_step, second_step give the bits of perturbed()."""
     (model, optimizer), (other, its) = masked(), masked()
     for i in range(3):
         train(model, optimizer, [i])
-        if drive == "closure":
+        if form == "closure":
 
             def closure():
                 its.zero_grad()
@@ -238,7 +238,7 @@ def test_other_ways_of_driving(drive):
 
 
 def test_sparsity_zero_is_sam_bit_for_bit():
-    """With a mask of ones, and without one, silently."""
+    """With a mask of ones, and without a mask, without a warning."""
     results = []
     for kind in ("sam", "fisher", "no mask", "dynamic"):
         model = make_net()
@@ -257,19 +257,19 @@ def test_sparsity_zero_is_sam_bit_for_bit():
         assert_same_bits(result, results[0])
 
 
-# --- how many, and which ---------------------------------------------------------------------------------------------------
+# --- the size and choice of a mask ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["fisher", "dynamic"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_a_mask_has_exactly_k_ones(kind, sparsity):
-    """k = N - ceil(s N), and just these weights climb; there is room for k of them in the backup."""
+    """k = N - ceil(s N), and exactly these weights ascend; the backup has room for k weights."""
     model, optimizer = masked(mask=kind, sparsity=sparsity)
     live = lives(optimizer)
     assert sum(int(l.sum()) for l in live) == k_of(sparsity)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    assert_same_bits(climbed(optimizer, model), live)
+    assert_same_bits(ascended(optimizer, model), live)
     [mask] = optimizer.masks.values()
     [part] = mask.parts.values()
     assert [b.shape for b in part.backup] == [(k_of(sparsity),)] and not optimizer.run.weights.backups
@@ -292,7 +292,7 @@ def test_a_layer_pattern_counts_in_every_tensor(kind):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_a_filter_pattern_keeps_whole_filters(layout):
-    """F - ceil(s F) filters of the model, those of the largest mean; a one-dimensional tensor is one."""
+    """F - ceil(s F) filters of the model, those with the largest mean; a one-dimensional tensor is one filter."""
     model = make_net().to(memory_format=layout)
     model, optimizer = masked(model, pattern="filter", sparsity=0.6)
     means, kept = [], []
@@ -309,7 +309,7 @@ def test_a_filter_pattern_keeps_whole_filters(layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (3, 7), (1, 100), (4, 4)])
 def test_an_n_of_m_pattern(n, m, layout):
-    """In each group of m along a filter's storage the n largest, ties to the first; ceil(r n / m) of r left over."""
+    """In each group of m along a filter's storage the n largest, ties to the first; ceil(r n / m) of r left."""
     model = make_net().to(memory_format=layout)
     scores = [
         (torch.randint(4, p.shape) / 4.0).to(memory_format=layout) if p.dim() == 4 else torch.randint(4, p.shape) / 4.0
@@ -328,7 +328,7 @@ def test_an_n_of_m_pattern(n, m, layout):
 
 
 def test_ties_go_to_the_first():
-    """A loss that no weight of a layer reaches scores it 0: the first of them fill the mask."""
+    """A loss that does not use a layer's weights scores them 0: the first of them fill the mask."""
     params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(7))]
     optimizer = flatops.SSAM(params, SGD, lr=0.1, sparsity=0.4)
     model = nn.Module()
@@ -339,7 +339,7 @@ def test_ties_go_to_the_first():
 
 
 def test_the_first_dynamic_mask_is_random_and_follows_the_seed():
-    """The same for the same seed, whatever the layout; another for another; half of it shared by chance."""
+    """Equal for equal seeds, whatever the layout; different for others, with half of it shared by chance."""
     masks = []
     for seed, layout in ((0, torch.contiguous_format), (0, torch.channels_last), (1, torch.contiguous_format)):
         model = nn.Conv2d(32, 32, 3).to(memory_format=layout)
@@ -355,7 +355,7 @@ def test_the_first_dynamic_mask_is_random_and_follows_the_seed():
 
 
 def test_the_drop_rate_falls_along_a_cosine():
-    """round(d(t) k) weights leave at the t-th update; none after total_updates; always d0 without it."""
+    """round(d(t) k) weights are dropped at update t; none after total_updates; always d0 without it."""
     for total, rates in (
         (4, [0.5, 0.5 * (1 + math.sqrt(0.5)) / 2, 0.25, 0.5 * (1 - math.sqrt(0.5)) / 2, 0, 0]),
         (0, [0.5] * 6),
@@ -373,7 +373,7 @@ def test_the_drop_rate_falls_along_a_cosine():
 
 @pytest.mark.filterwarnings("ignore:.*no mask yet")
 def test_minibatch_fisher_is_the_sum_of_normalised_squares():
-    """Of the ascent's own gradients, since the last mask; scheduled, or when it is asked for."""
+    """Of the ascent's own gradients since the last mask; updated by schedule or on request."""
     for every in (0, 3):
         model = make_net()
         optimizer = ssam(model, fisher="minibatch", update_every=every, sparsity=0.8)
@@ -391,11 +391,11 @@ def test_minibatch_fisher_is_the_sum_of_normalised_squares():
         assert torch.equal(flat(lives(optimizer)), largest(total, k_of(0.8)))
 
 
-# --- when a mask is missing, or does not fit ---------------------------------------------------------------------------------
+# --- a missing mask, or one that does not fit -------------------------------------------------------------------------
 
 
-def test_without_a_mask_it_is_sam_and_says_so_once():
-    """A warning at the second step, that names update_mask(); the steps are SAM's."""
+def test_without_a_mask_it_is_sam_with_one_warning():
+    """A warning at the second step that names update_mask(); the steps are SAM's."""
     model, other = make_net(), make_net()
     optimizer = ssam(model)
     sam = flatops.SAM(other.parameters(), SGD, rho=0.5, lr=0.05, momentum=0.9)
@@ -411,7 +411,7 @@ def test_without_a_mask_it_is_sam_and_says_so_once():
 
 @pytest.mark.parametrize("kind", ["fisher", "dynamic"])
 def test_missing_gradients(kind):
-    """What has none does not climb, the rest does by its own part of the mask; restored bit for bit; parts come and go."""
+    """Parameters without one do not ascend, and others ascend by their part of the mask; restored to the bit."""
     model, optimizer = masked(mask=kind)
     params, live = list(model.parameters()), lives(optimizer)
     before = all_bits(params)
@@ -419,13 +419,13 @@ def test_missing_gradients(kind):
         for i, p in enumerate(params):
             p.grad = None if i in missing else torch.ones_like(p)
         wanted = [l & (i not in missing) for i, l in enumerate(live)]
-        assert_same_bits(climbed(optimizer, model), wanted)
+        assert_same_bits(ascended(optimizer, model), wanted)
         assert_same_bits(all_bits(params), before)
     assert len(next(iter(optimizer.masks.values())).parts) < 10
 
 
-def test_an_update_with_missing_gradients_takes_them_for_zero():
-    """They are the first to be dropped."""
+def test_an_update_takes_missing_gradients_as_zero():
+    """They are dropped first."""
     model = make_net()
     optimizer = ssam(model, mask="dynamic", drop_rate=0.2)
     train(model, optimizer, [0])
@@ -439,7 +439,7 @@ def test_an_update_with_missing_gradients_takes_them_for_zero():
 
 
 def test_groups_with_their_own_rho_share_one_mask():
-    """Two ascents, by two parts of the mask, backed up apart; k over both."""
+    """Two ascents by two parts of the mask, with separate backups; k counts both."""
     model = make_net()
     groups = [{"params": model.features.parameters()}, {"params": model.head.parameters(), "rho": 0.2}]
     optimizer = flatops.SSAM(groups, SGD, rho=0.5, lr=0.05, sparsity=0.75)
@@ -449,15 +449,15 @@ def test_groups_with_their_own_rho_share_one_mask():
     before = all_bits(model.parameters())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    assert_same_bits(climbed(optimizer, model), lives(optimizer))
+    assert_same_bits(ascended(optimizer, model), lives(optimizer))
     assert_same_bits(all_bits(model.parameters()), before)
     [mask] = optimizer.masks.values()
     assert sum(len(part.backup[0]) for part in mask.parts.values()) == k_of(0.75)
 
 
 @pytest.mark.parametrize("kind", ["fisher", "dynamic"])
-def test_parameters_that_come_later_climb_with_the_next_mask(kind):
-    """Frozen ones are not counted; thawed and added ones wait."""
+def test_added_parameters_ascend_with_the_next_mask(kind):
+    """Frozen ones are not counted; thawed and added ones wait for the next mask."""
     model = make_net()
     model.head.weight.requires_grad_(False)
     _, optimizer = masked(model, mask=kind)
@@ -470,7 +470,7 @@ def test_parameters_that_come_later_climb_with_the_next_mask(kind):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     names = [name for name, _ in model.named_parameters()]
-    moved = dict(zip(names, climbed(optimizer, model)))
+    moved = dict(zip(names, ascended(optimizer, model)))
     assert not moved["head.weight"].any() and not moved["added"].any()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -478,33 +478,33 @@ def test_parameters_that_come_later_climb_with_the_next_mask(kind):
     assert count() == k_of(0.5, SIZE + 10)
 
 
-def test_all_gradients_missing_is_sams_error():
-    """And a frozen network has nothing to climb with either."""
+def test_without_any_gradient_the_error_is_sams():
+    """A frozen network cannot ascend either."""
     model, optimizer = masked()
     with pytest.raises(RuntimeError, match="no parameter has a gradient"), optimizer.perturbed():
         pytest.fail("the body ran")
 
 
-def test_a_change_of_dtype_makes_new_room():
-    """model.to(bfloat16) after the mask was made: the same weights climb."""
+def test_a_change_of_dtype_allocates_a_new_backup():
+    """model.to(bfloat16) after the mask was made: the same weights ascend."""
     model, optimizer = masked()
     live = lives(optimizer)
     backward(model, 0)
-    climbed(optimizer, model)
+    ascended(optimizer, model)
     model.bfloat16()
     before = all_bits(model.parameters())
     for p in model.parameters():
         p.grad = torch.full_like(p, 10.0)
     optimizer.param_groups[0]["rho"] = 10.0
-    assert_same_bits(climbed(optimizer, model), live)
+    assert_same_bits(ascended(optimizer, model), live)
     assert_same_bits(all_bits(model.parameters()), before)
 
 
-# --- sparing the first pass --------------------------------------------------------------------------------------------------
+# --- skip_masked: a cheaper first pass --------------------------------------------------------------------------------
 
 
 def head_only(model, **options):
-    """An optimizer whose mask lets the head and a part of the last convolution climb, and nothing below."""
+    """An optimizer whose mask selects the head and part of the last convolution, and nothing below."""
     optimizer = ssam(model, **options)
     live = [torch.zeros_like(p, dtype=torch.bool) for p in model.parameters()]
     for l in (live[3], *live[-2:]):
@@ -516,9 +516,9 @@ def head_only(model, **options):
     return optimizer, live
 
 
-@pytest.mark.parametrize("drive", ["explicit", "closure", "closure with perturbed()"])
-def test_skipping_what_does_not_climb(drive):
-    """No gradient is made for it in the first pass, the norm is over the others, the second pass has all gradients."""
+@pytest.mark.parametrize("form", ["explicit", "closure", "closure with perturbed()"])
+def test_skip_masked_makes_only_the_gradients_of_the_ascent(form):
+    """The first pass makes no other gradients, the norm is over the selected, the second pass has all gradients."""
     (model, optimizer), (other, definition) = [(m, SGD(m.parameters(), 0.05, 0.9)) for m in (make_net(), make_net())]
     optimizer, live = head_only(model, skip_masked=True)
     seen = []
@@ -534,12 +534,12 @@ def test_skipping_what_does_not_climb(drive):
         def closure():
             optimizer.zero_grad()
             loss = forward_backward()
-            if drive == "closure with perturbed()":
+            if form == "closure with perturbed()":
                 with optimizer.perturbed():
                     forward_backward()
             return loss
 
-        if drive == "explicit":
+        if form == "explicit":
             with optimizer.ascent_pass():
                 forward_backward()
             assert all(p.requires_grad for p in model.parameters())
@@ -560,8 +560,8 @@ def test_skipping_what_does_not_climb(drive):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_skipping_means_the_same_without_ascent_pass_and_ends_with_an_error():
-    """The norm does not depend on how it is driven; requires_grad comes back whatever happens."""
+def test_skip_masked_without_ascent_pass_and_after_an_error():
+    """The norm is the same for every way to run a step; requires_grad is restored whatever happens."""
     (model, other) = make_net(), make_net()
     (optimizer, _), (its, _) = head_only(model, skip_masked=True), head_only(other, skip_masked=True)
     train(other, its, range(3))
@@ -581,20 +581,20 @@ def test_skipping_means_the_same_without_ascent_pass_and_ends_with_an_error():
     assert_same_bits(model.state_dict().values(), other.state_dict().values())
 
 
-def test_ascent_pass_does_nothing_unless_it_is_asked_to():
+def test_ascent_pass_does_nothing_by_default():
     """Without skip_masked, or before there is a mask."""
     for optimizer in (head_only(make_net())[0], ssam(make_net(), skip_masked=True)):
         with optimizer.ascent_pass():
             assert all(p.requires_grad for p in optimizer.param_groups[0]["params"])
 
 
-# --- restoring ---------------------------------------------------------------------------------------------------------------
+# --- restoring --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["fisher", "dynamic"])
 def test_restored_bit_for_bit(kind, dtype):
-    """Also when the body raises, and over many passes."""
+    """Even if the body raises, and over many passes."""
     model = make_net(dtype=dtype)
     optimizer = ssam(model, mask=kind, rho=3.0)
     batch = make_batch(0, dtype)
@@ -609,7 +609,7 @@ def test_restored_bit_for_bit(kind, dtype):
         assert_same_bits(all_bits(model.parameters()), before)
 
 
-# --- checkpoints and copies ----------------------------------------------------------------------------------------------------
+# --- checkpoints and copies -------------------------------------------------------------------------------------------
 
 BASE = {"rho": 0.5, "lr": 0.05, "momentum": 0.9}
 OURS = {
@@ -622,7 +622,7 @@ OURS = {
 
 @pytest.fixture(autouse=True)
 def kinds(monkeypatch):
-    """Lets the tests of checkpoints and copies run on ours, and compare masks too."""
+    """Runs the tests of checkpoints and copies on SSAM, comparing masks too."""
     monkeypatch.setattr(state, "everything", everything)
     for name, options in OURS.items():
         monkeypatch.setitem(state.KINDS, name, (flatops.SSAM, SGD, options))
@@ -646,7 +646,7 @@ def test_resume_equals_no_interruption(kind, at):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_resume_between_sampled_masks(layout):
-    """The mask is that of the checkpoint until the next update, which is the same for both."""
+    """The mask is that of the checkpoint until the next update, which both runs make."""
     model, optimizer = masked(make_net().to(memory_format=layout), sparsity=0.9)
     train(model, optimizer, range(3))
     saved = state.through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -665,7 +665,7 @@ def test_resume_between_sampled_masks(layout):
     )
 
 
-def test_a_mask_goes_to_another_layout():
+def test_a_mask_loads_into_another_layout():
     """It is saved by position in the tensor, not in memory."""
     _, optimizer = masked(sparsity=0.9)
     _, other = masked(make_net(1).to(memory_format=torch.channels_last))
@@ -673,8 +673,8 @@ def test_a_mask_goes_to_another_layout():
     same_masks(optimizer, other)
 
 
-def test_a_checkpoint_without_a_mask_takes_ours_away():
-    """As if it had gone on; one of the base optimizer alone, which knows of none, leaves it."""
+def test_a_checkpoint_without_a_mask_removes_ours():
+    """As if that run had continued; a checkpoint of the base optimizer alone, which has no mask, keeps ours."""
     model, optimizer = masked()
     before = lives(optimizer)
     optimizer.load_state_dict(SGD(make_net().parameters(), lr=0.1, momentum=0.9).state_dict())
@@ -684,13 +684,13 @@ def test_a_checkpoint_without_a_mask_takes_ours_away():
 
 
 def test_a_mask_of_another_model_is_refused():
-    """A ValueError that says so, before anything changes."""
+    """A clear ValueError, before anything changes."""
     _, optimizer = masked()
     model = nn.ParameterList([torch.randn(3, 2) for _ in make_net().parameters()])
     other = ssam(model, mask="dynamic", lr=9.0)
     for p in model:
         p.grad = torch.ones_like(p)
-    climbed(other, model)
+    ascended(other, model)
     wanted, before = copy.deepcopy(optimizer.state_dict()), lives(optimizer)
     with pytest.raises(ValueError, match="mask in the checkpoint is for parameters of other shapes"):
         optimizer.load_state_dict(other.state_dict())
@@ -701,8 +701,8 @@ def test_a_mask_of_another_model_is_refused():
 
 @pytest.mark.parametrize("kind", OURS)
 def test_plain_values_base_optimizers_and_copies(kind):
-    """What every optimizer's checkpoints and copies promise holds here too."""
-    state.test_a_state_dict_holds_plain_values_and_stays_as_it_was_taken(kind)
+    """What holds for checkpoints and copies of every optimizer holds here too."""
+    state.test_a_state_dict_holds_plain_values_and_does_not_change(kind)
     state.test_a_failed_load_changes_nothing(kind)
     state.test_a_checkpoint_of_the_base_optimizer_loads(kind)
     for when in ("at the start", "after a step"):
@@ -711,7 +711,7 @@ def test_plain_values_base_optimizers_and_copies(kind):
             state.test_the_base_optimizer_loads_our_checkpoint(kind, when)
     for how in (copy.deepcopy, lambda pair: state.pickle.loads(state.pickle.dumps(pair))):
         for at in (0, 2, 3):
-            state.test_copies_go_on_identically_and_alone(kind, how, at)
+            state.test_copies_continue_identically_and_independently(kind, how, at)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -724,7 +724,7 @@ def test_resume_from_a_distributed_checkpoint(kind, by, flatten):
     state.test_resume_from_a_distributed_checkpoint(kind, by, flatten)
 
 
-# --- mixed precision -----------------------------------------------------------------------------------------------------------
+# --- mixed precision --------------------------------------------------------------------------------------------------
 
 
 def scaled(base="sgd", **options):
@@ -758,7 +758,7 @@ def test_without_overflow_the_scale_makes_no_difference(kind, base):
 @pytest.mark.parametrize("base", ["sgd", "fused adamw"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_overflow_skips_the_step_and_backs_off(kind, base, where):
-    """Also where it hits the very pass that is to update the mask: the next one does."""
+    """Even in the pass that should update the mask: the next pass updates it."""
     model, optimizer = scaled(base, **KINDS[kind])
     scaler = amp.scaler_of(2.0**12)
     amp.train(optimizer, model, scaler, 2)
@@ -785,7 +785,7 @@ def test_an_overflow_skips_the_step_and_backs_off(kind, base, where):
 
 
 def test_float16_autocast_under_a_scaler():
-    """Training in float16 with a scale stays near training in float32 without."""
+    """float16 training with a loss scale stays close to float32 training without."""
     results = []
     for scaler, enabled in ((amp.scaler_of(2.0**10), True), (amp.GradScaler("cpu", enabled=False), False)):
         model, optimizer = scaled()
@@ -797,11 +797,11 @@ def test_float16_autocast_under_a_scaler():
     assert (half - full).norm() < 0.05 * full.norm()
 
 
-# --- update_mask leaves no trace -------------------------------------------------------------------------------------------------
+# --- update_mask leaves no trace --------------------------------------------------------------------------------------
 
 
 class Noisy(nn.Module):
-    """Dropout, BatchNorm in two modes, a frozen layer, one that the loss does not reach."""
+    """Dropout, BatchNorm in two modes, a frozen layer, one that the loss does not use."""
 
     def __init__(self):
         super().__init__()
@@ -822,7 +822,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_update_mask_leaves_no_trace(vectorize, fails, grad_mode):
-    """Buffers, gradients, generators, modes and requires_grad are as before, also when it fails."""
+    """Buffers, gradients, generators, modes and requires_grad are unchanged, even after an error."""
     torch.manual_seed(0)
     model = Noisy()
     optimizer = ssam(model)
@@ -853,8 +853,8 @@ def test_update_mask_leaves_no_trace(vectorize, fails, grad_mode):
             model(torch.randn(4, 5)).sum().backward()
 
 
-def test_update_mask_takes_what_loaders_give():
-    """Lists and dicts of tensors, more batches than are needed, an endless iterator."""
+def test_update_mask_accepts_batches_of_loaders():
+    """Lists and dicts of tensors, more batches than needed, an endless iterator."""
     model = nn.Linear(4, 3)
     optimizer = ssam(model)
     drawn = []
@@ -879,7 +879,7 @@ def test_update_mask_takes_what_loaders_give():
     assert len(drawn) == 6 and sum(map(torch.count_nonzero, lives(optimizer))) == k_of(0.5, 15)
 
 
-# --- errors --------------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -914,8 +914,8 @@ def test_options_out_of_range(options, message):
         ssam(make_net(), **options)
 
 
-def test_options_are_the_whole_models():
-    """But rho and adaptive; a group that differs is refused, at the start, when it is added, when it is written to."""
+def test_options_are_for_the_whole_model():
+    """Except rho and adaptive; a group that differs is refused initially, when added, and when written to."""
     first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     for name, other in (("sparsity", 0.9), ("seed", 3), ("drop", "weight")):
         with pytest.raises(ValueError, match=f"{name} is for the whole model"):
@@ -942,8 +942,8 @@ def test_options_are_the_whole_models():
     ],
     ids=["empty", "short", "no pairs", "no tensors", "scalars"],
 )
-def test_batches_that_will_not_do(batches, error, message):
-    """The right error, and the mask as it was."""
+def test_unsuitable_batches(batches, error, message):
+    """The right error, and the mask unchanged."""
     model, optimizer = masked()
     before = lives(optimizer)
     with pytest.raises(error, match=message):
@@ -953,7 +953,7 @@ def test_batches_that_will_not_do(batches, error, message):
 
 
 def test_update_mask_at_the_wrong_moment_or_with_the_wrong_arguments():
-    """Clear errors, and the mask as it was."""
+    """Clear errors, and the mask unchanged."""
     model, optimizer = masked()
     before = lives(optimizer)
     for arguments in ((), (model,), (model, F.cross_entropy)):
@@ -978,7 +978,7 @@ def test_update_mask_at_the_wrong_moment_or_with_the_wrong_arguments():
 
 @pytest.mark.parametrize("kind", ["fisher", "dynamic"])
 def test_gradients_that_are_nan(kind):
-    """A ValueError, and the mask as it was."""
+    """A ValueError, and the mask unchanged."""
     model, optimizer = masked(mask=kind)
     before = lives(optimizer)
     backward(model, 0)
@@ -988,11 +988,11 @@ def test_gradients_that_are_nan(kind):
     assert_same_bits(lives(optimizer), before)
 
 
-# --- several processes -----------------------------------------------------------------------------------------------------------
+# --- several processes ------------------------------------------------------------------------------------------------
 
 
 def work(rank, folder):
-    """One of two processes: half of the samples each, gradients averaged; what becomes of the masks is left in files."""
+    """One of two processes: each has half of the samples, gradients are averaged; the masks are written to files."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -1005,7 +1005,7 @@ def work(rank, folder):
         if kind == "fisher":
             optimizer.update_mask(wrapped, F.cross_entropy, [half], samples=4)
         for _ in range(3 if kind != "fisher" else 0):
-            with wrapped.no_sync():  # each its own ascent
+            with wrapped.no_sync():  # each with its own ascent
                 loss_of(wrapped, half).backward()
             with optimizer.perturbed():
                 loss_of(wrapped, half).backward()
@@ -1015,8 +1015,8 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_hold_the_same_masks(tmp_path):
-    """SSAM-F: that of one process with all the samples. Also where every process climbs along its own gradient."""
+def test_two_processes_have_the_same_masks(tmp_path):
+    """SSAM-F: that of one process with all samples. Also if every process ascends along its own gradient."""
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     for kind in KINDS:
         first, second = (torch.load(tmp_path / f"{kind}{rank}") for rank in (0, 1))

@@ -1,4 +1,4 @@
-"""Checkpoints and copies: training that stops and goes on equals training that does not stop, to the bit."""
+"""Checkpoints and copies: training that stops and resumes equals training that does not stop, to the bit."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ def everything(model, optimizer):
     return [
         *model.state_dict().values(),
         *state_tensors(optimizer),
-        *(fisher.get(p, torch.zeros(p.shape[:1])) for p in params),  # nothing gathered yet is zero
+        *(fisher.get(p, torch.zeros(p.shape[:1])) for p in params),  # an F that has not been accumulated is zero
     ]
 
 
 def options_of(optimizer):
-    """Everything in param_groups but the parameters."""
+    """Everything in param_groups except the parameters."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     return [{k: v.item() if torch.is_tensor(v) else v for k, v in group.items()} for group in groups]
 
 
-def assert_goes_on_like(ours, theirs, first=3):
-    """Two (model, optimizer) pairs are equal now and stay so."""
+def assert_continues_like(ours, theirs, first=3):
+    """Two (model, optimizer) pairs are equal now and after further steps."""
     for _ in range(2):
         assert_same_bits(everything(*ours), everything(*theirs))
         assert options_of(ours[1]) == options_of(theirs[1])
@@ -117,10 +117,10 @@ def test_resume_equals_no_interruption(kind, at):
         if isinstance(was := KINDS[kind][2].get(key), torch.Tensor):
             other[key] = torch.tensor(value, dtype=was.dtype)
     fresh_model, fresh = make(kind, net=1, lr=1.0, **other)
-    train(fresh_model, fresh, range(1))  # its own past is forgotten
+    train(fresh_model, fresh, range(1))  # a past that loading must erase
     fresh_model.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["optimizer"])
-    assert_goes_on_like((fresh_model, fresh), (model, optimizer))
+    assert_continues_like((fresh_model, fresh), (model, optimizer))
 
 
 def test_resume_between_the_pass_and_the_step():
@@ -137,8 +137,8 @@ def test_resume_between_the_pass_and_the_step():
         assert_same_bits(model.parameters(), fresh_model.parameters())
 
 
-def test_loading_forgets_a_pass_before_it():
-    """A pass that ran before load_state_dict is not the pass of the next step: step(closure) perturbs."""
+def test_loading_erases_an_earlier_pass():
+    """A pass before load_state_dict does not count for the next step: step(closure) perturbs."""
     model, optimizer = make("sam")
     passes(model, optimizer, 0)
     optimizer.load_state_dict(optimizer.state_dict())
@@ -156,8 +156,8 @@ def test_loading_forgets_a_pass_before_it():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_dict_holds_plain_values_and_stays_as_it_was_taken(kind):
-    """Hyper-parameters and draw are numbers and strings in it, and later steps do not change them."""
+def test_a_state_dict_holds_plain_values_and_does_not_change(kind):
+    """Hyperparameters and draw are numbers and strings in it, and later steps do not change them."""
     model, optimizer = make(kind)
     train(model, optimizer, range(1))
     state = optimizer.state_dict()
@@ -171,7 +171,7 @@ def test_a_state_dict_holds_plain_values_and_stays_as_it_was_taken(kind):
 
 
 def test_loading_shares_no_memory_with_the_checkpoint():
-    """Training on changes neither the F of the state_dict that was loaded nor of where it came from."""
+    """Training after loading changes neither the F in the loaded state_dict nor the one in its source."""
     model, optimizer = make("arwp, no momentum")
     train(model, optimizer, range(2))
     state = optimizer.state_dict()
@@ -185,7 +185,7 @@ def test_loading_shares_no_memory_with_the_checkpoint():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failed_load_changes_nothing(kind):
-    """A checkpoint of other groups is a ValueError, and training goes on as if it had not been tried."""
+    """A checkpoint with other groups is a ValueError, and training continues as if nothing had been loaded."""
     ours, theirs = make(kind), make(kind)
     for pair in (ours, theirs):
         train(*pair, range(2))
@@ -193,11 +193,11 @@ def test_a_failed_load_changes_nothing(kind):
     bad = KINDS[kind][0](model.parameters(), KINDS[kind][1], **{**KINDS[kind][2], "lr": 9.0}).state_dict()
     with pytest.raises(ValueError, match="group"):
         ours[1].load_state_dict(bad)
-    assert_goes_on_like(ours, theirs)
+    assert_continues_like(ours, theirs)
 
 
-def test_run_time_state_outlives_a_load():
-    """Proxies that copied the optimizer's attributes go on seeing what it does after load_state_dict."""
+def test_runtime_state_survives_a_load():
+    """Proxies that copied the optimizer's attributes still see its changes after load_state_dict."""
     _, optimizer = make("rwp")
     proxy = object.__new__(type(optimizer))
     proxy.__dict__ = dict(optimizer.__dict__)
@@ -207,7 +207,7 @@ def test_run_time_state_outlives_a_load():
 
 
 def test_state_ids_are_names_not_positions():
-    """A state_dict's ids are ids, in distributed checkpoints names: F is matched by them as momentum is."""
+    """A state_dict's ids are opaque, and names in distributed checkpoints: F is matched by them like momentum."""
     model, optimizer = make("arwp")
     train(model, optimizer, range(2))
     state = copy.deepcopy(optimizer.state_dict())
@@ -219,7 +219,7 @@ def test_state_ids_are_names_not_positions():
     fresh_model, fresh = make("arwp")
     fresh_model.load_state_dict(model.state_dict())
     fresh.load_state_dict(renamed)
-    assert_goes_on_like((fresh_model, fresh), (model, optimizer))
+    assert_continues_like((fresh_model, fresh), (model, optimizer))
 
 
 # --- from and to the base optimizer --------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_state_ids_are_names_not_positions():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_the_base_optimizer_loads(kind):
-    """Momentum and lr come from it; rho, sigma, seed and draw stay as this optimizer has them."""
+    """Momentum and lr are loaded; rho, sigma, seed and draw keep this optimizer's values."""
     model, optimizer = make(kind, **({} if "sam" in kind else {"seed": 5}))
     flat, base, options = KINDS[kind]
     ours = {k: v for k, v in options_of(optimizer)[0].items() if k in optimizer.options}
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_the_base_optimizer_loads(kind):
 @pytest.mark.parametrize("when", ["at the start", "after a step"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_base_optimizer_loads_our_checkpoint(kind, when):
-    """Whenever it was taken, also where a parameter had no gradient: the base steps on as we would."""
+    """Whenever it was saved, even if a parameter had no gradient: the base optimizer steps as ours would."""
     model, optimizer = make(kind)
     unused = nn.Parameter(torch.ones(3))
     optimizer.add_param_group({"params": [unused]})
@@ -274,8 +274,8 @@ def test_the_base_optimizer_loads_our_checkpoint(kind, when):
     "how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_go_on_identically_and_alone(kind, how, at):
-    """A copy of (model, optimizer) at any time: the same class, the same future, no shared memory."""
+def test_copies_continue_identically_and_independently(kind, how, at):
+    """A copy of (model, optimizer) at any time: the same class, the same future steps, no shared memory."""
     pair = make(kind)
     train(*pair, range(at))
     twin = how(pair)
@@ -285,11 +285,11 @@ def test_copies_go_on_identically_and_alone(kind, how, at):
     train(*twin, range(at, at + 1))
     assert_same_bits(everything(*pair), before)
     train(*pair, range(at, at + 1))
-    assert_goes_on_like(twin, pair)
+    assert_continues_like(twin, pair)
 
 
 def test_a_copy_keeps_its_stream():
-    """Replicas differ by their stream; a copy draws what the original draws."""
+    """Replicas differ by their stream; a copy draws the noise of the original."""
     model = make_net()
     optimizer = flatops.RWP(model.parameters(), SGD, lr=0.1, sigma=0.1, stream=4)
     twin_model, twin = copy.deepcopy((model, optimizer))
@@ -303,12 +303,12 @@ state_dict_api = pytest.importorskip("torch.distributed.checkpoint.state_dict")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.filterwarnings("ignore:.*without a perturbed pass:UserWarning")  # it initialises state by a step of lr 0
+@pytest.mark.filterwarnings("ignore:.*without a perturbed pass:UserWarning")  # it initialises state by a step with lr 0
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("by", ["memory", "disk"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_from_a_distributed_checkpoint(kind, by, flatten):
-    """By get_ and set_optimizer_state_dict; by dcp.save and dcp.load into a fresh optimizer's template."""
+    """With get_ and set_optimizer_state_dict; with dcp.save and dcp.load into a fresh optimizer's template."""
     options = state_dict_api.StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, optimizer = make(kind)
     train(model, optimizer, range(3))
@@ -324,4 +324,4 @@ def test_resume_from_a_distributed_checkpoint(kind, by, flatten):
             dcp.load(template, checkpoint_id=folder, no_dist=True)
         state = template["optimizer"]
     state_dict_api.set_optimizer_state_dict(fresh_model, fresh, copy.deepcopy(state), options=options)
-    assert_goes_on_like((fresh_model, fresh), (model, optimizer))
+    assert_continues_like((fresh_model, fresh), (model, optimizer))

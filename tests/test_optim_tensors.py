@@ -1,4 +1,4 @@
-"""Hyper-parameters as tensors, which live on the device and change there, so that no step waits for the host."""
+"""Hyperparameters as tensors, which stay on the device and change there, so that no step needs a host sync."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEYS = [("sam", "rho"), ("rwp", "sigma")]
 
 
 def tensors(options):
-    """sigma and rho as float64 and seed as int64 tensors, the rest as it is."""
+    """sigma and rho as float64 and seed as int64 tensors; other options unchanged."""
     as_tensor = {
         "sigma": lambda v: torch.tensor(v, dtype=torch.float64),
         "rho": lambda v: torch.tensor(v, dtype=torch.float64),
@@ -66,7 +66,7 @@ def everything(optimizer, model):
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tensor_is_as_good_as_a_number(kind, scaled):
+def test_a_tensor_equals_a_number(kind, scaled):
     """Weights, statistics, momentum and F have equal bits; under a GradScaler too."""
     runs = []
     for as_tensors in (False, True):
@@ -81,7 +81,7 @@ def test_a_tensor_is_as_good_as_a_number(kind, scaled):
 
 @pytest.mark.parametrize("kind, key", KEYS)
 def test_float32_tensors_work(kind, key):
-    """torch.tensor(0.01) is one; it is converted, and the one that is written to stays the user's."""
+    """torch.tensor(0.01) is one; it is converted, and a tensor that is written to stays the user's."""
     value = torch.tensor(0.25)
     model, twin = make_net(), make_net()
     flat, _ = KINDS[kind]
@@ -93,25 +93,25 @@ def test_float32_tensors_work(kind, key):
 
 
 class NoValueIsRead(TorchDispatchMode):
-    """Fails where a tensor's value becomes a Python number: on a GPU the host would wait for it."""
+    """Fails if a tensor's value becomes a Python number: on a GPU, this would be a host sync."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read"
         return func(*args, **(kwargs or {}))
 
 
-def test_reading_a_value_is_noticed():
+def test_reading_a_value_is_detected():
     t = torch.ones(())
     for read in (t.item, lambda: bool(t), lambda: float(t), lambda: t == 0 or None):
         with pytest.raises(AssertionError, match="a value was read"), NoValueIsRead():
             read()
 
 
-@pytest.mark.parametrize("drive", ["explicit", "closure", "two steps"])
+@pytest.mark.parametrize("form", ["explicit", "closure", "two steps"])
 @pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_reads_a_value(kind, as_tensors, drive):
-    """From the perturbation to the base's step, whether hyper-parameters are numbers or tensors."""
+def test_no_step_reads_a_value(kind, as_tensors, form):
+    """From the perturbation to the base optimizer's step, for hyperparameters as numbers or tensors."""
     model, batch = make_net(), make_batch(0)
     optimizer = make(kind, model, as_tensors)
     ramp = CosineRamp(optimizer, "rho" if "sam" in kind else "sigma", 0.1, 0.01, total_steps=4)
@@ -125,9 +125,9 @@ def test_no_step_reads_a_value(kind, as_tensors, drive):
     with NoValueIsRead():
         for _ in range(2):
             closure()
-            if drive == "closure":
+            if form == "closure":
                 optimizer.step(closure)
-            elif drive == "explicit":
+            elif form == "explicit":
                 with optimizer.perturbed():
                     loss_of(model, batch).backward()
                 optimizer.step()
@@ -139,7 +139,7 @@ def test_no_step_reads_a_value(kind, as_tensors, drive):
 
 
 class NothingCrosses(NoValueIsRead):
-    """Fails where an operation sees tensors of the host and of a GPU, too."""
+    """Also fails if an operation uses tensors of the host and of a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -149,7 +149,7 @@ class NothingCrosses(NoValueIsRead):
 
 
 class Still(SGD):
-    """Steps nowhere: a fused step asks for a real GPU."""
+    """Its step does nothing: a fused step requires a real GPU."""
 
     def step(self, closure=None):
         assert self.grad_scale is not None
@@ -157,21 +157,21 @@ class Still(SGD):
 
 DEVICES = [
     *((kind, grouped, "cuda:1") for kind in KINDS for grouped in (False, True)),
-    *((kind, True, "cpu") for kind in ("rwp", "mrwp", "regenerating")),  # SAM's one norm has to cross
+    *((kind, True, "cpu") for kind in ("rwp", "mrwp", "regenerating")),  # SAM's single norm has to be copied across
 ]
 
 
 @pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
 @pytest.mark.parametrize("kind, grouped, other", DEVICES)
 def test_no_step_copies_between_host_and_gpus(kind, grouped, other, as_tensors):
-    """On GPUs that only FakeTensorMode has: what one part needs of another goes from GPU to GPU, or lies there already."""
+    """On GPUs simulated by FakeTensorMode: data shared between parts is copied between GPUs, or already present."""
     with FakeTensorMode(), flatops.backend("reference"):
         params = [nn.Parameter(torch.empty(4, 3, device=device)) for device in ("cuda:0", other) * 2]
         groups = [{"params": params[::2]}, {"params": params[1::2]}] if grouped else params
         flat, options = KINDS[kind]
         options = tensors(options) if as_tensors else options
         optimizer = flat(groups, Still, lr=0.1, **options)
-        # As a GradScaler leaves them to a fused base.
+        # As a GradScaler leaves them for a fused base.
         optimizer.grad_scale = optimizer.found_inf = torch.ones((), device="cuda:0")
         for _ in range(2):
             for p in params:
@@ -183,7 +183,7 @@ def test_no_step_copies_between_host_and_gpus(kind, grouped, other, as_tensors):
                 optimizer.step()
 
 
-def test_what_crosses_is_noticed():
+def test_crossing_is_detected():
     with FakeTensorMode():
         on_gpu = torch.empty(3, device="cuda:0")
         for cross in (on_gpu.cpu, on_gpu.cpu().cuda, lambda: on_gpu + on_gpu.sum().cpu()):
@@ -193,7 +193,7 @@ def test_what_crosses_is_noticed():
 
 @pytest.mark.parametrize("kind, key", KEYS)
 def test_a_tensor_given_on_the_host_moves_once_and_is_shared(kind, key):
-    """By all groups on a device: they stay one operator call."""
+    """By all groups on a device: they remain one operator call."""
     with FakeTensorMode():
         devices = ("cuda:0", "cuda:0", "cuda:1")
         groups = [{"params": [nn.Parameter(torch.empty(3, device=device))]} for device in devices]
@@ -207,7 +207,7 @@ def test_a_tensor_given_on_the_host_moves_once_and_is_shared(kind, key):
 
 @pytest.mark.parametrize("kind, key, operator", [("sam", "rho", "ascend_"), ("rwp", "sigma", "perturb_")])
 def test_groups_that_share_a_tensor_are_one_operator_call(monkeypatch, kind, key, operator):
-    """Equal tensors are not the same one: to know that they are equal would be to wait for them."""
+    """Equal tensors are not shared ones: comparing their values would need a host sync."""
     model, calls = make_net(), []
     original = getattr(ops, operator)
     monkeypatch.setattr(ops, operator, lambda *a, **k: (calls.append(len(a[0])), original(*a, **k))[1])
@@ -223,7 +223,7 @@ def test_groups_that_share_a_tensor_are_one_operator_call(monkeypatch, kind, key
 
 @pytest.mark.parametrize("kind, key", KEYS)
 def test_a_ramp_writes_to_tensors_in_place(kind, key):
-    """The tensor stays the one that a captured graph reads; a group at 0 stays there; numbers stay numbers."""
+    """The tensor remains the one that a captured graph reads; a group at 0 stays at 0; numbers stay numbers."""
     model = make_net()
     a, b, c = model.features[0].parameters(), model.features[1].parameters(), model.head.parameters()
     own, zero = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.0)
@@ -243,13 +243,13 @@ def test_a_ramp_writes_to_tensors_in_place(kind, key):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("saved, loaded", [(False, True), (True, False), (True, True)])
 def test_checkpoints_of_numbers_and_of_tensors_are_the_same(kind, saved, loaded):
-    """Each loads the other's and goes on with equal bits; tensors are written to in place."""
+    """Each loads the other's and continues with equal bits; tensors are written to in place."""
     model, optimizer = make_net(), None
     optimizer = make(kind, model, saved)
     step(optimizer, model, 0)
     fresh_model = make_net(1)
     fresh = make(kind, fresh_model, loaded, **{"rho" if "sam" in kind else "sigma": 0.7})
-    step(fresh, fresh_model, 5)  # its own past is forgotten
+    step(fresh, fresh_model, 5)  # a past that loading must erase
     live = [{k: v for k, v in g.items() if k in fresh.options and torch.is_tensor(v)} for g in fresh.param_groups]
     fishers = list(getattr(fresh, "fisher", {}).values())
     fresh_model.load_state_dict(model.state_dict())
@@ -264,8 +264,8 @@ def test_checkpoints_of_numbers_and_of_tensors_are_the_same(kind, saved, loaded)
 
 
 @pytest.mark.parametrize("kind, key", KEYS)
-def test_groups_that_shared_a_tensor_part_where_the_checkpoint_differs(kind, key):
-    """One tensor cannot hold two values: the second group gets one of its own."""
+def test_groups_that_share_a_tensor_separate_if_the_checkpoint_differs(kind, key):
+    """One tensor cannot hold two values: the second group gets its own."""
     model, other = make_net(), make_net()
     optimizer, different = make(kind, model), make(kind, other, as_tensors=False)
     shared = optimizer.param_groups[0][key]

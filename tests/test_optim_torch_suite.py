@@ -1,8 +1,8 @@
-"""PyTorch's own inputs for every optimizer of torch.optim, around every class of flatops.
+"""PyTorch's own test inputs for every optimizer of torch.optim, with every class of flatops.
 
-The twin of an optimizer is its base over the same parameters. It is given the gradients at the weights that our passes saw, so that weights and state have to be
-equal after every step, to the bit: weights that had not come back, a gradient taken elsewhere and a step of another kind would all show. What torch refuses, we
-refuse in its words.
+An optimizer's twin is its base over the same parameters. It is given the gradients of our passes, so weights and state
+have to be equal to the bit after every step; weights that were not restored, gradients taken elsewhere or another kind
+of step would show. Where torch raises an error, flatops raises the same one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def classes_of(module, kind):
-    """Name -> class, of all in a module that are of a kind; without the kind itself."""
+    """Name -> class, for the classes of a kind in a module, except the kind itself."""
     found = {c.__name__: c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, kind)}
     return {name: found[name] for name in sorted(found) if name.strip("_") != kind.__name__}
 
 
-# name -> (class, its options)
+# name -> (class, options)
 METHODS = {
     "rwp": (flatops.RWP, {"sigma": 0.05, "seed": 0}),
     "arwp": (flatops.RWP, {"sigma": 0.05, "seed": 0, "eta": 1.0}),
@@ -44,14 +44,14 @@ METHODS = {
     "ssam": (flatops.SSAM, {"rho": 0.1, "seed": 0, "mask": "dynamic", "drop": "random", "update_every": 1}),
 }
 SAMS = ("sam", "asam", "ssam")
-DENSE_ONLY = ("arwp", *SAMS)  # F and the norm are of dense gradients
+DENSE_ONLY = ("arwp", *SAMS)  # F and the norm need dense gradients
 BASES = classes_of(torch.optim, torch.optim.Optimizer)
 
-# What is left out, and how we refuse it: methods, base, error, what it says.
+# Unsupported combinations: methods, base, error, text of the error.
 EXCLUDED = [
-    (METHODS, "LBFGS", TypeError, "steps once"),  # it evaluates its closure many times a step, each time elsewhere
-    (SAMS, "Adadelta", ValueError, "rho"),  # it has a rho of its own, a decay
-    (DENSE_ONLY, "SparseAdam", TypeError, "sparse"),  # it takes sparse gradients alone
+    (METHODS, "LBFGS", TypeError, "steps once"),  # it calls its closure many times per step, each time at other weights
+    (SAMS, "Adadelta", ValueError, "rho"),  # its own rho is a decay
+    (DENSE_ONLY, "SparseAdam", TypeError, "sparse"),  # it takes sparse gradients only
 ]  # fmt: skip
 
 # What torch's own class cannot step: base -> the parameters that it takes.
@@ -63,7 +63,7 @@ every_case = pytest.mark.parametrize("method, base", CASES)
 
 
 def every_case_with(flag):
-    """Those whose base takes this argument."""
+    """The cases whose base takes this argument."""
     return pytest.mark.parametrize(
         "method, base", [(m, b) for m, b in CASES if flag in inspect.signature(BASES[b]).parameters]
     )
@@ -71,7 +71,7 @@ def every_case_with(flag):
 
 @functools.cache
 def info(base):
-    """What PyTorch's suite knows of an optimizer. To import it takes seconds, and would forbid to set torch.backends' flags, for good."""
+    """PyTorch's test data for an optimizer. Importing it takes seconds and freezes the flags of torch.backends."""
     forbid, torch.backends.disable_global_flags = torch.backends.disable_global_flags, lambda: None
     try:
         from torch.testing._internal.common_optimizers import optim_db
@@ -83,7 +83,7 @@ def info(base):
 
 @pytest.fixture(autouse=True)
 def capturable_anywhere(monkeypatch):
-    """torch refuses capturable=True on a CPU, which captures no graphs; its arithmetic is like any other."""
+    """torch refuses capturable=True on a CPU, which captures no graphs; the arithmetic is the same."""
     for base in BASES.values():
         module, name = inspect.getmodule(base), "_get_capturable_supported_devices"
         if hasattr(module, name):
@@ -93,15 +93,15 @@ def capturable_anywhere(monkeypatch):
 class Input(NamedTuple):
     what: str
     kwargs: dict
-    turn: int  # tests that have a choice take the next with each input and each method
+    turn: int  # tests with several variants choose by it, so that inputs and methods alternate between them
 
 
 def inputs(method, base):
-    """Every input of PyTorch's suite; those that it has for CUDA are those for a CPU and more.
+    """Every input of PyTorch's suite; its inputs for CUDA are those for a CPU and more.
 
-    Implementations take turns, so that every input meets each of them in one method of RWP and in one of SAM.
+    Implementations take turns, so that every input meets each of them in one RWP and one SAM method.
     """
-    # A differentiable step has a test of its own.
+    # A differentiable step is tested separately.
     flags = [None, *(flag for flag in info(base).supported_impls if flag != "differentiable")]
     for turn, given in enumerate(info(base).optim_inputs_func("cuda"), start=list(METHODS).index(method)):
         flag = flags[turn % len(flags)]
@@ -109,7 +109,7 @@ def inputs(method, base):
 
 
 def over_inputs(test):
-    """Runs a test for every input, and names those that fail."""
+    """Runs a test for every input, and names the inputs that fail."""
 
     @functools.wraps(test)
     def run(method, base, **parameters):
@@ -122,7 +122,7 @@ def over_inputs(test):
         if failed:
             raise AssertionError(f"{len(failed)} inputs: {failed}") from next(iter(failed.values()))
 
-    del run.__wrapped__  # pytest is not to see that there is one argument more
+    del run.__wrapped__  # hides the additional argument from pytest
     run.__signature__ = inspect.Signature([p for p in inspect.signature(test).parameters.values() if p.name != "given"])
     return run
 
@@ -158,7 +158,7 @@ def make(method, base, strength=True, **kwargs):
 
 
 def parameters(kind, base):
-    """The same ones at every call, of many shapes, layouts and dtypes. The loss does not reach the first."""
+    """The same at every call, in many shapes, layouts and dtypes. The loss does not use the first."""
     generator, c64, c128 = torch.Generator().manual_seed(0), torch.complex64, torch.complex128
     draw = lambda *shape, dtype=torch.float32: torch.randn(shape, generator=generator, dtype=dtype).to(DEVICE)
     made = {
@@ -208,11 +208,11 @@ def by_hand(optimizer, backward):
     optimizer.second_step()
 
 
-DRIVES = (by_passes, by_closure, by_hand)
+FORMS = (by_passes, by_closure, by_hand)
 
 
 class Pair:
-    """An optimizer of flatops and its base, in two groups of which one has options of its own."""
+    """An optimizer of flatops and its base, in two groups of which one has its own options."""
 
     def __init__(self, method, base, kind="real", strength=True, named=False, **kwargs):
         self.method, self.kind, self.strength, self.named = method, kind, strength, named
@@ -236,7 +236,7 @@ class Pair:
         return [{"params": given[:2], **self.own}, {"params": given[2:]}]
 
     def agree(self, ours, theirs):
-        """Whether torch, and so we, refused."""
+        """Whether torch, and therefore flatops, raised an error."""
         if repr(ours) != repr(theirs):
             raise AssertionError(f"{ours!r}, and of the base {theirs!r}") from ours
         self.refused = theirs
@@ -245,14 +245,14 @@ class Pair:
         return (self.ours, self.optimizer), (self.theirs, self.twin)
 
     def step(self, i, scale=1.0):
-        """A step of both in batch i, driven in one of three ways."""
+        """A step of both in batch i, run in one of three ways."""
         before, seen = [p.detach().clone() for p in self.ours], []
 
         def evaluate(weight=1.0):
             seen.append([p.detach().clone() for p in self.ours])
             return backward(self.ours, i, weight * scale, self.kind == "sparse")
 
-        ours = outcome(lambda: DRIVES[i % 3](self.optimizer, evaluate))
+        ours = outcome(lambda: FORMS[i % 3](self.optimizer, evaluate))
         self.twin.zero_grad()
         for values, weight in zip(seen[::-1], (0.5, 0.5) if self.method == "m-rwp" else (1.0,)):
             place(self.theirs, values)
@@ -276,7 +276,7 @@ class Pair:
         assert same(*groups), f"{groups[0]}, and of the base {groups[1]}"
 
     def loaded(self, change=copy.deepcopy, swap=False):
-        """A new pair that goes on from this one's state dicts, which have been changed, or swapped; named if this is not."""
+        """A new pair that continues from this one's state dicts, changed or swapped; named if this one is not."""
         fresh = self.again(named=not self.named)
         states = [optimizer.state_dict() for _, optimizer in self.both()]
         kept = copy.deepcopy(states)
@@ -298,7 +298,7 @@ def without(names, groups):
 
 
 def state_of(optimizer):
-    """What the base keeps in `state`, parameters by position."""
+    """What the base keeps in `state`, with parameters by position."""
     place = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     kept = {place.get(id(key), key): entry for key, entry in optimizer.state.items()}
     kept = {
@@ -325,15 +325,14 @@ STEPS += [(m, b, "real", False) for m, b in CASES]
 
 @pytest.mark.parametrize("method, base, kind, strength", STEPS)
 @over_inputs
-def test_every_step_is_the_bases(method, base, kind, strength, given):
-    """From the gradients at the weights that the passes saw; without a perturbation it is the base alone.
+def test_every_step_equals_the_bases(method, base, kind, strength, given):
+    """With the gradients that the passes saw; without a perturbation it is the base alone.
 
     On the way a parameter is frozen, and a group added.
     """
     pair = Pair(method, base, kind, strength, **given.kwargs)
-    grows = (
-        not pair.refused and not pair.twin.state
-    )  # Adagrad of older torches makes its state at once, and none for a new group
+    # Adagrad of older torch versions creates its state at once, and none for a new group.
+    grows = not pair.refused and not pair.twin.state
     for i in range(3):
         if pair.refused:
             break
@@ -348,7 +347,7 @@ def test_every_step_is_the_bases(method, base, kind, strength, given):
 
 @every_case
 def test_gradients_of_zero(method, base):
-    """SAM has nothing to climb along, RWP perturbs; the step is the base's, which may decay."""
+    """SAM has no ascent, RWP perturbs; the step is the base's, which may decay."""
     pair = Pair(method, base, "sparse" if base == "SparseAdam" else "real")
     for i in range(3):
         pair.step(i, scale=0.0)
@@ -356,7 +355,7 @@ def test_gradients_of_zero(method, base):
 
 @every_case
 def test_without_gradients_nothing_moves(method, base):
-    """Nothing is trainable, the closure makes no gradient: RWP steps as the base does, SAM says so."""
+    """Nothing is trainable, the closure makes no gradient: RWP steps as the base does, SAM raises."""
     params = [p.requires_grad_(False) for p in parameters("real", base)]
     before = copy.deepcopy(params)
     error = outcome(lambda: make(method, base)(params).step(lambda: 1.0))
@@ -365,8 +364,8 @@ def test_without_gradients_nothing_moves(method, base):
 
 
 @pytest.mark.parametrize("method, base", LEFT_OUT)
-def test_what_is_left_out_is_refused(method, base):
-    """Before a weight has changed, when the optimizer is made or by its first step."""
+def test_unsupported_combinations_are_refused(method, base):
+    """Before a weight changes, when the optimizer is made or by its first step."""
     params = parameters("sparse", base)
     before, (error, match) = copy.deepcopy(params), LEFT_OUT[method, base]
     with pytest.raises(error, match=match):
@@ -400,23 +399,23 @@ def test_wrong_input_is_refused_as_the_base_refuses_it(method, base):
 
 
 @every_case_with("maximize")
-def test_to_maximize_is_to_minimize_the_negated_loss(method, base):
-    """In one group of two: the ascent of SAM goes the other way there."""
+def test_maximize_minimizes_the_negated_loss(method, base):
+    """In one of two groups, whose ascent then has the opposite sign."""
     kind, results = "sparse" if base == "SparseAdam" else "real", []
     for maximize in (True, False):
         params = parameters(kind, base)
         optimizer = make(method, base)([{"params": params[:3], "maximize": maximize}, {"params": params[3:]}])
         for p in params[:3] if not maximize else ():
             p.register_hook(torch.neg)
-        for i, drive in enumerate(DRIVES):
-            drive(optimizer, functools.partial(backward, params, i, sparse=kind == "sparse"))
+        for i, form in enumerate(FORMS):
+            form(optimizer, functools.partial(backward, params, i, sparse=kind == "sparse"))
         results.append(params)
     assert same(*results)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_complex_parameter_is_pairs_of_reals(method):
-    """Noise, norm, F and mask of one are those of view_as_real of it: every pass sees the same weights."""
+    """Noise, norm, F and mask equal those of its view_as_real: every pass sees the same weights."""
     params = parameters("complex", "SGD")
     as_real = lambda: [torch.view_as_real(p.detach()) if p.is_complex() else p.detach() for p in params]
     pairs = [p.clone().requires_grad_() for p in as_real()]
@@ -430,16 +429,16 @@ def test_a_complex_parameter_is_pairs_of_reals(method):
         assert same(seen.pop(0), [p.detach().clone() for p in pairs])
         backward([torch.view_as_complex(pair) if p.is_complex() else pair for p, pair in zip(params, pairs)], 1, weight)
 
-    for drive in DRIVES:
-        place(pairs, as_real())  # torch's steps of complex numbers round in another way
-        drive(optimizers[0], evaluate)
-        drive(optimizers[1], evaluate_pairs)
+    for form in FORMS:
+        place(pairs, as_real())  # torch's steps of complex numbers round differently
+        form(optimizers[0], evaluate)
+        form(optimizers[1], evaluate_pairs)
     assert not seen
 
 
 @every_case_with("differentiable")
 def test_gradients_flow_through_a_differentiable_step(method, base):
-    """To the weights before it and to the gradients that were given, as through the base's."""
+    """To the weights before it and to the given gradients, as through the base's."""
     for given in info(base).optim_inputs_func("cpu"):
         results = []
         for optimizer_class in (make(method, base), BASES[base]):
@@ -458,8 +457,8 @@ def test_gradients_flow_through_a_differentiable_step(method, base):
 
 
 @every_case_with("fused")
-def test_a_fused_step_heeds_what_a_grad_scaler_leaves(method, base):
-    """found_inf makes it skip, grad_scale divides; F takes notice of both."""
+def test_a_fused_step_uses_the_values_of_a_grad_scaler(method, base):
+    """found_inf makes it skip, grad_scale divides; F follows both."""
     for scale, found in ((2.0, 0.0), (None, 1.0)):
         pair = Pair(method, base, fused=True)
         before = copy.deepcopy(pair.ours)
@@ -490,14 +489,14 @@ def steps_as_numbers(state):
     return {**state, "state": entries}
 
 
-# How a pair goes on elsewhere, as it would have here ...
+# How a pair may continue elsewhere, as it would have here ...
 AS_HERE = [
     lambda pair, base: pair.loaded(through_a_file),
     lambda pair, base: copy.deepcopy(pair),
     lambda pair, base: pickle.loads(pickle.dumps(pair)),
     lambda pair, base: pair.loaded(steps_as_numbers),
 ]
-# ... or in its own way: a base has no F, mask or count of draws to give, and flags that an older torch did not save are off.
+# ... or differently: a base has no F, mask or draw to give, and flags that an older torch did not save are off.
 OTHERWISE = [
     lambda pair, base: pair.loaded(swap=True),
     lambda pair, base: pair.loaded(functools.partial(of_an_older_torch, base)),
@@ -506,8 +505,8 @@ OTHERWISE = [
 
 @every_case
 @over_inputs
-def test_it_goes_on_elsewhere_as_the_base_does(method, base, given):
-    """From a file or a state dict, its own or the other's, with names of parameters or without, of an older torch; in a copy."""
+def test_it_continues_elsewhere_as_the_base_does(method, base, given):
+    """From a file or state dict, its own or the other's, with parameter names or without, of an older torch; a copy."""
     kind = "sparse" if base == "SparseAdam" else "real"
     pair = Pair(method, base, kind, named=given.turn % 2 == 1, **given.kwargs)
     steps = 1 + (method == "ssam")  # a mask that has been regrown
@@ -521,8 +520,8 @@ def test_it_goes_on_elsewhere_as_the_base_does(method, base, given):
     assert public(other.optimizer) == public(pair.optimizer)
     other.check()
     other.step(steps)
-    pair.step(steps)  # which the other has not touched
-    if elsewhere in AS_HERE:  # torch casts what it loads to the parameter's dtype, numbers of ASGD and NAdam too
+    pair.step(steps)  # from state that the copy has not changed
+    if elsewhere in AS_HERE:  # torch casts loaded state to the parameter's dtype, including numbers of ASGD and NAdam
         assert same(*([p for p in params if p.dtype == torch.float32] for params in (other.ours, pair.ours)))
 
 
@@ -532,7 +531,7 @@ def public(optimizer):
 
 @every_case
 def test_hooks_of_state_dicts(method, base):
-    """Of all four kinds, in torch's order. What they leave in `state`, no entry of a parameter, harms neither steps nor copies."""
+    """Of all four kinds, in torch's order. Their entries in `state` besides parameters harm no steps and no copies."""
 
     def change(state, lr):
         state["param_groups"][0]["lr"] = lr
@@ -559,7 +558,7 @@ def test_hooks_of_state_dicts(method, base):
 
 @every_case
 def test_hooks_of_steps(method, base):
-    """All run once a step, in torch's order, however it is driven."""
+    """All run once per step, in torch's order, for every way to run a step."""
     pair = Pair(method, base, "sparse" if base == "SparseAdam" else "real")
     ran = {pair.optimizer: [], pair.twin: []}
     note = lambda what: lambda optimizer, args, kwargs: ran[optimizer].append(what)
@@ -585,7 +584,7 @@ def test_hooks_of_steps(method, base):
 
 
 class CountingSGD(torch.optim.SGD):
-    """A user's: with an argument of its own, and a count in `state` beside the parameters' entries."""
+    """A user's optimizer: with its own argument, and a count in `state` besides the parameters' entries."""
 
     def __init__(self, params, lr=0.1, *, every, **options):
         super().__init__(params, lr, **options)
@@ -598,17 +597,17 @@ class CountingSGD(torch.optim.SGD):
         return super().step(closure)
 
 
-# base -> its options, and why it is here
+# base -> its options, and the reason to test it
 OTHERS = {
     "CountingSGD": {"every": 2, "momentum": 0.9},
     "timm.optim.Adafactor": {},  # factored moments
-    "timm.optim.Mars": {},  # the gradient before
+    "timm.optim.Mars": {},  # the previous gradient
     "pytorch_optimizer.AdaShift": {},  # queues of gradients
-    "pytorch_optimizer.MADGRAD": {},  # a tensor in `state` beside the parameters' entries; writes to the gradients
-    "pytorch_optimizer.Prodigy": {},  # what it learns stands in param_groups
-    "pytorch_optimizer.ScheduleFreeAdamW": {},  # other weights for training than for evaluation
+    "pytorch_optimizer.MADGRAD": {},  # a tensor in `state` besides the parameters' entries; writes to the gradients
+    "pytorch_optimizer.Prodigy": {},  # what it learns is stored in param_groups
+    "pytorch_optimizer.ScheduleFreeAdamW": {},  # different weights for training and evaluation
     "pytorch_optimizer.SOAP": {},  # lists of matrices; its first step moves nothing
-    "pytorch_optimizer.SPAM": {},  # numbers in `state` beside the parameters' entries
+    "pytorch_optimizer.SPAM": {},  # numbers in `state` besides the parameters' entries
 }
 
 
@@ -622,7 +621,7 @@ def other(name):
 @pytest.mark.parametrize("strength", [True, False])
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_bases_with_states_of_their_own_kind(method, name, strength):
+def test_bases_with_unusual_state(method, name, strength):
     pair = Pair(method, other(name), "plain", strength, **OTHERS[name])
     for i in range(3):
         pair.step(i)
@@ -633,7 +632,7 @@ def test_bases_with_states_of_their_own_kind(method, name, strength):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_optimizer_around_another_is_refused(method):
-    """Its groups are the other's, which knows nothing of ours: an error that says so, and not a KeyError in the first pass."""
+    """Its groups belong to the other optimizer: a clear error, not a KeyError in the first pass."""
     magma = other("pytorch_optimizer.Magma")
     with pytest.raises((TypeError, ValueError), match="Magma"):
         make(method, magma)(parameters("plain", magma))
@@ -681,7 +680,7 @@ def steps_alike(pair, chain, steps=4):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_scheduler(method, scheduler, lr):
-    """Learning rates, numbers or tensors, and momenta are the base's, and no warning about the order of steps comes of it."""
+    """Learning rates, numbers or tensors, and momenta equal the base's, without a warning about the order of steps."""
     arguments = ARGUMENTS.get(scheduler, {})
     try:
         made = arguments if callable(arguments) else functools.partial(SCHEDULERS[scheduler], **arguments)

@@ -1,4 +1,4 @@
-"""flatops.perturb: noise without an optimizer; the weights come back bit for bit on every path."""
+"""flatops.perturb: noise without an optimizer; weights are restored to the bit on every path."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SGD = torch.optim.SGD
 
 
 @pytest.mark.parametrize("restore", RESTORE)
-def test_the_noise_is_that_of_rwp(restore):
-    """Over the same list, at the same sigma, seed, draw and stream, to the bit; frozen parameters have it too."""
+def test_the_noise_equals_that_of_rwp(restore):
+    """For the same list, sigma, seed, draw and stream, to the bit; frozen parameters get noise too."""
     model, twin = make_net(), make_net()
     optimizer = flatops.RWP(twin.parameters(), SGD, sigma=0.05, seed=7, stream=2, lr=0.1)
     model.requires_grad_(False)
@@ -51,7 +51,7 @@ def test_draws_seeds_and_streams_differ():
 
 
 def test_a_choice_of_weights():
-    """What is not named stays as it is; buffers always do. One tensor is a list of one."""
+    """Weights that are not named stay unchanged; buffers always do. One tensor counts as a list of one."""
     model = make_net()
     before, buffers = (all_bits(model.parameters()), all_bits(b for b in model.buffers() if b.is_floating_point()))
     chosen = [p for name, p in model.named_parameters() if name.startswith("head")]
@@ -78,7 +78,7 @@ def test_no_noise():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("restore", EXACT)
-def test_weights_come_back_to_the_bit(restore, dtype, layout):
+def test_weights_are_restored_to_the_bit(restore, dtype, layout):
     torch.manual_seed(0)
     w = LAYOUTS[layout](torch.randn).to(dtype)
     before = bits(w)
@@ -111,7 +111,7 @@ def test_under_every_grad_mode(mode, inside, restore):
 
 
 @pytest.mark.parametrize("restore", EXACT)
-def test_nested_and_beside_an_optimizer(restore):
+def test_nested_and_together_with_an_optimizer(restore):
     model = make_net()
     optimizer = flatops.RWP(model.parameters(), SGD, sigma=0.1, lr=0.1)
     before = all_bits(model.parameters())
@@ -127,7 +127,7 @@ def test_nested_and_beside_an_optimizer(restore):
 
 @pytest.mark.parametrize("restore", EXACT)
 def test_shared_memory_is_refused(restore):
-    """A weight perturbed twice could be lost. A tied parameter of a module is one."""
+    """A weight perturbed twice could be lost. A tied parameter of a module counts once."""
     base = torch.randn(4, 6)
     before = bits(base)
     with pytest.raises(ValueError, match="share memory"), flatops.perturb([base, base[1]], 0.3, restore=restore):
@@ -142,7 +142,7 @@ def test_shared_memory_is_refused(restore):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_exception_passes_through(error):
+def test_an_exception_propagates(error):
     model = make_net()
     before = all_bits(model.parameters())
     with pytest.raises(error), flatops.perturb(model, 0.1):
@@ -153,25 +153,25 @@ def test_an_exception_passes_through(error):
 @knows_the_opcodes
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("restore", RESTORE)
-def test_an_interrupt_at_any_moment_leaves_the_weights(restore):
-    """Ctrl-C wherever CPython answers it: in the handler already, the weights are back."""
+def test_an_interrupt_at_any_moment_restores_the_weights(restore):
+    """Ctrl-C wherever CPython handles it: weights are restored before any handler runs."""
 
     class Noisy:
         def __init__(self, params):
-            self.perturbed_pass = flatops.perturb(params, 0.1, restore=restore)
+            self.noise = flatops.perturb(params, 0.1, restore=restore)
 
         def perturbed(self):
-            return self.perturbed_pass
+            return self.noise
 
         @property
         def in_pass(self):
-            return self.perturbed_pass.owner.in_pass
+            return self.noise.owner.in_pass
 
     wrong = moments_that_go_wrong(Noisy, KeyboardInterrupt, exact=restore != "regenerate")
     assert not wrong, f"{len(wrong)} places: " + ", ".join(wrong)
 
 
-def test_a_backward_across_the_edge_is_an_error():
+def test_a_backward_across_the_edge_of_a_pass_is_an_error():
     model = make_net()
     with flatops.perturb(model, 0.1):
         loss = loss_of(model, make_batch(0))
@@ -180,7 +180,7 @@ def test_a_backward_across_the_edge_is_an_error():
 
 
 def test_autocast_sees_the_noise():
-    """Its cache of cast weights does not outlive the perturbation, at either end."""
+    """Its cache of cast weights does not outlive the perturbation, at entry and exit."""
     torch.manual_seed(0)
     model, x = nn.Linear(16, 1), torch.randn(8, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -191,11 +191,11 @@ def test_autocast_sees_the_noise():
     assert torch.equal(clean, after) and not torch.equal(clean, noisy)
 
 
-# --- what it is for ------------------------------------------------------------------------------------
+# --- use ---------------------------------------------------------------------------------------------
 
 
 def adapted(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A frozen layer with a low-rank adapter beside it."""
+    """A frozen layer with a low-rank adapter."""
     torch.manual_seed(seed)
 
     class Adapted(nn.Module):
@@ -213,7 +213,7 @@ def adapted(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.mark.parametrize("restore", EXACT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adapters_train_on_a_noisy_frozen_base(restore, dtype):
-    """Flat-LoRA's use: the gradients of the adapters are those at the perturbed base, which no optimizer knows."""
+    """As in Flat-LoRA: the adapters' gradients are those at the perturbed base, which no optimizer has."""
     model, twin = adapted(dtype=dtype), adapted(dtype=dtype)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     clean = all_bits(frozen)
@@ -229,7 +229,7 @@ def test_adapters_train_on_a_noisy_frozen_base(restore, dtype):
         for p, w in zip(twin.base.parameters(), weights):
             p.data = w
         for o in optimizers:
-            assert len(o.state) in (0, 2)  # of the adapters alone
+            assert len(o.state) in (0, 2)  # of the adapters only
             o.step()
             o.zero_grad()
     assert_same_bits(model.parameters(), twin.parameters())
@@ -287,13 +287,13 @@ def test_errors_name_the_argument_and_change_nothing(arguments, error, name):
 
 
 class Packed(nn.Parameter):
-    """As bitsandbytes has them: codes of four bits, under any dtype."""
+    """As in bitsandbytes: codes of four bits, with any dtype."""
 
     quant_state = "nf4"
 
 
-def test_weights_that_are_none_are_refused():
-    """Quantised codes, wrappers around them, and what accelerate has offloaded and a hook would load without the noise."""
+def test_unsupported_weights_are_refused():
+    """Quantised codes, their wrappers, and weights offloaded by accelerate, which a hook would load without noise."""
     packed = torch.randn(4, 4).bfloat16()
     before = packed.clone()
     with pytest.raises(TypeError, match=r"weights\[0\] is quantised or wrapped \(Packed\)"):
@@ -336,8 +336,8 @@ def test_the_snippets_of_the_documentation_run():
 # --- positions, caches ---------------------------------------------------------------------------------
 
 
-def test_a_position_tells_layers_apart():
-    """A call a layer draws what one call over all draws, where layers are numbered."""
+def test_a_position_distinguishes_layers():
+    """With numbered layers, one call per layer draws the noise of one call over all."""
     a, b = torch.randn(4, 3), torch.randn(4, 3)
     together, apart = [a.clone(), b.clone()], [a.clone(), b.clone()]
     with (
@@ -352,7 +352,7 @@ def test_a_position_tells_layers_apart():
 
 
 def test_noise_is_seen_through_cached_parametrizations():
-    """parametrize.cached() keeps computed weights: those of before are dropped on both ends."""
+    """parametrize.cached() keeps computed weights: old ones are dropped on entry and exit."""
     from torch.nn.utils import parametrize
 
     class Double(nn.Module):

@@ -1,4 +1,4 @@
-"""What README shows runs."""
+"""The code in README runs."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_every_python_block_runs():
-    """In order, in one namespace, as someone would paste them."""
+    """In order, in one namespace, as a user would paste them."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) >= 2
     namespace: dict = {}
@@ -21,7 +21,7 @@ def test_every_file_that_it_links_to_is_there():
 
 
 def test_every_command_that_it_names_exists():
-    """Sub-commands of flatops, and make's targets."""
+    """Subcommands of flatops, and make's targets."""
     from flatops.cli import COMMANDS
 
     text, makefile = README.read_text(), (README.parent / "Makefile").read_text()

@@ -44,7 +44,7 @@ def assert_same_weights(left: dict, right: dict) -> None:
 
 
 @pytest.mark.parametrize("method, amp", [*((m, "none") for m in sorted(METHODS)), ("mrwp", "bf16"), ("sam", "bf16")])
-def test_two_epochs_teach_every_method_the_digits(method, amp):
+def test_every_method_learns_the_digits_in_two_epochs(method, amp):
     trainer = Trainer(TrainConfig(method=method, epochs=2, amp=amp))
     first, second = trainer.run_epoch(), trainer.run_epoch()
     assert second["test_loss"] < first["test_loss"] < 2.3
@@ -77,7 +77,7 @@ def test_batchnorm_statistics_come_from_the_clean_pass_alone(method):
 
 
 @pytest.mark.parametrize("mask", ["fisher", "dynamic"])
-def test_ssam_makes_its_mask_anew_every_epoch(mask):
+def test_ssam_makes_a_new_mask_every_epoch(mask):
     trainer = Trainer(TrainConfig(method="ssam", mask=mask, sparsity=0.8, epochs=3, batch_size=512))
     weights = sum(p.numel() for p in trainer.model.parameters())
     kept, masks = [], []
@@ -170,7 +170,7 @@ def train_whole(config):
 
 
 def train_in_two_parts(config, stop, folder):
-    """Save after `stop` steps, give up the trainer, and finish with a new one."""
+    """Saves after `stop` steps, discards the trainer, and finishes with a new one."""
 
     def stop_there(trainer):
         if trainer.steps_done == stop:
@@ -212,7 +212,7 @@ def test_resume_restores_the_random_states_that_dropout_draws_from(monkeypatch, 
     assert_same_run(train_in_two_parts(config, 30, tmp_path), train_whole(config))
 
 
-def test_random_state_comes_back():
+def test_random_state_is_restored():
     state = checkpoint.random_state()
     draws = [(torch.rand(1).item(), np.random.rand(), random.random()) for _ in range(2)]
     checkpoint.set_random_state(state)
@@ -248,7 +248,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert train(replace(config, output=None, resume=config.output), quiet()) == history
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(monkeypatch, tmp_path):
+def test_a_failed_save_keeps_the_last_checkpoint(monkeypatch, tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"epoch": 1})
 
@@ -289,7 +289,7 @@ def test_unusable_checkpoints_are_refused_by_name(write, message, tmp_path):
 
 
 def test_a_checkpoint_cut_at_any_length_is_damaged_and_named(tmp_path, capsys):
-    """Where torch looks for the end of the archive beyond the beginning of the file, too."""
+    """Even where torch looks for the end of the archive before the beginning of the file."""
     path = tmp_path / "last.pt"
     checkpoint.save(path, Trainer(TrainConfig()).state_dict())
     whole = path.read_bytes()
@@ -319,7 +319,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(other, t
     assert_same_weights(before, trainer.model.state_dict())
 
 
-def test_a_checkpoint_of_before_an_option_was_there_has_its_default():
+def test_an_option_missing_in_an_old_checkpoint_has_its_default():
     state = Trainer(TrainConfig()).state_dict()
     del state["config"]["validation"]
     Trainer(TrainConfig()).load_state_dict(state)
@@ -381,7 +381,7 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path):
         train(TrainConfig(epochs=1, output=tmp_path), quiet())
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="the loss became"):
         train(TrainConfig(epochs=3, lr=1e30, output=tmp_path / "run"), quiet())
 
@@ -389,8 +389,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 # Comparison
 
 
-def test_compare_says_whom_its_schedule_favours():
-    """In words, where the schedule is the one that does: the default."""
+def test_compare_says_which_methods_its_schedule_favours():
+    """In words, if the schedule favours a method: the default schedule."""
     from flatops.train.compare import caveat
 
     assert "favours the flat-minima methods" in caveat(CompareConfig(seeds=5))
@@ -448,7 +448,7 @@ def test_the_command_trains_and_resumes(tmp_path):
     assert cli.main(["train", "--resume", str(run)]) == 0  # method and epochs come from the checkpoint
 
 
-def test_mistakes_cost_one_line_and_status_2(capsys, tmp_path):
+def test_errors_are_one_line_and_status_2(capsys, tmp_path):
     for arguments in (
         ["train", "--data", "mnist"],
         ["train", "--resume", str(tmp_path)],

@@ -1,4 +1,4 @@
-"""Images that DALI decodes, against PIL's. On a machine without a GPU, DALI decodes on the CPU."""
+"""Images decoded by DALI compared with PIL's. On a machine without a GPU, DALI decodes on the CPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def loaded(tree, workers, **options):
     return data.load(settings(tree, workers=workers, **options)).to(DEVICE, torch.channels_last)
 
 
-def test_windows_lie_in_the_image_and_vary():
+def test_windows_are_inside_the_image_and_vary():
     image = Image.new("RGB", (31, 50))
     with drawing_from(1):
         windows = [random_window(image) for _ in range(200)]
@@ -60,8 +60,8 @@ def test_windows_are_drawn_in_images_that_are_upright(kind, orientation):
     assert upright(encoded(Image.new("RGB", (31, 50)), kind, orientation)).size == (31, 50)
 
 
-def test_pixels_are_those_of_pil(tree):
-    """Of the windows that the keys draw, training and test images. PIL rounds between rows and columns."""
+def test_pixels_equal_those_of_pil(tree):
+    """In the windows that the keys draw, for training and test images. PIL rounds between rows and columns."""
     needs_dali()
     image = Image.open(tree / "train/ant/001.png")
     for number, (orientation, kind) in enumerate(
@@ -95,7 +95,7 @@ def test_any_number_of_workers_and_every_start_give_the_same_batches(tree):
     images = loaded(tree, 2, erasing=0.5)
     for start in (0, 3, 1):  # by the same workers
         torch.testing.assert_close(list(images.batches(16, start=start, **WHERE)), alone[start:], rtol=0, atol=0)
-    next(images.batches(16, **WHERE))  # given up
+    next(images.batches(16, **WHERE))  # abandoned
     torch.testing.assert_close(list(images.batches(16, **WHERE)), alone, rtol=0, atol=0)
     labels = [labels for _, labels in images.test_batches(10, range(3))]
     assert torch.cat(labels).tolist() == [0] * 8 + [1] * 8 + [2] * 8
@@ -138,7 +138,7 @@ def test_bad_images_stop_the_run_by_name(tree, workers, kind):
         ({"bad_images": "skip"}, "bad_images skip needs decoder pil"),
     ],
 )
-def test_what_dali_does_not_do_is_refused(tree, options, message):
+def test_options_that_dali_does_not_support_are_refused(tree, options, message):
     with pytest.raises(ValueError, match=message):
         settings(tree, **options)
 

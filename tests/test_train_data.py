@@ -1,4 +1,4 @@
-"""Data of the training program: folders, CIFAR, synthetic images; augmentation, worker processes, images that cannot be read."""
+"""Data of the training program: folders, CIFAR, synthetic images; augmentation, worker processes, unreadable images."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture
 def own_tree(tree, tmp_path):
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(tree, tmp_path / "images")
 
 
@@ -78,7 +78,7 @@ def assert_same(left, right) -> None:
 
 
 def test_any_number_of_workers_gives_the_same_batches(tree):
-    """Random crops, flips, RandAugment and erasing included; and so does every start in the epoch."""
+    """Includes random crops, flips, RandAugment and erasing, and every start within the epoch."""
     options = {"randaugment": "rand-m9-mstd0.5", "erasing": 0.5, "cutout": 4}
     streams = [CLEAN, PERTURBED]
     alone = list(loaded(tree, **options).steps(streams, 16, **WHERE))
@@ -91,7 +91,7 @@ def test_any_number_of_workers_gives_the_same_batches(tree):
     assert not torch.equal(other[0][0][0], alone[0][0][0])
 
 
-def test_processes_share_out_every_batch(tree):
+def test_processes_divide_every_batch(tree):
     images = loaded(tree, erasing=0.5)
     whole = list(images.batches(16, stream=CLEAN, **WHERE))
     parts = [list(images.batches(16, stream=CLEAN, rank=p, world_size=2, **WHERE)) for p in range(2)]
@@ -99,7 +99,7 @@ def test_processes_share_out_every_batch(tree):
         assert_same(batch, tuple(map(torch.cat, zip(*pieces))))
 
 
-def test_a_pass_that_is_given_up_leaves_nothing_to_the_next(tree):
+def test_an_abandoned_epoch_leaves_nothing_to_the_next(tree):
     images = loaded(tree, workers=2)
     wanted = list(images.batches(16, stream=CLEAN, **WHERE))
     next(images.batches(8, stream=FISHER, **WHERE))
@@ -108,7 +108,7 @@ def test_a_pass_that_is_given_up_leaves_nothing_to_the_next(tree):
     assert torch.cat(tests).tolist() == [0] * 8 + [1] * 8 + [2] * 8
 
 
-def test_reading_draws_nothing_from_the_generators(tree):
+def test_reading_images_does_not_change_the_random_state(tree):
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     for workers in (0, 1):
         list(loaded(tree, workers=workers, randaugment="rand-m5").batches(16, stream=CLEAN, **WHERE))
@@ -126,7 +126,7 @@ def test_images_are_uint8_until_they_are_on_the_device(tree):
 
 @pytest.mark.parametrize("method, workers", [("mrwp", (2, 0)), ("ssam", (0, 2))])
 def test_resume_is_exact_with_workers_and_everything_random(tree, tmp_path, method, workers):
-    """In mid-epoch, by another number of workers."""
+    """Mid-epoch, with another number of workers."""
     options = {
         "mixup": 0.2,
         "cutmix": 1.0,
@@ -171,12 +171,12 @@ def test_resume_is_exact_with_workers_and_everything_random(tree, tmp_path, meth
 
 
 def ramp() -> np.ndarray:
-    """Grey values, all of which a picture of 16 x 16 has, in one corner other than the mirrored one."""
+    """A picture of 16 x 16 with all grey values, and one corner that differs from its mirror image."""
     return np.arange(256, dtype=np.uint8).reshape(16, 16)[:12]
 
 
 def tiff(pixels: np.ndarray, bits: int, kind: int = 1) -> bytes:
-    """A grey TIFF of a sort that PIL reads and does not write: 12 bits, or signed ones (kind 2)."""
+    """A grey TIFF of a kind that PIL reads and does not write: 12 bits, or signed (kind 2)."""
     height, width = pixels.shape
     text = "".join(format(int(value), f"0{bits}b") for value in pixels.flatten())
     content = int(text, 2).to_bytes(len(text) // 8, "big")
@@ -209,7 +209,7 @@ SIXTEEN = Image.fromarray(ramp() * np.uint16(257))
     ],
     ids=["png 16", "tiff 16", "pgm 16", "tiff 16 big-endian", "png 8", "gif"],
 )
-def test_deep_images_keep_their_greys(file):
+def test_deep_images_keep_their_grey_values(file):
     assert np.array_equal(np.asarray(decoded(file)), np.repeat(ramp()[..., None], 3, axis=2))
 
 
@@ -243,7 +243,7 @@ def test_images_are_turned_upright(kind, mode, orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_is_no_damaged_image():
+def test_damaged_exif_does_not_make_an_image_bad():
     image = Image.fromarray(ramp())
     for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01"):
         assert decoded(encoded(image, "JPEG", exif=exif)).size == (16, 12)
@@ -253,11 +253,11 @@ def test_damaged_exif_is_no_damaged_image():
 
 
 def found(root: Path, split: str = "train") -> list[str]:
-    """The names of a split's images, and what is left out."""
+    """The names of a split's images, and what was left out."""
     return [os.fsdecode(name) for name in folder.find_images(root / split, folder.find_classes(root / split))[0]]
 
 
-def test_hidden_files_and_folders_are_no_images(own_tree):
+def test_hidden_files_and_folders_are_ignored(own_tree):
     before, ant = found(own_tree), own_tree / "train" / "ant"
     for hidden in (ant / ".ipynb_checkpoints", own_tree / "train" / ".cache"):
         shutil.copytree(own_tree / "train" / "bee", hidden)
@@ -272,7 +272,7 @@ def test_links_are_followed_but_not_in_circles(own_tree, tmp_path):
     for link, target in {
         ant / "more": elsewhere,  # followed
         ant / "linked.jpg": elsewhere / "moved.jpg",  # an image
-        ant / "lost.jpg": tmp_path / "nowhere",  # a bad one, to be named when it is met
+        ant / "lost.jpg": tmp_path / "nowhere",  # unreadable; reported when it is read
         ant / "self": ".",
         ant / "again": "../ant",
         ant / "up": "../..",
@@ -283,7 +283,7 @@ def test_links_are_followed_but_not_in_circles(own_tree, tmp_path):
         elsewhere / "knot.jpg": "knot.jpg",
     }.items():
         link.symlink_to(target)
-    os.mkfifo(ant / "pipe.jpg")  # which a reader would wait at for ever
+    os.mkfifo(ant / "pipe.jpg")  # a reader would wait for it forever
     names = found(own_tree)
     ours = [name.removeprefix("ant/") for name in names if name.startswith("ant/") and not name[4:7].isdigit()]
     assert ours == ["linked.jpg", "lost.jpg", "more/knot.jpg", "more/moved.jpg"]
@@ -291,7 +291,7 @@ def test_links_are_followed_but_not_in_circles(own_tree, tmp_path):
     assert loaded(own_tree).left_out == {"links to a folder around them": 6}
 
 
-def test_what_is_no_image_by_its_name_is_said_once(own_tree, tmp_path):
+def test_ignored_file_types_are_reported_once(own_tree, tmp_path):
     ant = own_tree / "train" / "ant"
     (ant / "001.png").rename(ant / "001.JFIF")
     for name in ("a.heic", "b.heic", "notes.txt", "README"):
@@ -321,7 +321,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(own_tree, monkeypatch):
 
 
 def spoil(root) -> set[str]:
-    """Three training images and a test image that cannot be read."""
+    """Makes three training images and a test image unreadable."""
     empty = root / "train" / "bee" / "001.png"
     empty.write_bytes(b"")
     text = root / "train" / "cat" / "000.jpg"
@@ -342,7 +342,7 @@ def test_bad_images_stop_the_run_by_name(own_tree, workers, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_counted_named_and_passed_by(own_tree, workers, tmp_path):
+def test_bad_images_are_counted_named_and_skipped(own_tree, workers, tmp_path):
     bad = spoil(own_tree)
     console = Console(file=StringIO(), width=200)
     settings = config(own_tree, bad_images="skip", workers=workers, epochs=1, batch_size=24, output=tmp_path / "run")
@@ -355,21 +355,21 @@ def test_bad_images_are_counted_named_and_passed_by(own_tree, workers, tmp_path)
     assert 0 <= row["test_accuracy"] <= 1
 
 
-def test_others_drawn_by_the_key_take_the_place_of_bad_images(own_tree):
+def test_bad_images_are_replaced_by_others_drawn_by_the_key(own_tree):
     spoil(own_tree)
     images = loaded(own_tree, bad_images="skip", augment="none")
     _, number, [(name, reason)] = images.images[CLEAN, 0, 2]
     assert name.endswith("ant/002.jpg") and "runcated" in reason
     assert images.images[CLEAN, 0, 2][1] == number != 2
     taken = {images.images[CLEAN, epoch, index][1] for epoch in range(10) for index in (2, 25, 48)}
-    assert len(taken) > 15 and not taken & {2, 25, 48}  # not always the same, nor another bad one
+    assert len(taken) > 15 and not taken & {2, 25, 48}  # not always the same one, and no other bad one
     batches = list(images.batches(8, stream=CLEAN, **WHERE))
     assert len(batches) == 9 and all(len(labels) == 8 for _, labels in batches)
     [(_, labels)] = images.test_batches(24, [0])
     assert labels[3] == IGNORED and (labels == IGNORED).sum() == 1
 
 
-def test_names_that_are_no_utf_8_are_listed_byte_by_byte_and_remembered(own_tree, tmp_path):
+def test_names_that_are_not_utf_8_are_listed_as_bytes_and_remembered(own_tree, tmp_path):
     place = os.fsencode(own_tree / "train" / "ant") + b"/\xe9[x].jpg"
     Path(os.fsdecode(place)).write_bytes(b"no image")
     settings = config(own_tree, bad_images="skip", epochs=1, output=tmp_path / os.fsdecode(b"\xe9[run]"))
@@ -382,7 +382,7 @@ def test_names_that_are_no_utf_8_are_listed_byte_by_byte_and_remembered(own_tree
     )
 
 
-def test_a_folder_without_a_single_good_image_is_refused(tmp_path):
+def test_a_folder_of_unreadable_images_is_refused(tmp_path):
     root = make_folder(tmp_path / "images", train=2, val=1)
     for path in (root / "train").rglob("*.*"):
         path.write_bytes(b"")
@@ -390,19 +390,19 @@ def test_a_folder_without_a_single_good_image_is_refused(tmp_path):
         with pytest.raises(ValueError, match="^6 training images in a row cannot be read, the first .*/train/"):
             list(loaded(root, bad_images="skip", batch_size=2, workers=workers).batches(2, stream=CLEAN, **WHERE))
         stopping = loaded(root, batch_size=2, workers=workers)
-        assert len(stopping.images[CLEAN, 0, 2][2]) == 1  # it has not tried all of them
+        assert len(stopping.images[CLEAN, 0, 2][2]) == 1  # it did not try all of them
         with pytest.raises(ValueError, match="cannot read .*; bad_images skip would"):
             list(stopping.batches(2, stream=CLEAN, **WHERE))
 
 
-def test_test_images_none_of_which_can_be_read_are_refused(own_tree, capsys):
+def test_unreadable_test_images_are_refused(own_tree, capsys):
     for path in (own_tree / "val").rglob("*.*"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="not one of the test images"):
         Trainer(config(own_tree, bad_images="skip")).run_epoch()
 
 
-def test_what_could_not_be_read_is_remembered_on_resume(own_tree, tmp_path):
+def test_unreadable_images_are_remembered_on_resume(own_tree, tmp_path):
     spoil(own_tree)
     settings = config(own_tree, bad_images="skip", epochs=2)
     trainer = Trainer(settings)
@@ -439,11 +439,11 @@ def test_a_reader_that_is_killed_is_named(tree, tmp_path, capsys):
     assert "a process that reads images was killed" in capsys.readouterr().err
 
 
-# Processes that read images, and come to harm
+# Failures of worker processes
 
 
 def test_a_full_shared_memory_is_named(tree, monkeypatch):
-    """Of a process that reads, as far as one without privileges can have it: its files may not grow."""
+    """In a worker, as far as possible without privileges: its files cannot grow."""
 
     def poor(worker):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -453,8 +453,8 @@ def test_a_full_shared_memory_is_named(tree, monkeypatch):
         list(loaded(tree, workers=1, timeout=60).batches(16, stream=CLEAN, **WHERE))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's loader when it is half made
-def test_processes_that_cannot_be_started_are_said(tree, monkeypatch):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's loader when it is half built
+def test_processes_that_cannot_be_started_are_reported(tree, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -465,7 +465,7 @@ def test_processes_that_cannot_be_started_are_said(tree, monkeypatch):
 
 @pytest.fixture
 def stuck(monkeypatch):
-    """Reading never ends, and hears no SIGTERM in a worker, at some images of the split that is named; `killing`, the run has SIGTERM."""
+    """Reading some images of a split never ends, and workers ignore SIGTERM; with `killing` the run gets SIGTERM."""
     opened, how, run = folder.Files.open, {"split": "train", "killing": False}, os.getpid()
 
     def hang(self, index):
@@ -482,7 +482,7 @@ def stuck(monkeypatch):
     return how
 
 
-def test_readers_that_are_stuck_are_given_up(tree, stuck, tmp_path):
+def test_stuck_readers_time_out(tree, stuck, tmp_path):
     trainer = Trainer(config(tree, workers=2, timeout=1))
     with pytest.raises(ConnectionError, match="sent nothing for 1 s .timeout.*--workers 0"), reading(trainer.data):
         try:
@@ -496,7 +496,7 @@ def test_readers_that_are_stuck_are_given_up(tree, stuck, tmp_path):
 
 @pytest.mark.parametrize("split, workers", [("train", 0), ("train", 1), ("val", 0), ("val", 1)])
 def test_sigterm_saves_and_ends_a_run_that_waits_for_images(tree, stuck, tmp_path, split, workers):
-    """To go on, to the bit, as if it had not waited: in a step, and in an evaluation."""
+    """It resumes to the bit as if it had not waited: in a step, and in an evaluation."""
     stuck |= {"split": split, "killing": True}
     settings = config(tree, batch_size=2, workers=workers, epochs=1, output=tmp_path / "run")
     console = Console(file=StringIO())
@@ -513,7 +513,7 @@ def test_sigterm_saves_and_ends_a_run_that_waits_for_images(tree, stuck, tmp_pat
     assert_same(checkpoint.read(settings.output)["model"], whole.state_dict()["model"])
 
 
-# Folders that are not as they should be
+# Unsuitable folders
 
 
 def without_val(root):
@@ -549,7 +549,7 @@ def one_class(root):
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_a_folder_that_is_not_as_it_should_be_is_refused(own_tree, damage, options, message):
+def test_an_unsuitable_folder_is_refused(own_tree, damage, options, message):
     if damage:
         damage(own_tree)
     with pytest.raises(ValueError, match=message):
@@ -573,7 +573,7 @@ def test_other_images_are_refused_on_resume(own_tree):
 # In memory
 
 
-def test_crops_and_flips_are_those_of_a_loop():
+def test_crops_and_flips_equal_those_of_a_loop():
     images = torch.randint(256, (5, 2, 6, 7), dtype=torch.uint8)
     padded = torch.nn.functional.pad(images, (2,) * 4)
     down, right = np.array([0, 1, 2, 3, 4]), np.array([4, 0, 2, 1, 3])
@@ -598,7 +598,7 @@ def test_cutout_and_erasing_leave_the_mean_colour():
     assert 16 < (holes > 0).sum() < 48 and holes.max() < 0.37 * 1024
 
 
-def test_synthetic_images_have_the_asked_size_and_classes():
+def test_synthetic_images_have_the_requested_size_and_classes():
     trainer = Trainer(TrainConfig(data="synthetic", image_size=12, classes=7, batch_size=256, epochs=1))
     assert trainer.data.size == 12 and trainer.data.classes == 7 and trainer.steps_per_epoch == 4
     images, _ = next(trainer._batches())[0]
@@ -627,7 +627,7 @@ def test_a_dataset_is_a_function_that_registers_its_name(monkeypatch):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """CIFAR-10 of 40 images, as its archive, its folder and torchvision's checksums."""
+    """CIFAR-10 with 40 images: its archive, its folder and torchvision's checksums."""
     folder = tmp_path / "made" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -652,7 +652,7 @@ def cifar(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(cifar, monkeypatch):
-    """Hands out the archive; only the first half of it while `server.cut`."""
+    """Serves the archive, but only its first half while `server.cut`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         cut = False
@@ -699,7 +699,7 @@ def test_cifar_with_randaugment_comes_from_workers(cifar):
     assert trainer.run_epoch()["train_loss"] > 0
 
 
-def test_a_download_that_breaks_off_is_said_and_can_be_repeated(server, tmp_path, capsys):
+def test_an_interrupted_download_is_reported_and_can_be_repeated(server, tmp_path, capsys):
     server.cut = True
     root = tmp_path / "data"
     with pytest.raises(OSError, match=f"cannot download cifar10 to {root}: .*try again"):
@@ -708,7 +708,7 @@ def test_a_download_that_breaks_off_is_said_and_can_be_repeated(server, tmp_path
     assert len(data.load(cifar_config(root)).train[1]) == 40
 
 
-def test_a_server_that_says_nothing_is_given_up(cifar, monkeypatch, tmp_path):
+def test_a_silent_server_times_out(cifar, monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/cifar.tar.gz")
         with pytest.raises(OSError, match="cannot download cifar10 .*timed out"):
@@ -716,7 +716,7 @@ def test_a_server_that_says_nothing_is_given_up(cifar, monkeypatch, tmp_path):
     assert socket.getdefaulttimeout() is None
 
 
-def test_a_download_without_a_network_is_said(cifar, monkeypatch, tmp_path, capsys):
+def test_a_download_without_a_network_is_reported(cifar, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
     run = ["train", "--data", "cifar10", "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
     assert cli.main(run) == 2
@@ -726,7 +726,7 @@ def test_a_download_without_a_network_is_said(cifar, monkeypatch, tmp_path, caps
 # Held-out images
 
 
-def test_held_out_images_take_the_test_images_place():
+def test_held_out_images_replace_the_test_images():
     whole, one = data.load(TrainConfig()), data.load(TrainConfig(validation=0.25, label_noise=0.3, seed=1))
     images, labels = one.test
     assert (one.train_size, one.test_size) == (1010, 337) and one.wrong == 303
@@ -751,12 +751,12 @@ def test_cifar_holds_out_too(cifar):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_a_share_to_hold_out_out_of_range(share):
+def test_a_validation_share_out_of_range(share):
     with pytest.raises(ValueError, match="validation must be at least 0 and less than 1"):
         TrainConfig(validation=share)
 
 
-def test_what_cannot_be_held_out(tree):
+def test_data_that_cannot_be_held_out(tree):
     with pytest.raises(ValueError, match="validation holds out images in memory.*put them in val/ yourself"):
         data.load(config(tree, validation=0.2))
     with pytest.raises(ValueError, match="of 1347 training images is none: raise it"):

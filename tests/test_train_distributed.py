@@ -1,4 +1,4 @@
-"""The training program on several processes: under torchrun with two, on the CPU."""
+"""The training program on two processes, under torchrun, on the CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_together(*arguments: object, fault: tuple[str, int, int] = ("none", 0,
 
 
 def assert_close(left: object, right: object, rtol: float = 2e-3, atol: float = 2e-5) -> None:
-    """Equal up to rounding, but for what took how long."""
+    """Equal up to rounding, except times."""
     if isinstance(left, dict):
         assert left.keys() == right.keys()
         for key in (key for key in left if "second" not in str(key)):
@@ -46,7 +46,7 @@ def assert_close(left: object, right: object, rtol: float = 2e-3, atol: float = 
 
 
 def assert_same(left: object, right: object) -> None:
-    """Equal to the bit, but for what took how long."""
+    """Equal to the bit, except times."""
     assert_close(left, right, rtol=0, atol=0)
 
 
@@ -89,7 +89,7 @@ def alone(monkeypatch):
 
 @pytest.mark.parametrize("name", train_worker.RUNS)
 def test_two_processes_compute_what_one_does(runs, alone, name):
-    """The same batches, noise and masks, up to the rounding of sums; and the checkpoint has the same form."""
+    """The same batches, noise and masks, up to the rounding of sums, and the same form of checkpoint."""
     together, one = runs[0][name]["state"], train_worker.finish(alone(name))
     assert [process.keys() for process in together["processes"]] == [one["processes"][0].keys()] * 2
     del together["processes"], one["processes"]
@@ -101,12 +101,12 @@ def test_resume_equals_no_interruption_to_the_bit(runs, name):
     assert_same(runs[0][name]["resumed"], runs[0][name]["state"])
 
 
-def test_each_process_draws_its_own_numbers(runs):
+def test_each_process_has_its_own_random_state(runs):
     first, second = (p["random"]["torch"] for p in runs[0]["random states"]["state"]["processes"])
     assert not torch.equal(first, second)
 
 
-def test_a_checkpoint_of_shards_goes_on_in_one_process(runs, alone, folder):
+def test_a_checkpoint_of_shards_resumes_on_one_process(runs, alone, folder):
     trainer = alone("shards")
     trainer.load_state_dict(checkpoint.read(folder / "shards.pt"))
     assert trainer.steps_done == train_worker.STOP
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_shards_goes_on_in_one_process(runs, alone, folder):
         assert_close(together[key], one[key])
 
 
-def test_a_checkpoint_of_parallel_mrwp_goes_on_in_one_process(runs, alone, folder):
+def test_a_checkpoint_of_parallel_mrwp_resumes_on_one_process(runs, alone, folder):
     trainer = alone("side by side")
     trainer.load_state_dict(checkpoint.read(folder / "side by side.pt"))
     losses = [row["test_loss"] for row in train_worker.finish(trainer)["history"]]
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_parallel_mrwp_goes_on_in_one_process(runs, alone, folde
 
 
 def test_accumulation_loss_scale_clipping_and_replicas_together(folder):
-    """Every method takes the same steps in four pieces under a loss scale as at once without, and replicas stay equal to the bit."""
+    """Each method takes the same steps in four micro-batches under a loss scale as in one; replicas stay equal."""
     done = torchrun(WORKER, "combined", folder / "combined")
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(folder / f"combined.{rank}") for rank in range(2))
@@ -133,7 +133,7 @@ def test_accumulation_loss_scale_clipping_and_replicas_together(folder):
         assert_close(weights, first[(*name[:-1], 1)], rtol=1e-3, atol=1e-5)
 
 
-# Roles and pieces, in this process
+# Roles and micro-batches, in this process
 
 
 def test_one_process_mixes_the_gradients_of_two_halves():
@@ -150,7 +150,7 @@ def test_one_process_mixes_the_gradients_of_two_halves():
     assert len(output.logits) == 64
 
 
-def test_processes_share_out_every_batch():
+def test_processes_divide_every_batch():
     digits = data.load(TrainConfig())
     where = {"seed": 1, "epoch": 2, "stream": CLEAN}
     for whole, *parts in zip(
@@ -159,7 +159,7 @@ def test_processes_share_out_every_batch():
         assert torch.equal(whole[1], torch.cat([labels for _, labels in parts]))
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_processes_share_out_every_batch():
     ],
     ids=str,
 )
-def test_what_does_not_go_together_is_refused(processes, options, message):
+def test_incompatible_options_are_refused(processes, options, message):
     with pytest.raises(ValueError, match=message):
         Trainer(TrainConfig(**options), World(size=processes))
 
@@ -191,7 +191,7 @@ def test_compare_is_for_one_process(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("other", [{"ascent": "local"}, {"method": "mrwp"}], ids=str)
-def test_what_decides_the_weights_stays_on_resume(other):
+def test_options_that_affect_the_weights_are_fixed_on_resume(other):
     trainer = Trainer(TrainConfig(method="sam"))
     state = Trainer(replace(trainer.config, parallel="fsdp", timeout=5)).state_dict()
     trainer.load_state_dict(state)
@@ -203,7 +203,7 @@ def test_what_decides_the_weights_stays_on_resume(other):
 
 
 def options(name: str, output: Path) -> list[object]:
-    """What makes `flatops train` one of the runs of train_worker.py."""
+    """The options with which `flatops train` is one of the runs of train_worker.py."""
     config, default = train_worker.RESUMED[name][1], TrainConfig()
     given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
     values = {f"--{name.replace('_', '-')}": getattr(config, name) for name in given}
@@ -212,13 +212,13 @@ def options(name: str, output: Path) -> list[object]:
 
 
 def complaints(done: subprocess.CompletedProcess) -> list[str]:
-    """What flatops said on standard error; Python nothing."""
+    """What flatops wrote to standard error, where Python wrote nothing."""
     assert "[rank" not in done.stderr, done.stderr
     return [line for line in done.stderr.splitlines() if line.startswith("flatops train")]
 
 
 def assert_ended_as(whole: dict, folder: Path) -> None:
-    """A run in a folder, interrupted and resumed, ended to the bit as one that was not."""
+    """A run that was interrupted and resumed ended as one that was not, to the bit."""
     saved = checkpoint.read(folder)
     assert_same(*({key: state[key] for key in whole.keys() - {"config"}} for state in (saved, whole)))
     assert {path.name for path in folder.iterdir()} == FILES
@@ -241,7 +241,7 @@ def test_a_killed_process_ends_the_run_and_resume_repairs_it(runs, tmp_path):
 
 
 def test_a_folder_of_images_end_to_end_and_after_kill_9_to_the_bit(tmp_path):
-    """bf16, mixup, erasing, EMA, accumulation and worker processes on two processes, of which one is killed in mid-epoch."""
+    """bf16, mixup, erasing, EMA, accumulation and workers on two processes, of which one is killed mid-epoch."""
     root = make_folder(tmp_path / "images", train=32, val=9)
     run = [
         "--data",
@@ -275,7 +275,7 @@ def test_a_folder_of_images_end_to_end_and_after_kill_9_to_the_bit(tmp_path):
     assert_ended_as(whole, tmp_path / "run")
 
 
-def test_a_process_that_hangs_is_given_up(tmp_path):
+def test_a_process_that_hangs_times_out(tmp_path):
     run = [*options("random states", tmp_path / "run"), "--timeout", 3]
     done = train_together(*run, fault=("hang", 1, 12))
     assert done.returncode != 0
@@ -293,7 +293,7 @@ def test_a_process_that_fails_alone_is_named(tmp_path):
 
 
 def test_sigterm_saves_shards_and_resume_is_exact(runs, tmp_path):
-    """The launcher passes the signal on; processes stop after the same step, and the first one writes."""
+    """The launcher forwards the signal; processes stop after the same step, and the first one writes."""
     done = train_together(*options("shards and a mask", tmp_path / "run"), fault=("terminate", 1, 12))
     assert done.returncode != 0 and complaints(done) == []
     assert re.search(r"Stopped after 1\d of 20 steps", done.stdout)

@@ -1,4 +1,4 @@
-"""Recipes of the training program: precision, accumulation, clipping, averaging, presets, networks, measures, full disks."""
+"""Recipes of the training program: precision, accumulation, clipping, averaging, presets, metrics, disks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def perceptron(monkeypatch):
-    """A network without BatchNorm, to which the pieces of a batch are the batch."""
+    """A network without BatchNorm, for which micro-batches add up to the batch."""
 
     def made(classes, channels):
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 31), nn.ReLU(), nn.Linear(31, classes))
@@ -64,7 +64,7 @@ def config(method: str = "sgd", **options) -> TrainConfig:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_pieces_of_a_batch_make_the_same_step(method, perceptron):
+def test_micro_batches_give_the_same_step(method, perceptron):
     results = []
     for accumulate in (1, 4):
         trainer = Trainer(config(method, accumulate=accumulate, clip_norm=0.5))
@@ -77,7 +77,7 @@ def test_pieces_of_a_batch_make_the_same_step(method, perceptron):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_loss_scale_makes_no_difference_with_accumulation_and_clipping(method):
-    """To the bit, F of m-ARWP included, in which the scale would show."""
+    """To the bit, including m-ARWP's F, which would show the scale."""
     results = []
     for scaled in (False, True):
         trainer = Trainer(config(method, accumulate=2, clip_norm=0.5, **({"eta": 3.0} if "arwp" in method else {})))
@@ -90,9 +90,9 @@ def test_a_loss_scale_makes_no_difference_with_accumulation_and_clipping(method)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_float16_skips_overflows_and_goes_on(method, perceptron):
+def test_float16_skips_overflows_and_continues(method, perceptron):
     trainer = Trainer(config(method, amp="fp16", accumulate=2, clip_norm=1.0, batch_size=128))
-    trainer.gradient.scaler = GradScaler("cpu", init_scale=2.0**40)  # far too much: the first steps overflow
+    trainer.gradient.scaler = GradScaler("cpu", init_scale=2.0**40)  # far too large: the first steps overflow
     before = weights(trainer)
     steps(trainer, 1)
     torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)
@@ -103,7 +103,7 @@ def test_float16_skips_overflows_and_goes_on(method, perceptron):
     assert all(torch.isfinite(p).all() for p in after) and not torch.equal(before[0], after[0])
 
 
-def test_the_step_is_no_longer_than_the_clip():
+def test_the_step_is_clipped():
     trainer = Trainer(config(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1e-3))
     before = weights(trainer)
     steps(trainer, 1)
@@ -138,14 +138,14 @@ def test_base_optimizers(method, options, kind):
     steps(trainer, 2)
 
 
-def test_rho_moves_along_its_schedule():
+def test_rho_follows_its_schedule():
     trainer = Trainer(config("sam", rho=0.1, rho_end=0.3))
     for _ in range(2):
         row = trainer.run_epoch()
     assert row["rho"] == pytest.approx(0.3) and trainer.history[0]["rho"] == pytest.approx(0.2)
 
 
-# Mixing, averaging, measures
+# Mixing, averaging, metrics
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
@@ -171,7 +171,7 @@ def test_processes_mix_in_the_same_proportion():
         trainer = Trainer(config(mixup=0.4))
         trainer.world = World(rank, 2)
         [(_, labels)] = next(trainer._batches())
-        shares.append(labels.max(1).values.min().item())  # of the larger part, where two classes meet
+        shares.append(labels.max(1).values.min().item())  # of the larger part, where two classes mix
     assert shares[0] == pytest.approx(shares[1]) and 0.5 <= shares[0] < 1
 
 
@@ -194,7 +194,7 @@ def test_ema_is_the_recursion_and_is_evaluated():
     assert row["ema_accuracy"] != row["test_accuracy"]
 
 
-def test_measures_are_their_definitions():
+def test_metrics_equal_their_definitions():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(1000, 8, generator=generator)
     labels = torch.randint(8, (1000,), generator=generator)
@@ -223,7 +223,7 @@ def test_measures_are_their_definitions():
         Metrics(torch.device("cpu"), 5).result()
 
 
-def test_the_best_checkpoint_stays_while_the_last_goes_on(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     scores = iter([0.5, 0.9, 0.9, 0.2])
     monkeypatch.setattr(Trainer, "evaluate", lambda self, model=None: {"loss": 1.0, "accuracy": next(scores)})
     monkeypatch.setattr("flatops.train.report.COLUMNS", {})
@@ -258,7 +258,7 @@ def test_runs_never_share_a_folder(tmp_path, monkeypatch):
     assert [json.loads((tmp_path / "runs" / name / "config.json").read_text())["seed"] for name in names] == [0, 1, 2]
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     settings = config(epochs=2, batch_size=128, checkpoint_every=1, output=tmp_path / "run")
     step, good = Trainer._train_step, []
 
@@ -276,7 +276,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     assert all(t.isfinite().all() for t in checkpoint.read(tmp_path / "run")["model"].values())
 
 
-def test_a_run_that_goes_on_elsewhere_takes_its_checkpoints_along(tmp_path):
+def test_a_run_resumed_in_another_folder_copies_its_checkpoints(tmp_path):
     settings = config(epochs=1, batch_size=512, output=tmp_path / "a")
     train(settings, quiet())
     train(replace(settings, resume=tmp_path / "a", output=tmp_path / "b"), quiet())
@@ -306,7 +306,7 @@ def test_tensorboard_gets_every_row_once(tmp_path, monkeypatch, capsys):
 def test_presets_are_runs_with_their_source(name):
     settings = presets.recipe(name, epochs=50)
     assert settings.epochs == 50
-    for method in METHODS:  # its own, and the baselines that it is compared with
+    for method in METHODS:  # its own method, and the baselines that it is compared with
         other = with_method(settings, method)
         choose(other)
         used_options(other)
@@ -316,7 +316,7 @@ def test_presets_are_runs_with_their_source(name):
     models.create(settings.model, 10, 3, 224) if "vit" in name or "cifar" in name else None
 
 
-def test_presets_give_way_to_the_command_line(monkeypatch):
+def test_the_command_line_overrides_presets(monkeypatch):
     seen = []
     monkeypatch.setattr("flatops.train.train", seen.append)
     assert cli.main(["train", "--preset", "cifar100-resnet18-mrwp", "--lam", "0.7", "--epochs", "3"]) == 0
@@ -324,7 +324,7 @@ def test_presets_give_way_to_the_command_line(monkeypatch):
     assert (settings.method, settings.lam, settings.epochs, settings.sigma) == ("mrwp", 0.7, 3, 0.015)
 
 
-def test_an_unknown_preset_is_answered_with_those_like_it(capsys):
+def test_an_unknown_preset_suggests_similar_ones(capsys):
     assert cli.main(["train", "--preset", "imagenet-resnet50"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "did you mean imagenet-resnet50-" in line and "cifar100-resnet18-mrwp" in line
@@ -346,7 +346,7 @@ def test_networks_by_name():
         models.create("torchvision:resnet18", 10, 1)
 
 
-# Mistakes and misfortunes
+# Errors and failures
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_networks_by_name():
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_unusable_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Trainer(TrainConfig(**options))
 
@@ -381,7 +381,7 @@ def test_a_checkpoint_of_another_network_is_refused_by_its_weights():
     torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)
 
 
-def test_memory_that_runs_out_costs_one_line(monkeypatch, capsys, tmp_path):
+def test_out_of_memory_is_a_one_line_error(monkeypatch, capsys, tmp_path):
     """A real allocation that fails, after the first epoch."""
     step = Trainer._train_step
 
@@ -413,7 +413,7 @@ exit $status
 
 
 def on_a_small_disk(size: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
-    """`flatops train` in a file system of that size, mounted in a namespace of its own; `folder` gets what is in it at the end."""
+    """`flatops train` in a file system of that size, mounted in its own namespace; `folder` gets its final contents."""
     (folder / "small").mkdir()
     namespace = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
     program = [sys.executable, "-m", "flatops", "train", "--output", "run", *options]
@@ -429,8 +429,8 @@ def on_a_small_disk(size: str, folder: Path, *options: str) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("size, saved", [("500k", True), ("200k", False)], ids=["the second", "the first"])
-def test_a_full_disk_costs_one_line_and_no_checkpoint(size, saved, tmp_path):
-    """A checkpoint has 300 kB: where two of them do not fit, the second cannot be written, and the first goes on elsewhere."""
+def test_a_full_disk_is_a_one_line_error_and_loses_no_checkpoint(size, saved, tmp_path):
+    """A checkpoint has 300 kB: where two of them do not fit, the second cannot be written, and the first is kept."""
     options = ["--epochs", "2", "--batch-size", "256", "--threads", "1"]
     done = on_a_small_disk(size, tmp_path, *options)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -449,7 +449,7 @@ def test_a_full_disk_costs_one_line_and_no_checkpoint(size, saved, tmp_path):
 # Profile
 
 
-def test_profile_times_every_method_beside_sgd(capsys):
+def test_profile_times_every_method_relative_to_sgd(capsys):
     settings = TrainConfig(data="synthetic", image_size=8, batch_size=32, fisher_samples=None)
     rows = profile(settings, quiet(), rounds=2)
     assert [row["method"] for row in rows] == list(METHODS) and rows[0]["ratio"] == 1

@@ -1,7 +1,7 @@
-"""What concerns Triton alone: the machine code that it makes, its interpreter, and the tables that kernels read.
+"""What concerns only Triton: its machine code, its interpreter, and the tables that kernels read.
 
-Bits are compared with the reference in test_ops.py, in the interpreter where there is no GPU. Machine code needs no GPU either: run as
-a program, this file compiles every kernel for one architecture and prints what is in it.
+test_ops.py compares bits with the reference, in the interpreter if there is no GPU. Machine code needs no GPU either:
+run as a program, this file compiles every kernel for one architecture and prints an analysis.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ widen, narrow, philox = kernels.arithmetic.widen, kernels.arithmetic.narrow, ker
 
 DTYPES = ["fp32", "bf16", "fp16", "fp64"]
 ARCHITECTURES = [80, 90, 100]
-# Of every kernel, the variant that does most; "noise" is perturb_ with a backup, as RWP calls it.
+# For every kernel, its largest variant; "noise" is perturb_ with a backup, as RWP calls it.
 PERTURB = {"backup": True, "fisher": True}
 TOPK = {
     "mask": None,
@@ -41,7 +41,7 @@ TOPK = {
     "place": None,
     "live": True,
     "lowest": False,
-    "bits": None,  # as the dtype says
+    "bits": None,  # as for the dtype
 }
 DROP = {"column": tensor_list.DROP.value, "place": None, "live": True, "lowest": True, "bits": None}
 RANDOM = {"column": None, "place": 0xFFFFFFFF, "live": False, "lowest": False, "bits": 24}
@@ -70,8 +70,8 @@ VARIANTS = {
     "compare_random": ("mask", "compare_kernel", RANDOM),
     "mask": ("mask", "mask_kernel", {"regrow": True}),
 }
-FOLDS = ["long_norms", "long_fisher", "whole_sums", "whole_norm"]  # they work on float64 sums alone
-# What is compiled for every dtype.
+FOLDS = ["long_norms", "long_fisher", "whole_sums", "whole_norm"]  # these work on float64 sums only
+# Compiled for every dtype.
 BY_DTYPE = ["perturb", "ascend", "sum", "norms", "fisher", "ascend_masked", "squares", "histogram_drop", "compare_drop"]
 CODE = [
     (arch, name, dtype)
@@ -91,11 +91,11 @@ ARGUMENTS = {
 }
 
 
-# --- machine code --------------------------------------------------------------------------------------------------------
+# --- machine code -----------------------------------------------------------------------------------------------------
 
 
 def build(arch: int, name: str, dtype: str) -> dict:
-    """Compiles one variant and takes its machine code apart."""
+    """Compiles one variant and analyses its machine code."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -118,7 +118,7 @@ def build(arch: int, name: str, dtype: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # which knows what Triton's ptxas makes
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"  # as new as Triton's ptxas
         command = [tool, "-res-usage", "-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     [code] = machine_code.parse(listing).values()
@@ -133,7 +133,7 @@ def build(arch: int, name: str, dtype: str) -> dict:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What is in the machine code of every variant; a process for each architecture."""
+    """An analysis of every variant's machine code; one process per architecture."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     processes = [
@@ -147,8 +147,7 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("arch, name, dtype", CODE)
 def test_machine_code(arch, name, dtype, compiled):
-    """Everything stays in registers, few enough for two blocks of which one computes while the other's memory moves; and floating
-    point is what the contract allows, rounded once at each step."""
+    """No spills, registers for two blocks (one computes, one waits), only the contract's operations, rounded once."""
     code = compiled[arch, name, dtype]
     assert code["local memory"] == 0 and code["blocks"] >= 2
     floating = {op.replace(".rn", "").removesuffix("x2") for op in code["ptx"] if re.search(r"\.b?f(16|32|64)", op)}
@@ -156,7 +155,7 @@ def test_machine_code(arch, name, dtype, compiled):
     assert floating <= {"fma.f32"} | {f"{op}.f{n}" for op in ("add", "sub", "mul", "div", "sqrt") for n in (32, 64)}
     assert all(".rn" in op for op in code["ptx"] if op.startswith(("div.", "sqrt.", "fma.")) and ".f" in op)
     assert not any(".ftz" in op or ".approx" in op for op in code["ptx"])
-    if name not in ("ascend", "ascend_masked", "whole_norm"):  # which divide and take roots in float64, by fma
+    if name not in ("ascend", "ascend_masked", "whole_norm"):  # these divide and take roots in float64, by fma
         assert code["contracted"] == 0
 
 
@@ -170,7 +169,7 @@ def test_accesses_are_128_bits_wide(arch, name, compiled):
     assert stores >= 128 or name in ("sum", "norms")
 
 
-# --- the interpreter -------------------------------------------------------------------------------------------------------
+# --- the interpreter --------------------------------------------------------------------------------------------------
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled where there is a GPU"
@@ -206,7 +205,7 @@ def convert_kernel(small, wide, n: tl.constexpr, dtype: tl.constexpr):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_conversions_round_to_the_nearest(dtype):
-    """Every number of 16 bits to float32; any float32, and the ones half-way between two of 16 bits, back."""
+    """Every 16-bit number to float32; any float32, and those halfway between two 16-bit numbers, back."""
     small = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     bits = torch.randint(-(2**31), 2**31, (2**16,), generator=torch.Generator().manual_seed(0)).int()
     half_way = (small.float().view(torch.int32) + torch.tensor([0x8000, 0x1000]).repeat(2**15)).int()
@@ -248,19 +247,19 @@ def test_philox_known_answers(counter, key, words):
 @interpreted
 @pytest.mark.parametrize("count", [0, 1, 129, 1024, 1025, 2**20 + 1])
 def test_total_of_any_number_of_sums(count):
-    """Up to the third level of the rule, which takes a tensor of more than 2^30 weights to reach."""
+    """Up to the third level of the rule, which only tensors of more than 2^30 weights reach."""
     sums = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = torch.empty((), dtype=torch.float64)
     kernels.sum.whole_norm_kernel[(1,)](sums, count, out)
     assert out.item() == math.sqrt(reference.total(sums).item())
 
 
-# --- cutting and tables ----------------------------------------------------------------------------------------------------
+# --- blocks and tables ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["all", "long", "whole"])
 def test_blocks_cover_every_element_once(kind):
-    """Row by row as kernels share them, with the sizes of this process, compiled or interpreted."""
+    """Row by row as kernels divide them, with the sizes of this process, compiled or interpreted."""
     rows, reduce, tile = (getattr(tensor_list, n).value for n in ("ROWS", "REDUCE", "TILE"))
     sizes = [(), (0, 4), (7,), (3 * rows, 5), (2, tile), (3, tile + 1), (2 * tile + 3,), (5, 3 * reduce)]
     shapes = tensor_list.Shapes([torch.Size(s) for s in sizes], [torch.float32, torch.float64] * 4)
@@ -307,8 +306,8 @@ def test_weights_that_share_memory_are_refused():
 
 
 @interpreted
-def test_versions_move_where_something_changes():
-    """Also where odd layouts are copied: the gradient's copy is not put back."""
+def test_versions_increase_where_something_changes():
+    """Even if unusual layouts are copied: the gradient's copy is not written back."""
     params, grads, backup = ([torch.ones(6, 4).t()] for _ in range(3))
     rho, norm = torch.tensor(0.5, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
     kernels.ascend.ascend_(params, grads, backup, None, rho, norm, False)
@@ -320,7 +319,7 @@ def test_versions_move_where_something_changes():
 
 
 @interpreted
-def test_versions_move_where_masks_change():
+def test_versions_increase_where_masks_change():
     params, fisher = [torch.ones(40)], [torch.zeros(40)]
     kernels.fisher.fisher_(fisher, params, torch.tensor(2.0, dtype=torch.float64))
     mask, bad = kernels.mask.topk_mask(fisher, 3)
@@ -330,13 +329,13 @@ def test_versions_move_where_masks_change():
     assert mask.tolist() == [0b11100, 0, 0] and mask._version > version and params[0]._version == 0
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", tensor_list.TYPES, ids=str)
-def test_choices_by_the_digits_that_a_gpu_takes(dtype, monkeypatch):
-    """The interpreter takes larger ones, and more elements at a time."""
+def test_topk_with_the_digits_of_a_gpu(dtype, monkeypatch):
+    """The interpreter uses larger ones, and more elements at a time."""
     sizes = {"DIGIT": 8, "BINS": 256, "STATE": 258, "SPAN": 256}
     for name, value in sizes.items():
         monkeypatch.setattr(kernels.mask, name, tl.constexpr(value))
@@ -354,7 +353,7 @@ def test_choices_by_the_digits_that_a_gpu_takes(dtype, monkeypatch):
 
 @interpreted
 def test_backups_with_too_few_slots_are_not_overrun():
-    """Weights without a slot stay, and all the others come back."""
+    """Weights without a slot do not change, and all others are restored."""
     params, norm = [torch.randn(5000)], torch.tensor(1.0, dtype=torch.float64)
     before = params[0].clone()
     mask, _ = kernels.mask.topk_mask([before.abs()], 2500)
@@ -381,7 +380,7 @@ class Stream:
 
 
 def test_tables_on_a_gpu(monkeypatch):
-    """Filled once without waiting, waited for by other streams; and what a graph reads lives for ever."""
+    """Filled once without a host sync, and awaited by other streams; tables that a graph reads are never freed."""
     streams, capturing, recorded = [Stream(), Stream()], [False], []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])

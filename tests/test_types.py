@@ -1,4 +1,4 @@
-"""What a type checker tells a user's code: `make lint` checks the types, running it that they are true."""
+"""The types that a type checker infers in a user's code: `make lint` checks them, running the tests confirms them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def loss(model: torch.nn.Module) -> Tensor:
     return model(torch.ones(2, 4)).square().mean()
 
 
-def test_optimizers_are_what_was_asked_for() -> None:
+def test_optimizers_have_their_types() -> None:
     model = torch.nn.Linear(4, 2)
     sam = flatops.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
     ssam = flatops.SSAM(model.parameters(), torch.optim.AdamW, rho=torch.tensor(0.1), sparsity=0.5, mask="dynamic")
@@ -25,11 +25,11 @@ def test_optimizers_are_what_was_asked_for() -> None:
     assert_type(rwp, flatops.RWP)
     assert_type(rwp.clean_weight, float)
     assert_type(flatops.unwrap(sam), Flat)
-    assert isinstance(sam, torch.optim.SGD)  # which no checker can know: the class is made when it is asked for
-    torch.optim.lr_scheduler.StepLR(rwp, 10)  # takes it for an optimizer
+    assert isinstance(sam, torch.optim.SGD)  # no checker can know this: the class is made at run time
+    torch.optim.lr_scheduler.StepLR(rwp, 10)  # accepts it as an optimizer
 
 
-def test_passes_are_contexts_that_swallow_nothing() -> None:
+def test_passes_are_contexts_that_suppress_no_errors() -> None:
     model = torch.nn.Linear(4, 2)
     optimizer = flatops.RWP(model.parameters(), torch.optim.SGD, sigma=0.01, lr=0.1)
     assert_type(optimizer.perturbed(loss_scale=2.0), Pass)

@@ -1,4 +1,4 @@
-"""torchrun, as a user calls it, with two processes of one thread each."""
+"""torchrun as a user runs it, with two processes of one thread each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def torchrun(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs a script, the first argument, with the others. When one process dies, torchrun leaves the other 30 s to say what it saw."""
+    """Runs a script (the first argument) with the others. When a process dies, the other gets 30 s to report it."""
     command = [
         sys.executable,
         "-m",

@@ -1,8 +1,8 @@
-"""What the processes of test_train_distributed.py run, under torchrun.
+"""The processes of test_train_distributed.py, under torchrun.
 
-train_worker.py runs FILE: every run of RUNS and RESUMED, in one process group; what came of them goes to FILE.
-train_worker.py combined FILE: every method with and without accumulation, a loss scale and clipping; their weights go to FILE.
-train_worker.py FAULT RANK STEP ARGUMENTS...: `flatops train ARGUMENTS`, where process RANK comes to harm in STEP.
+train_worker.py runs FILE: makes every run of RUNS and RESUMED in one process group and writes the results to FILE.
+train_worker.py combined FILE: every method, with and without accumulation, loss scale and clipping; weights go to FILE.
+train_worker.py FAULT RANK STEP ARGUMENTS...: `flatops train ARGUMENTS`, where process RANK fails in STEP.
 """
 
 from __future__ import annotations
@@ -24,19 +24,17 @@ from flatops.train.world import World, joined
 
 
 def perceptron(classes: int, channels: int) -> nn.Module:
-    """Without BatchNorm, whose statistics are each process's own: many processes compute what one does."""
+    """Has no BatchNorm, whose statistics would differ between processes and from those of a single process."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, 31), nn.ReLU(), nn.Linear(31, classes))
 
 
 def dropping(classes: int, channels: int) -> nn.Module:
-    """With randomness of its own."""
+    """A network with its own randomness."""
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * channels, classes))
 
 
 MODELS = {"perceptron": perceptron, "dropping": dropping, "cnn": models.cnn}
-EVALUATION_BATCH = (
-    100  # the digits' 450 test images: two processes get unlike numbers of batches, and the last is uneven
-)
+EVALUATION_BATCH = 100  # the digits' 450 test images: processes get different numbers of batches, the last is uneven
 
 
 def config(method: str, **options: object) -> TrainConfig:
@@ -44,12 +42,12 @@ def config(method: str, **options: object) -> TrainConfig:
 
 
 def use(model: str) -> None:
-    """Make `cnn` another network."""
+    """Makes `cnn` another network."""
     models.cnn = MODELS[model]
     engine.EVALUATION_BATCH = EVALUATION_BATCH
 
 
-# name: (network, configuration); what one process with the same configuration computes, up to rounding
+# name: (network, configuration); equal up to rounding to one process with the same configuration
 RUNS = {
     f"{name} {kind}": ("perceptron", config(method, parallel=kind, **options))
     for kind, runs in {
@@ -60,7 +58,7 @@ RUNS = {
     for method in [name]
 }
 
-# name: (network, configuration); stopped in mid-epoch and resumed
+# name: (network, configuration); stopped mid-epoch and resumed
 RESUMED = {
     "side by side": ("cnn", config("mrwp", rwp_parallel=True, sigma_end=0.1)),
     "adaptive, side by side": ("cnn", config("marwp", rwp_parallel=True)),
@@ -74,7 +72,7 @@ STOP = 15  # of 20 steps
 
 
 def finish(trainer: Trainer, stop: int | None = None) -> dict:
-    """Train to the end, or to a step; what a checkpoint would hold then."""
+    """Trains to the end, or to a step; returns what a checkpoint would hold then."""
 
     class Stopped(Exception):
         pass
@@ -92,7 +90,7 @@ def finish(trainer: Trainer, stop: int | None = None) -> dict:
 
 
 def run_all(world: World, file: Path) -> None:
-    """Every run: its state, and this process's whole weights; for RESUMED also the state after a stop, and stopped."""
+    """Every run: its state and this process's whole weights; for RESUMED also the state after the stop, and stopped."""
     result = {}
     for name, (model, settings) in (RUNS | RESUMED).items():
         use(model)
@@ -112,7 +110,7 @@ def run_all(world: World, file: Path) -> None:
 
 
 def combined(world: World, file: Path) -> None:
-    """A few steps of every method, plain and in pieces under a loss scale: this process's weights."""
+    """A few steps of every method, plain and in micro-batches under a loss scale: this process's weights."""
     use("perceptron")
     result = {}
     for method in METHODS:
@@ -129,17 +127,17 @@ def combined(world: World, file: Path) -> None:
 
 
 def harm(fault: str, rank: int, step: int) -> None:
-    """Have a process die, hang or raise when it begins a step."""
+    """Makes a process die, hang or raise when it begins a step."""
     train_step = Trainer._train_step
 
     def harmed(self: Trainer, *batches: object) -> None:
         if self.world.rank == rank and self.steps_done == step:
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if fault == "hang":  # but not so badly that the launcher would have to wait for half a minute to kill it
+            if fault == "hang":  # but in a way that the launcher can end at once
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(1000)
-            if fault == "terminate":  # the launcher, which passes it on
+            if fault == "terminate":  # the launcher, which forwards the signal
                 os.kill(os.getppid(), signal.SIGTERM)
             if fault == "raise":
                 raise ValueError("this process alone")

@@ -1,4 +1,4 @@
-"""Processes that tests send functions to: started once, joined anew by torch.distributed for every call."""
+"""Processes that run functions of tests: started once, and joined anew by torch.distributed for every call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-LIMIT = 240  # seconds for one call, on a machine that has other things to do too
+LIMIT = 240  # seconds per call, on a busy machine
 MOST = 4
 
 
@@ -29,7 +29,7 @@ def _serve(inbox: Any, outbox: Any) -> None:
             timeout = datetime.timedelta(seconds=LIMIT / 2)
             dist.init_process_group("gloo", f"file://{path}", timeout, world, rank)
             function(*args)
-            dist.barrier()  # or one that is ready would break the connections of those that are not
+            dist.barrier()  # or one that is ready would break the connections of the others
         except BaseException:
             report = f"process {rank}:\n{traceback.format_exc()}"
         finally:
@@ -40,7 +40,7 @@ def _serve(inbox: Any, outbox: Any) -> None:
 
 class _Pool:
     def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")  # what torch has started cannot be forked
+        context = multiprocessing.get_context("forkserver")  # torch cannot be forked once it has started threads
         context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "flatops"])
         self.inboxes = [context.SimpleQueue() for _ in range(MOST)]
         self.outboxes = [context.Queue() for _ in range(MOST)]
@@ -78,9 +78,9 @@ def _pool() -> _Pool:
 
 
 def run(function: Callable[..., None], world: int, *args: Any) -> None:
-    """Calls a function of a test file in `world` processes, which are a process group; raises what any of them raises."""
+    """Calls a function of a test file in a process group of `world` processes; raises what any of them raises."""
     reports = _pool().run(function, world, args)
     if reports:
-        _pool().stop()  # some may be stuck in the middle
+        _pool().stop()  # some may be stuck
         _pool.cache_clear()
         raise AssertionError("\n\n".join(reports))

@@ -12,7 +12,7 @@ struct Emulated {
 
   explicit Emulated(at::Device)
       : where{nullptr, [this](int64_t bytes) {
-                // Filled with NaN: reading what was never written shows.
+                // Filled with NaN, so that reads of unwritten memory show.
                 scratch.push_back(at::full({bytes / 8 + 1}, NAN, at::kDouble));
                 return scratch.back().data_ptr();
               }} {}

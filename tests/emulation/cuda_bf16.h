@@ -1,4 +1,4 @@
-// bfloat16 as the kernels use it (see cuda_runtime.h beside this file).
+// bfloat16 as far as the kernels use it; see cuda_runtime.h.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Half precision as the kernels use it (see cuda_runtime.h beside this file).
+// Half precision as far as the kernels use it; see cuda_runtime.h.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,7 +1,7 @@
-// CUDA on one host thread, for tests: the kernels of csrc/cuda/, compiled by the host's compiler, run as they are written.
+// CUDA on one host thread, for tests: runs the unchanged kernels of csrc/cuda/, compiled by the host's compiler.
 //
-// Each thread of a block is a coroutine. It runs until it meets a barrier or a shuffle, and goes on when all that it waits for
-// have come. Threads and blocks run in an order drawn anew each time, so a race between two barriers shows as other bits.
+// Each thread of a block is a coroutine. It runs until a barrier or a shuffle, and continues when all threads that it
+// waits for have arrived. Threads and blocks run in random order, so a race between two barriers changes bits.
 #pragma once
 #include <ucontext.h>
 
@@ -49,7 +49,7 @@ struct Block {
   static constexpr int WARP = 32, STACK = 1 << 16;
   std::vector<Thread> threads;
   ucontext_t scheduler;
-  double slots[2][1024];  // what threads show each other in a shuffle, and in the next
+  double slots[2][1024];  // the values that threads exchange in a shuffle, and in the next one
   std::function<void()> kernel;
   std::mt19937 random{20261121};
 
@@ -87,7 +87,8 @@ struct Block {
     std::vector<unsigned> order(count);
     std::iota(order.begin(), order.end(), 0u);
     const auto all = [&](unsigned first, unsigned last, State state) {
-      return std::all_of(threads.begin() + first, threads.begin() + last, [&](const Thread& t) { return t.state == state; });
+      const auto in_state = [&](const Thread& t) { return t.state == state; };
+      return std::all_of(threads.begin() + first, threads.begin() + last, in_state);
     };
     const auto release = [&](unsigned first, unsigned last) {
       for (unsigned i = first; i < last; ++i) threads[i].state = State::ready;
@@ -103,7 +104,8 @@ struct Block {
       bool released = all(0, count, State::at_block) && release(0, count);
       for (unsigned w = 0; w < count; w += WARP)
         released |= all(w, std::min(w + WARP, count), State::at_warp) && release(w, std::min(w + WARP, count));
-      if (!released && !all(0, count, State::done)) throw std::logic_error("emulation: threads wait for others that do not come");
+      if (!released && !all(0, count, State::done))
+        throw std::logic_error("emulation: some threads wait for others that never arrive");
     }
   }
 
@@ -120,12 +122,12 @@ struct Block {
 
 }  // namespace emulation
 
-// --- what the kernels use of CUDA ----------------------------------------------------------------------------------------
+// --- the part of CUDA that the kernels use ---------------------------------------------------------------------------
 
 inline void __syncthreads() { emulation::Block::instance().wait(emulation::State::at_block); }
 inline void __threadfence() {}
 
-// The value that a lane of this warp has; all of them come here.
+// The value of a lane of this warp. All lanes have to call it.
 template <class T> T __shfl_sync(unsigned mask, T value, int lane) {
   auto& block = emulation::Block::instance();
   if (mask != 0xffffffffu) throw std::logic_error("emulation: only whole warps shuffle");
@@ -176,7 +178,7 @@ inline int64_t __double_as_longlong(double x) { return __bits<int64_t>(x); }
 inline float __int_as_float(int x) { return __bits<float>(x); }
 inline float __uint_as_float(uint32_t x) { return __bits<float>(x); }
 
-// --- the host's side ---------------------------------------------------------------------------------------------------------
+// --- the host's side -------------------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess,
                    cudaErrorNoKernelImageForDevice,
@@ -194,8 +196,9 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  static_assert((sizeof(Parameters) + ... + 0) <= 32764, "more than a launch takes");
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 32764, "more parameters than a launch takes");
   auto& block = emulation::Block::instance();
   const std::tuple<std::decay_t<Parameters>...> parameters(arguments...);
   block.kernel = [&] { std::apply(kernel, parameters); };
