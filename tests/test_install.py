@@ -165,7 +165,7 @@ def test_the_sdist_holds_what_a_build_needs(tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout: an unpacked sdist has no list of files to compare with")
-    assert set(tracked) - names <= {".gitignore"}
+    assert set(tracked) - names <= {".gitignore", ".git-blame-ignore-revs"}
 
 
 def test_the_import_adds_nothing_but_flatops_itself():
