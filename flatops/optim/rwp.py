@@ -24,12 +24,14 @@ from flatops.weights import check_regenerate
 class RWP(KeepsFisher):
     """RWP: the gradient at randomly perturbed weights, the step at the clean weights.
 
-    eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0). Complex weights are pairs of real
-    ones. m-RWP (lam < 1): the gradient is lam g(w + eps; B2) + (1 - lam) g(w; B1), on two different batches. ARWP (eta
-    > 0): eps_f is divided by sqrt(1 + eta F_f), where F <- beta F + g^2 with the perturbed gradient, one number per
-    filter. With lam = 1, F is updated in the step, from the gradient after clipping. Parallel m-RWP (`parallel`): some
-    replicas compute the perturbed gradient, the others (rank 0 among them) the clean one, and the usual all-reduce
-    mixes the two, in the time of plain training.
+    eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (slice along dim 0). Complex weights are pairs of real ones.
+
+    m-RWP (lam < 1): the gradient is lam g(w + eps; B2) + (1 - lam) g(w; B1), on two different batches.
+    ARWP (eta > 0): eps_f is divided by sqrt(1 + eta F_f), F <- beta F + g^2 with the perturbed gradient, one number per
+    filter. With lam = 1, F is updated in the step, from the gradient after clipping.
+
+    Parallel m-RWP (`parallel`): some replicas compute the perturbed gradient, the others (rank 0 among them) the clean
+    one, and the usual all-reduce mixes the two, in the time of plain training.
 
     Args:
         params: parameters or groups, which may set their own sigma, eta and beta.

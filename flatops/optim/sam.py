@@ -25,8 +25,8 @@ class SAM(Flat):
     """SAM: the gradient at the worst weights nearby, the step at the clean weights.
 
     e = rho g / ||g||_2 over all parameters together, the gradient taken at w + e, the base optimizer's step at w.
-    ASAM (`adaptive`): e = rho w^2 g / ||w g||_2. With the base's `maximize`, e has the other sign. Complex weights are
-    pairs of real ones.
+    ASAM (`adaptive`): e = rho w^2 g / ||w g||_2.
+    With the base's `maximize`, e has the other sign. Complex weights are pairs of real ones.
 
     Args:
         params: parameters or groups, which may set their own rho and adaptive.

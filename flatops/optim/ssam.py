@@ -31,9 +31,10 @@ class SSAM(KeepsFisher, SAM):
     over the N trainable weights. Use it like SAM, and call `update_mask` for a new mask every few epochs.
 
     SSAM-F (`mask="fisher"`): the k largest of the empirical Fisher, the sum of g^2 over single samples. Before the
-    first update_mask() it is SAM. SSAM-D (`mask="dynamic"`): the first perturbed pass draws a random mask; then
-    update_mask() drops the round(d k) selected weights of the lowest score and grows as many others, d = drop_rate (1 +
-    cos(pi t / total_updates)) / 2 at update t, counted from 0.
+    first update_mask() it is SAM.
+    SSAM-D (`mask="dynamic"`): the first perturbed pass draws a random mask; then update_mask() drops the round(d k)
+    selected weights of the lowest score and grows as many others; at update t, counted from 0,
+    d = drop_rate (1 + cos(pi t / total_updates)) / 2.
 
     Patterns:
         'global': k weights of the whole model.
@@ -85,8 +86,8 @@ class SSAM(KeepsFisher, SAM):
     processes.
 
     References:
-        Mi et al.: Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach. arXiv 2210.05177. Mi
-        et al.: Systematic Investigation of Sparse Perturbed Sharpness-Aware Minimization Optimizer. arXiv 2306.17504.
+        Mi et al.: Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach. arXiv 2210.05177.
+        Mi et al.: Systematic Investigation of Sparse Perturbed Sharpness-Aware Minimization Optimizer. arXiv 2306.17504
     """
 
     def __init__(
@@ -166,8 +167,8 @@ class SSAM(KeepsFisher, SAM):
 
         With fisher='samples': from F = sum of g^2 over single samples, at the clean weights, the model in evaluation
         mode. Buffers such as running statistics, gradients, torch's generators and modes do not change. There is no
-        loss scale, so leave float16 autocast off. With mask='dynamic' or fisher='minibatch', without arguments: from
-        p.grad, or from the F of the last passes.
+        loss scale, so leave float16 autocast off.
+        With mask='dynamic' or fisher='minibatch', without arguments: from p.grad, or from the F of the last passes.
 
         Under torch.distributed F is summed over all processes, each with its own samples, and all get rank 0's mask.
         Under FSDP2 all processes pass the same samples; scores are gathered in rank 0's memory, 4 bytes per weight.
@@ -262,12 +263,6 @@ class SSAM(KeepsFisher, SAM):
         Autograd then computes nothing for them, and stops at the lowest tensor with a selected weight: a gain with
         structured masks, above all pattern='filter'. step(closure) does this itself. Under DistributedDataParallel it
         needs `model`: an all-reduce would wait for the skipped gradients.
-
-        Example:
-            >>> with optimizer.ascent_pass():
-            ...     loss_fn(model(x), y).backward()
-            >>> with optimizer.perturbed():
-            ...     loss_fn(model(x), y).backward()
         """
         with super().ascent_pass(model):
             self.run.skipped += [p for p in self._skippable() if p.requires_grad]
