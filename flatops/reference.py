@@ -274,8 +274,8 @@ def ascend_(params, grads, backup, mask, rho, norm, adaptive: bool) -> None:
             continue
         w, d = _exact(rows(p)), _exact(rows(g, like=p))
         d = w * w * d if adaptive else d
-        climbed = w + step * d if p.dtype == torch.float64 else fma(step.float(), d, w)
-        _write(p, torch.where((step == 0) | ~rows(l, like=p), rows(p), climbed.to(p.dtype)))
+        ascended = w + step * d if p.dtype == torch.float64 else fma(step.float(), d, w)
+        _write(p, torch.where((step == 0) | ~rows(l, like=p), rows(p), ascended.to(p.dtype)))
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

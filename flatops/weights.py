@@ -62,7 +62,7 @@ class Weights:
         torch._foreach_copy_(backup, mine, non_blocking=offload)
         return backup
 
-    def climb(self, params: list[Tensor], along: list[Tensor], rho: float | Tensor, **how: Any) -> None:
+    def ascend(self, params: list[Tensor], along: list[Tensor], rho: float | Tensor, **how: Any) -> None:
         """`ops.ascend_`; `how` holds its backup, mask, norm and adaptive."""
         mine = all_local(params)
         self.changes.announce(mine, how["backup"][-1], backup=how["backup"], mask=how.get("mask"))

@@ -85,7 +85,7 @@ def test_a_usable_nvcc_is_found(find_cuda, monkeypatch, tmp_path):
     [
         ("12.4", True, "13.0", "is CUDA 12.4 and torch was built with 13.0"),
         ("13.0", False, "13.0", "no usable nvcc"),
-        ("13.0", True, None, "this torch knows no CUDA"),
+        ("13.0", True, None, "this torch was built without CUDA"),
     ],
 )
 def test_an_nvcc_that_cannot_be_used_leaves_the_cpu(

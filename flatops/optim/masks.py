@@ -110,17 +110,17 @@ class Mask:
         key = (params[0].dtype, *chosen)
         part = self.parts.get(key)
         if part is None or part.version != self.bits._version:
-            climb, mask = [self.params[i] for i in chosen], self.bits
+            present, mask = [self.params[i] for i in chosen], self.bits
             if 0 < len(chosen) < len(self.params):
                 live = self.live()
-                mask = ops.pack_mask([live[p] for p in climb])
-            backup, mine = part.backup if part else [], all_local(climb)
-            if climb and not (backup and len(backup[0]) == ops.count_mask(mask, mine)):
+                mask = ops.pack_mask([live[p] for p in present])
+            backup, mine = part.backup if part else [], all_local(present)
+            if present and not (backup and len(backup[0]) == ops.count_mask(mask, mine)):
                 with torch.inference_mode(False):  # an inference tensor has no version
                     backup = ops.new_backup(mine, mask)
             if len(self.parts) > 8:  # lists that change from step to step
                 self.parts.clear()
-            part = self.parts[key] = Part(climb, mask, backup, self.bits._version)
+            part = self.parts[key] = Part(present, mask, backup, self.bits._version)
         return part
 
     def live(self) -> dict[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class SAM(Flat):
     def _ascend(
         self, params: list[Tensor], index: list[int], along: list[Tensor], rho: float | Tensor, **how: Any
     ) -> None:
-        self.run.weights.climb(params, along, rho, backup=self.run.weights.backup(params, index), **how)
+        self.run.weights.ascend(params, along, rho, backup=self.run.weights.backup(params, index), **how)
 
     def _pass_overflow_on(self, params: list[Tensor], norm: Tensor) -> None:
         """Makes the second gradient NaN, before any all-reduce, if the first overflowed.

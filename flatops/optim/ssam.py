@@ -359,7 +359,7 @@ class SSAM(KeepsFisher, SAM):
             part = mask.part(params)
             if part.params:
                 along = [g for p, g in zip(params, along) if p in mask.place]
-                self.run.weights.climb(part.params, along, rho, backup=part.backup, mask=part.mask, **how)
+                self.run.weights.ascend(part.params, along, rho, backup=part.backup, mask=part.mask, **how)
 
     # --- checkpoints and copies ---------------------------------------------------------------------------------------
 
