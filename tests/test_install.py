@@ -150,7 +150,7 @@ import flatops
 flatops.ops.filter_norms([torch.ones(3, 3)])
 """
     done = run("-c", program)
-    assert "install flatops again, with --no-build-isolation --no-cache-dir --force-reinstall" in done.stderr
+    assert "reinstall flatops with --no-build-isolation --no-cache-dir --force-reinstall" in done.stderr
     assert ("slow reference" in done.stderr) == ("symbol" in core) == (done.returncode == 0)
 
 

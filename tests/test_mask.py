@@ -223,7 +223,7 @@ BAD = [
     (lambda: ops.unpack_mask(M, S[:1]), ValueError, "another|made for"),
     (lambda: ops.unpack_mask(M.long(), S), ValueError, "int32"),
     (lambda: ops.pack_mask(S), TypeError, "boolean"),
-    (lambda: ops.ascend_(P, P, 0.1, norm=torch.ones(()), mask=M[:-1]), ValueError, "mask must be int32"),
+    (lambda: ops.ascend_(P, P, 0.1, norm=torch.ones(()), mask=M[:-1]), ValueError, "mask must be contiguous int32"),
     (lambda: ops.ascend_(P, P, 0.1, norm=torch.ones(()), mask=M, backup=ops.new_backup(P)), ValueError, "new_backup"),
     (lambda: ops.ascend_(P, P, 0.1, norm=torch.ones(()), backup=ops.new_backup(P, M)), ValueError, "backup"),
     (lambda: ops.restore_(P, mask=M, scales=torch.ones(4), seed=0, draw=0), ValueError, "never masked"),
