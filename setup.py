@@ -1,4 +1,4 @@
-"""Builds flatops' compiled core against the torch that is already installed, or against the newest one where there is none."""
+"""Builds flatops' compiled core against the installed torch, or the newest one if none is installed."""
 
 import importlib.util
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-# Building against a second torch would give a binary that the first cannot load. pip's build isolation hides the packages
-# of this very interpreter, by variables: without them it says where its torch is. uv's is an interpreter of its own.
+# A binary built against another torch cannot be loaded. pip's build isolation hides this interpreter's packages by
+# environment variables: without these it tells where its torch is. (uv's build isolation uses another interpreter.)
 if importlib.util.find_spec("torch") is None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     find = "import importlib.util as util; torch = util.find_spec('torch'); print(torch.origin if torch else '')"
@@ -31,9 +31,9 @@ ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # one binar
 
 
 def find_cuda(wanted: str | None) -> Path | None:
-    """A CUDA toolkit that can compile for a torch built with CUDA `wanted`, or None, saying why."""
+    """A CUDA toolkit that can compile for a torch built with CUDA `wanted`; None, and a message, if there is none."""
     if wanted is None:
-        print("flatops: this torch knows no CUDA: building for the CPU alone")
+        print("flatops: this torch was built without CUDA: building for the CPU only")
         return None
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), DEFAULT_CUDA]
@@ -46,23 +46,23 @@ def find_cuda(wanted: str | None) -> Path | None:
         if version.split(".")[0] == wanted.split(".")[0]:
             return home
         print(f"flatops: {home} is CUDA {version} and torch was built with {wanted}: not used")
-    print("flatops: no usable nvcc: building for the CPU alone")
+    print("flatops: no usable nvcc: building for the CPU only")
     return None
 
 
 def nvcc_says(home: Path, option: str, pattern: str) -> list[str]:
-    """What of nvcc's answer to an option matches."""
+    """The matches of a pattern in nvcc's output."""
     done = subprocess.run([home / "bin/nvcc", option], capture_output=True, text=True, check=True)
     return re.findall(pattern, done.stdout)
 
 
 def compiled_core() -> dict:
-    """The extension module and how to build it."""
+    """The extension module and how to build it, as arguments of setup()."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
-            f"flatops: no C++ compiler: '{compiler}' is not on PATH. Install one that knows C++20 "
-            "(Debian: apt-get install g++; macOS: xcode-select --install) or point the variable CXX at it."
+            f"flatops: no C++ compiler: '{compiler}' is not on PATH. Install one with C++20 "
+            "(Debian: apt-get install g++; macOS: xcode-select --install) or set the variable CXX to it."
         )
     import torch
 
@@ -73,27 +73,19 @@ def compiled_core() -> dict:
             f"'torch>={needed}', then install flatops again"
         )
     cuda = find_cuda(torch.version.cuda)
-    if cuda:  # to be known before cpp_extension is imported, which guesses
+    if cuda:  # set before cpp_extension is imported, which otherwise guesses
         os.environ["CUDA_HOME"] = str(cuda)
         known = nvcc_says(cuda, "--list-gpu-code", r"sm_(\d+)")
         ours = [a for a in ARCHITECTURES if a.replace(".", "") in known]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ours) + "+PTX")
     from torch.utils import cpp_extension
 
-    # Contraction would change the noise's bits; the rest only lets loops vectorise. at::parallel_for needs OpenMP
-    # in the extension itself, or it runs on one thread without a word; torch's own pool is the one it then joins.
+    # Contraction would change the noise's bits; the math flags only let loops vectorise. Without OpenMP in the
+    # extension, at::parallel_for silently runs on one thread; with it, it uses torch's thread pool.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    exact = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     flags = {
-        "cxx": [
-            "-O3",
-            "-g0",
-            "-std=c++20",
-            "-ffp-contract=off",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-fvisibility=hidden",
-            *openmp,
-        ],
+        "cxx": ["-O3", "-g0", "-std=c++20", *exact, "-fvisibility=hidden", *openmp],
         "nvcc": ["-O3", "-std=c++20", "-fmad=false", "-Xfatbin=-compress-all", "-Xcompiler=-fvisibility=hidden"],
     }
     how = {"sources": SOURCES, "include_dirs": [str(Path("csrc").absolute())], "extra_link_args": openmp}
@@ -105,11 +97,11 @@ def compiled_core() -> dict:
         how["sources"] = SOURCES + CUDA_SOURCES
         how["include_dirs"] += [str(cuda / "include")]
         how["library_dirs"] = [str(cuda / "lib64"), str(cuda / "lib")]
-        # CUDA's runtime goes in whole: torch brings its own, of which only the driver's side has to agree with ours.
+        # CUDA's runtime is linked statically: it need not be the version in torch, since both only share the driver.
         how["libraries"] = ["c10_cuda"]
         how["extra_link_args"] = [*openmp, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     extension = cpp_extension.CppExtension("flatops._C", depends=HEADERS, extra_compile_args=flags, **how)
-    # What was compiled for one torch is no part of a build for another, though no source and no option has changed.
+    # Objects compiled against another torch must not be reused, even if no source or option has changed.
     options = {"build": {"build_base": f"build/torch-{torch.__version__}"}, "build_ext": {"force": True}}
     return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}, "options": options}
 

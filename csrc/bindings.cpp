@@ -1,4 +1,4 @@
-// The extension module: where the operators run, and what was built.
+// The extension module: the devices that operators run on, and what was built.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
@@ -16,7 +16,7 @@
 namespace flatops {
 namespace {
 
-// Shares the tasks among ATen's threads, one at a time: filters differ in length, and so do cores.
+// Hands tasks to ATen's threads one at a time, because neither filters nor cores are equal.
 void parallel(int64_t n, const std::function<void(int64_t)>& task) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), n);
   std::atomic<int64_t> next{0};
@@ -38,7 +38,7 @@ TORCH_LIBRARY_IMPL(flatops, CPU, m) { implement<Cpu>(m); }
 struct Cuda {
   static constexpr at::DeviceType type = at::kCUDA;
   c10::cuda::CUDAGuard guard;
-  std::vector<at::Tensor> scratch;  // the caching allocator gives memory out again in the stream's order
+  std::vector<at::Tensor> scratch;  // the caching allocator reuses memory in the stream's order
   Gpu where;
 
   explicit Cuda(at::Device device)
@@ -46,7 +46,7 @@ struct Cuda {
                                scratch.push_back(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device)));
                                return scratch.back().data_ptr();
                              }} {}
-  Cuda(const Cuda&) = delete;  // `where` knows its address
+  Cuda(const Cuda&) = delete;  // `where` holds its address
 };
 
 TORCH_LIBRARY_IMPL(flatops, CUDA, m) { implement<Cuda>(m); }

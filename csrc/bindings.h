@@ -1,6 +1,6 @@
-// From PyTorch's tensors to the kernels, for any place where they run; only this file and bindings.cpp know torch. Schemas
-// stand in flatops/reference.py, and what a user may pass is checked in flatops/ops.py for all backends; here is only what
-// memory safety needs.
+// From PyTorch's tensors to the kernels, on any device. Only this file and bindings.cpp include torch. Schemas are in
+// flatops/reference.py, and flatops/ops.py checks arguments for all backends; the checks here are those that memory
+// safety needs.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -32,15 +32,15 @@ at::DimVector storage_order(const at::Tensor& t) {
   return order;
 }
 
-// Tensors as the kernels see them. What does not lie filter after filter is copied so that it does, and put back.
+// Tensors as the kernels see them: those whose filters are not contiguous are copied, and copied back.
 class Operands {
  public:
   explicit Operands(const at::TensorList& tensors) : tensors_(tensors) {}
 
-  // What a kernel may read (and, until write_back, change) in place of tensor i.
+  // What a kernel reads (and changes, until write_back) instead of tensor i.
   void* data(size_t i) { return at(tensors_, i, tensors_[i], copies_); }
 
-  // The same elements of another tensor of the same shape, in the order of tensor i.
+  // Another tensor of the same shape, in the storage order of tensor i.
   void* like(size_t i, const at::Tensor& other, std::vector<std::pair<at::Tensor, at::Tensor>>& copies) {
     TORCH_CHECK(other.sizes() == tensors_[i].sizes() && other.device() == tensors_[i].device(),
                 "flatops: tensors ", i, " differ in shape or device");
@@ -69,7 +69,7 @@ class Operands {
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
 };
 
-// What an operator was given. `data` are the tensors that filters are counted in; the other lists are as long, or empty.
+// An operator's arguments. `data` are the tensors that define the filters; the other lists are as long, or empty.
 struct Given {
   at::TensorList data, grads, scores;
   at::TensorList backup;  // under a mask: one tensor, or none
@@ -78,13 +78,13 @@ struct Given {
   std::optional<at::Tensor> mask;
 };
 
-// Everything a launch needs of its tensors, and the copies that odd layouts cost. Place says where it runs:
+// What a launch needs of its tensors, and the copies of those that are not contiguous. Place says where it runs:
 //     Place(at::Device), Place::type: a device type, place.where: what the operators of ops.h take as `where`
 template <class Place>
 struct Launch {
   at::Device device;
   Place place;
-  at::AutoDispatchBelowADInplaceOrView below_autograd;  // copies of odd layouts are no business of autograd's
+  at::AutoDispatchBelowADInplaceOrView below_autograd;  // autograd must not see the copies
   Operands operands;
   TensorList list;
 
@@ -148,7 +148,7 @@ struct Launch {
       TORCH_CHECK(size_of(t.dtype) <= list.masked_backup.width, "flatops: the backup's dtype is narrower than a parameter's");
   }
 
-  // Two tensors over the same memory would be changed twice and backed up in between: no backup could undo that.
+  // Two tensors over the same memory would be changed twice and backed up in between, which no backup could undo.
   void check_disjoint(const char* name) const {
     std::vector<std::pair<const char*, size_t>> starts;
     for (size_t i = 0; i < list.tensors.size(); ++i)
@@ -161,7 +161,7 @@ struct Launch {
     }
   }
 
-  // Numbers that the kernels read where they run.
+  // Numbers that the kernels read on their device.
   template <class T> T* scalar(const at::Tensor& t, const char* name) const { return array<T>(t, 1, name); }
   Noise noise(const at::Tensor& key, const at::Tensor& draw) const {
     return {.key = scalar<int64_t>(key, "key"), .draw = scalar<int64_t>(draw, "draw")};
@@ -178,7 +178,7 @@ struct Launch {
     return at::empty(size, at::TensorOptions().dtype(dtype).device(device));
   }
 
-  // Puts back what was copied and tells autograd.
+  // Copies back what was copied, and moves version counters on.
   void wrote(const at::TensorList& tensors) {
     operands.write_back();
     Operands::write_back(backups_);

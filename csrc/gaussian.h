@@ -1,7 +1,7 @@
 // Two words become two normals: Box-Muller in float32, the same bits on every machine.
 //
-// Only fma, mul, sub, correctly rounded sqrt, int-to-float conversion and integer operations, in this order. No library
-// call, and no contraction left to a compiler. Maximum error against exact arithmetic: see tests/test_noise.py.
+// Only fma, mul, sub, correctly rounded sqrt, int-to-float conversions and integer operations, in this order: no
+// library call, no contraction by the compiler. Maximum error against exact arithmetic: see tests/test_noise.py.
 // No include guard on purpose, as in philox.h. Needed from the includer:
 //     F32, I32            as many floats / 32-bit integers as there are lanes
 //     fma, sqrt_rn, to_float, bits, as_float, select_odd(I32 word, F32 if_odd, F32 if_even), FLATOPS_INLINE
@@ -9,7 +9,7 @@
 // Radius: u = ((x >> 1) | 1) / 2^31 lies in (0, 1]; r = sqrt(-2 ln u), at most 6.56.
 //   u = m 2^e with m in [sqrt(1/2), sqrt(2)), f = m - 1: -2 ln u = e (-2 ln 2) + f (-2 + f Q(f)).
 // Angle: the word as a signed integer is an angle within a quarter turn, phi = x pi/4 / 2^31 in [-pi/4, pi/4);
-//   its lowest bit swaps sine and cosine and its next bit turns by pi, which makes the whole circle of it.
+//   its lowest bit swaps sine and cosine and its next bit rotates by pi, which covers the full circle.
 FLATOPS_INLINE void box_muller(I32 radius, I32 angle, F32& z0, F32& z1) {
   constexpr int32_t SQRT_HALF = 0x3f3504f3;
   const I32 u = bits(to_float(((radius >> 1) & 0x7fffffff) | 1));

@@ -1,7 +1,7 @@
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for one counter a lane.
 //
 // No include guard on purpose: a SIMD build includes this file once per instruction set, inside that set's namespace,
-// after `lanes.h` has said what a Word is. A Word carries 32 bits; what a wider register holds above them is ignored.
+// after `lanes.h` has defined Word. A Word carries 32 bits; the upper bits of a wider register are ignored.
 // Needed from the includer:
 //     Word, Wide          a 32-bit word; a 64-bit product
 //     mul_wide(Word, Word) -> Wide, high(Wide) -> Word, low(Wide) -> Word, splat(uint32_t) -> Word, FLATOPS_INLINE
@@ -9,7 +9,7 @@
 constexpr uint32_t PHILOX_M0 = 0xD2511F53u, PHILOX_M1 = 0xCD9E8D57u;
 constexpr uint32_t PHILOX_W0 = 0x9E3779B9u, PHILOX_W1 = 0xBB67AE85u;
 
-// The key of each round. It depends on seed and stream alone, so a launch makes it once.
+// The key of each round. It depends only on seed and stream, so a launch computes it once.
 struct PhiloxKeys {
   Word k0[10], k1[10];
 };
@@ -23,7 +23,7 @@ FLATOPS_INLINE PhiloxKeys philox_keys(uint64_t key) {
   return keys;
 }
 
-// What rounds 0 and 1 make of (filter, tensor, draw), which are the same for every block of a filter.
+// The part of rounds 0 and 1 that depends on (filter, tensor, draw), which all blocks of a filter share.
 struct PhiloxFilter {
   Word c1, c2_key;    // round 0: the next c1; what high(M0 * block) is xored with to give the next c2
   Word c2, c3;        // round 1: what c3 is xored with to give the next c2 (key included); the next c3
@@ -37,7 +37,7 @@ FLATOPS_INLINE PhiloxFilter philox_filter(uint64_t key, uint32_t filter, uint32_
   return {splat(uint32_t(p1)), splat(draw ^ k1), splat(uint32_t(p0 >> 32) ^ (k1 + PHILOX_W1)), splat(uint32_t(p0))};
 }
 
-// N counters (block, filter, tensor, draw) on their way to N times four words; N of them hide the multiplier's latency.
+// N counters (block, filter, tensor, draw) that become N times four words; N hides the multiplier's latency.
 template <int N>
 struct Philox {
   Word c0[N], c1[N], c2[N], c3[N];

@@ -1,4 +1,4 @@
-// The view that every kernel takes of a list of tensors: memory, filters, lengths, and the blocks that threads share.
+// A list of tensors as kernels see it: memory, filters, lengths, and the blocks of work.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,30 +13,30 @@ enum class DType : int32_t { f32,
 constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4
                                                                                               : 2; }
 
-// A tensor whose filters (slices along dim 0) lie one after the other in memory: `filters` rows of `length` elements.
-// A tensor of one dimension or none is one filter.
+// A tensor with contiguous filters (slices along dim 0): `filters` rows of `length` elements.
+// A tensor with at most one dimension is one filter.
 struct Tensor {
-  void* data;              // [filters, length]; what the operator changes, or reads if it changes nothing
+  void* data;              // [filters, length]; the operator changes or reads it
   const void* grad;        // [filters, length] or null; of `data`'s dtype
-  const void* scores;      // [filters, length] or null; what a mask is chosen by, of `data`'s dtype
+  const void* scores;      // [filters, length] or null; the scores of a mask, of `data`'s dtype
   void* backup;            // [filters, length] or null; of `data`'s dtype. Under a mask: see MaskedBackup
   float* fisher;           // [filters], for one-dimensional tensors [length]; or null
   uint32_t* bits;          // the tensor's part of a mask: one bit an element, in storage order; or null
-  uint32_t* ranks;         // for each REDUCE of elements how many ones come before it in the whole list; or null
+  uint32_t* ranks;         // for every REDUCE elements the number of ones before them in the list; or null
   int64_t filters, length;
   int64_t first_filter;    // position of filter 0 in per-filter arrays over the whole list
-  uint32_t index;          // the parameter's position in the optimizer: the noise's `tensor`
-  uint32_t first_row;      // the number of filter 0 in the whole parameter, of which this may be a shard: the noise's filter is counted from there
+  uint32_t index;          // the parameter's position in the optimizer; `tensor` in the noise's counter
+  uint32_t first_row;      // of a shard: the index of filter 0 in the whole parameter, for the noise's counter
   DType dtype;
   bool one_dim;            // dim() <= 1
 
   int64_t numel() const { return filters * length; }
 };
 
-// Under a mask, a list has one backup, of the weights that the mask lets through: one a slot, in the list's order.
+// The backup of a list under a mask: a slot for each selected weight, in order.
 struct MaskedBackup {
-  void* data;     // or null: there is none
-  int64_t width;  // bytes a slot: those of the list's widest dtype
+  void* data;     // null: no backup
+  int64_t width;  // bytes per slot, as the list's widest dtype has
   int64_t slots;
 };
 
@@ -44,10 +44,10 @@ struct MaskedBackup {
 constexpr int64_t words(int64_t elements) { return (elements + 31) / 32; }
 constexpr int64_t ranks(int64_t elements) { return (elements + 1023) / 1024; }
 
-// Sums are made by the same rule everywhere: REDUCE elements at a time, LANES running sums, folded by halves (reference.py: total, sum_squares).
+// All sums: REDUCE elements at a time, in LANES running sums, folded by halves (reference.py: total, sum_squares).
 constexpr int64_t REDUCE = 1024, LANES = 128;
 
-// A share of the work for one thread: whole filters, or a part (of whole REDUCEs) of a filter too long for one share.
+// Work for one thread: whole filters, or a part (of whole REDUCEs) of a filter too long for one block.
 constexpr int64_t BLOCK = 32 * REDUCE;
 
 struct Block {
@@ -55,7 +55,7 @@ struct Block {
   bool part;               // of a long filter, whose sum needs the parts of other blocks
   int64_t filter, filters; // [filter, filter + filters)
   int64_t start, length;   // within the filter
-  int64_t first_sum;       // part: where the sums of its REDUCEs go
+  int64_t first_sum;       // of a part: the position of the sums of its REDUCEs
 };
 
 struct TensorList {

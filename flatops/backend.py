@@ -1,7 +1,7 @@
-"""Which kernels run: the compiled ones where they were built, else the reference.
+"""Chooses the kernels that run.
 
-The order of precedence: an operator's `backend=` argument, the context manager `flatops.backend(...)`, the environment
-variable FLATOPS_BACKEND, and then the best backend that the tensors' device has.
+In order of precedence: an operator's `backend=` argument, the context manager `flatops.backend(...)`, the environment
+variable FLATOPS_BACKEND, the fastest backend available for the tensors' device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _triton_kernel(name: str) -> Callable[..., Any]:
-    """The Triton operator `name`, imported when it is first called: not everybody has Triton, and it takes its time."""
+    """The Triton operator `name`, imported at its first call: Triton is optional, and slow to import."""
 
     def kernel(*args: Any) -> Any:
         return importlib.import_module("flatops.kernels").OPERATORS[name](*args)
@@ -32,18 +32,20 @@ def _triton_kernel(name: str) -> Callable[..., Any]:
 
 
 def _constant_in_graphs(function: F) -> F:
-    """What torch.compiler.assume_constant_result does, which would import the compiler for it and take as long as torch itself."""
+    """Same as torch.compiler.assume_constant_result, which would import the compiler (as slow as importing torch)."""
     setattr(function, "_dynamo_marked_constant", True)
     return function
 
 
 def outside_graphs(function: F) -> F:
-    """What torch.compiler.disable does, for functions that change weights with a way back: whether they were changed is known
-    when the kernels have run, not while a graph of them is made. Compiled code breaks its graph there, and with fullgraph=True
-    says so. torch.compiler.disable itself would import the compiler, and put a frame of Python between."""
-    setattr(function, "_torchdynamo_disable", True)  # to code that is traced
+    """Same as torch.compiler.disable: compiled code breaks its graph at this function.
+
+    For functions that change and restore weights: they ask what kernels have already changed, which tracing cannot
+    know. torch.compiler.disable itself would import the compiler and add a Python frame.
+    """
+    setattr(function, "_torchdynamo_disable", True)  # when a caller is traced
     setattr(function, "_torchdynamo_disable_msg", "flatops perturbs and restores weights between graphs, not in them")
-    skip = eval_frame._FrameAction.SKIP  # to the interpreter, between graphs: neither this nor what it calls is traced
+    skip = eval_frame._FrameAction.SKIP  # when called between graphs: neither this nor what it calls is traced
     eval_frame.set_code_exec_strategy(inspect.unwrap(function).__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
 
@@ -54,19 +56,19 @@ for _namespace, _kernel in (("flatops_ref", lambda name: getattr(reference, name
     for _name in schemas.SCHEMAS:
         _library.impl(_name, _kernel(_name), "CompositeExplicitAutograd")
 
-# Without isolation, or an installer that cannot see this torch from there builds for another one, as uv does.
-_AGAIN = "install flatops again, with --no-build-isolation --no-cache-dir --force-reinstall --no-deps (README, Install)"
+# Without build isolation: in an isolated build, installers such as uv compile against another torch.
+_REINSTALL = "reinstall flatops with --no-build-isolation --no-cache-dir --force-reinstall --no-deps (README, Install)"
 
-_C: Any = None  # the compiled core, where there is one
+_C: Any = None  # the compiled core, if it was built
 try:
     _C = importlib.import_module("flatops._C")
 except ImportError as error:
-    WHY_NOT_COMPILED = str(error)  # "No module named ..." in a source tree, a missing symbol after torch has changed
+    WHY_NOT_COMPILED = str(error)  # "No module named ..." in a source tree, a missing symbol after a change of torch
 else:
     WHY_NOT_COMPILED = ""
     if _C.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
-            f"flatops was compiled for torch {_C.torch_version} and this is torch {torch.__version__}; " + _AGAIN
+            f"flatops was compiled for torch {_C.torch_version} and this is torch {torch.__version__}: {_REINSTALL}"
         )
 
 
@@ -79,23 +81,23 @@ def _triton_version() -> tuple[int, ...] | None:
 
 TRITON = _triton_version()
 
-# name -> (namespace of its operators, the device types it serves; None for every type)
+# name -> (namespace of its operators, the device types it supports; None: all)
 BACKENDS: dict[str, tuple[str, frozenset[str] | None]] = {
     "reference": ("flatops_ref", None),
     "cpp": ("flatops", frozenset({"cpu"})),
     "cuda": ("flatops", frozenset({"cuda"})),
-    "triton": ("flatops_triton", frozenset({"cuda", "cpu"})),  # cpu: in Triton's interpreter alone
+    "triton": ("flatops_triton", frozenset({"cuda", "cpu"})),  # cpu: only in Triton's interpreter
 }
 
 
 @_constant_in_graphs
 def why_not(name: str, device: torch.device) -> str:
-    """Why a backend cannot serve a device here, and what to do about it; empty if it can."""
+    """Why a backend cannot be used on a device, and what to do about it; empty if it can."""
     devices = BACKENDS[name][1]
     if devices is not None and device.type not in devices:
-        return f"it does not serve {device.type} tensors: use 'reference' or move them"
+        return f"it does not support {device.type} tensors: use 'reference' or move them"
     if name in ("cpp", "cuda") and _C is None:
-        return f"it was not compiled for this torch ({WHY_NOT_COMPILED}): {_AGAIN}"
+        return f"it was not compiled for this torch ({WHY_NOT_COMPILED}): {_REINSTALL}"
     if name == "cuda":
         return _why_not_cuda(device)
     if name == "triton":
@@ -104,23 +106,23 @@ def why_not(name: str, device: torch.device) -> str:
 
 
 def _runs_on(code: str, device: int) -> bool:
-    """Whether code compiled for `code`, such as sm_90 or compute_120, runs on a device such as 90."""
+    """Whether a binary for `code`, such as sm_90 or compute_120, runs on compute capability `device`, such as 90."""
     kind, arch = code.split("_")
-    if not arch.isdigit():  # sm_90a is for that device alone
+    if not arch.isdigit():  # sm_90a runs on no other capability
         return int(arch[:-1]) == device
-    # Machine code runs on its own major version from its minor version on; PTX on everything later.
+    # Machine code (sm) runs on later minor versions of its major version, PTX (compute) on every later version.
     return int(arch) <= device and (kind == "compute" or int(arch) // 10 == device // 10)
 
 
 def _why_not_cuda(device: torch.device) -> str:
     if not _C.cuda_archs:
-        return f"it was not compiled: there was no nvcc, so install a CUDA toolkit and {_AGAIN}"
+        return f"it was not compiled because there was no nvcc: install a CUDA toolkit and {_REINSTALL}"
     major, minor = torch.cuda.get_device_capability(device)
     if any(_runs_on(code, 10 * major + minor) for code in _C.cuda_archs):
         return ""
     return (
         f"it was compiled for {' '.join(_C.cuda_archs)} and {torch.cuda.get_device_name(device)} is sm_{major}{minor}: "
-        f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and {_AGAIN}"
+        f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and {_REINSTALL}"
     )
 
 
@@ -131,7 +133,7 @@ def _why_not_triton(device: torch.device) -> str:
         return f"Triton is {'.'.join(map(str, TRITON))} and 3.6 or later is needed: run pip install -U triton"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cpu" and not interpreted:
-        return "on a CPU it runs in Triton's interpreter alone: set TRITON_INTERPRET=1 before Python starts"
+        return "on a CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
     if device.type == "cuda" and interpreted:
         return "TRITON_INTERPRET=1 is set, and the interpreter cannot read a GPU's memory: unset it"
     return ""
@@ -147,13 +149,13 @@ _forced: str | None = os.environ.get("FLATOPS_BACKEND") or None
 
 
 class backend:  # noqa: N801 - a context manager, spelled like torch.no_grad
-    """Runs the operators within it on one backend.
+    """A context manager: operators inside it run on one backend.
 
     Args:
         name: 'reference', 'cpp', 'cuda' or 'triton'.
 
     Raises:
-        ValueError: for a name that is no backend.
+        ValueError: for any other name.
 
     Example:
         >>> with flatops.backend("reference"):
@@ -173,35 +175,32 @@ class backend:  # noqa: N801 - a context manager, spelled like torch.no_grad
 
 
 def choose(device: torch.device, name: str | None = None) -> str:
-    """The backend that serves `device`: `name` if given, else what is forced, else the best there is.
+    """The backend for a device: `name` if given, else that of the context or environment, else the fastest available.
 
     Raises:
-        ValueError: for an unknown name, or a backend that does not serve the device.
+        ValueError: for an unknown name, or a backend that does not support the device.
         RuntimeError: for a backend that was not compiled, or not for this GPU.
     """
     name = name if name is not None else _forced
     if name is None:
         return _best(device)
     if why := why_not(_valid(name), device):
-        serves = BACKENDS[name][1]
-        error = ValueError if serves is not None and device.type not in serves else RuntimeError
+        devices = BACKENDS[name][1]
+        error = ValueError if devices is not None and device.type not in devices else RuntimeError
         raise error(f"backend {name!r} cannot be used: {why}")
     return name
 
 
 @_constant_in_graphs
 def _best(device: torch.device) -> str:
-    """The fastest backend for a device, with a warning, once, where it is not the one that was meant for it."""
+    """The fastest backend available for a device; warns once if that is the reference."""
     wanted = ("cuda", "triton") if device.type == "cuda" else ("cpp",)
     reasons = []
     for name in wanted:
         if not (why := why_not(name, device)):
             return name
         reasons.append(f"{name}: {why}")
-    _warn(
-        f"flatops has no compiled kernels for {device.type} tensors here and falls back on its slow reference. "
-        + "; ".join(reasons)
-    )
+    _warn(f"no compiled kernels for {device.type} tensors, so flatops uses its slow reference. {'; '.join(reasons)}")
     return "reference"
 
 
@@ -211,5 +210,5 @@ def _warn(message: str) -> None:
 
 
 def operators(device: torch.device, name: str | None = None) -> Any:
-    """The namespace of operators, `torch.ops.<namespace>`, that serves `device`."""
+    """The namespace of the chosen backend's operators, `torch.ops.<namespace>`."""
     return getattr(torch.ops, BACKENDS[choose(device, name)][0])

@@ -1,4 +1,4 @@
-"""Checks of what operators are given, made before anything changes, whose errors name the argument; and their numbers."""
+"""Checks of operators' arguments, before anything is changed; errors name the argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensors(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
-    """Raises unless `tensors` is a list that a kernel can take, and matches `like`, itself checked, where that is given."""
+    """Raises unless a kernel can take these tensors and they match `like`, a list that has passed this check."""
     if isinstance(tensors, Tensor) or len(tensors) == 0:
         raise ValueError(f"{name} must be a list of at least one tensor")
     if like is None:
@@ -30,19 +30,20 @@ def check_tensors(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] |
         for i, (t, p) in enumerate(zip(tensors, like)):
             if t.shape != p.shape or t.dtype != p.dtype:
                 raise ValueError(
-                    f"{name}[{i}] is {tuple(t.shape)} {t.dtype} and params[{i}] is {tuple(p.shape)} {p.dtype}: they must match"
+                    f"{name}[{i}] is {tuple(t.shape)} {t.dtype} and params[{i}] is {tuple(p.shape)} {p.dtype}: "
+                    "they must match"
                 )
     device = (tensors if like is None else like)[0].device
     for i, t in enumerate(tensors):
         if t.layout != torch.strided:
             raise TypeError(f"{name}[{i}] is {t.layout}: expected a dense tensor")
         if t.device != device:
-            raise ValueError(f"{name}[{i}] is on {t.device} and others are on {device}: one call serves one device")
+            raise ValueError(f"{name}[{i}] is on {t.device} and others are on {device}: pass tensors on one device")
 
 
 def check_writable(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raises where two elements share memory: changing one would change the other, and no backup could undo it."""
-    # While compiling, tensors made on the way may have no id to compare; the kernels look at their memory.
+    """Raises if two elements share memory: they would be changed twice, and no backup could undo that."""
+    # Under torch.compile intermediate tensors may have no id; the kernels compare addresses anyway.
     if not torch.compiler.is_compiling() and len({id(t) for t in tensors}) != len(tensors):
         raise ValueError(f"{name} holds the same tensor twice")
     for i, t in enumerate(tensors):
@@ -73,8 +74,8 @@ def check_first_row(first_row: Sequence[int], params: Sequence[Tensor]) -> None:
             raise ValueError(f"first_row[{i}] must be an integer in [0, 2**31), not {row!r}")
         if row and p.dim() <= 1:
             raise ValueError(
-                f"first_row[{i}] is {row} and params[{i}] has {p.dim()} dimensions: a tensor of one or none is one filter, "
-                "so its first_row must be 0"
+                f"first_row[{i}] must be 0, not {row}: params[{i}] has {p.dim()} dimensions, and a tensor with at most "
+                "one dimension is one filter"
             )
 
 
@@ -92,8 +93,8 @@ def check_mask(mask: Tensor, params: Sequence[Tensor]) -> None:
     size, device = mask_size(params), params[0].device
     if mask.shape != (size,) or mask.dtype != torch.int32 or mask.device != device or not mask.is_contiguous():
         raise ValueError(
-            f"mask must be int32 of shape ({size},) on {device}, not {mask.dtype} {tuple(mask.shape)} on {mask.device}: "
-            "a mask is for the list that it was made for"
+            f"mask must be contiguous int32 of shape ({size},) on {device}, not {mask.dtype} {tuple(mask.shape)} on "
+            f"{mask.device}: pass the tensors that it was made for"
         )
 
 
@@ -103,15 +104,15 @@ def check_backup(backup: Sequence[Tensor], mask: Tensor | None, params: Sequence
     check_mask(mask, params)
     wide = max((p.dtype for p in params), key=lambda dtype: dtype.itemsize)
     if len(backup) != 1 or backup[0].dim() != 1 or backup[0].dtype != wide or backup[0].device != mask.device:
-        raise ValueError("backup must come from new_backup(params, mask): one row for all that the mask lets through")
-    # Where looking costs nothing. On a GPU what has no slot is neither changed nor restored.
+        raise ValueError("backup must come from new_backup(params, mask): one row for all selected weights")
+    # Not on a GPU, where counting is a host sync: there, a weight without a slot is neither changed nor restored.
     if mask.device.type == "cpu" and (count := reference.count(mask, params)) > len(backup[0]):
-        raise ValueError(f"backup has room for {len(backup[0])} weights and the mask lets {count} through")
+        raise ValueError(f"backup has room for {len(backup[0])} weights and the mask selects {count}")
 
 
 def raise_bad(bad: Tensor, name: str) -> None:
     if (i := int(bad)) >= 0:
-        raise ValueError(f"{name}[{i}] holds a NaN or a negative number: it cannot be put in order")
+        raise ValueError(f"{name}[{i}] holds a NaN or a negative number: scores must be comparable")
 
 
 def check_non_negative(name: str, value: float | Tensor) -> None:
@@ -124,16 +125,16 @@ def check_one_order(name: str, scores: Sequence[Tensor]) -> None:
         raise TypeError(f"{name} mixes float64 with other dtypes: convert them to one")
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer, Python's or numpy's."""
+    """Whether it is a Python or numpy integer."""
     return isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, Tensor))
 
 
 def scalar(name: str, value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`value` as kernels read it: one element of `dtype` on `device`. A tensor that is one already goes through as it is."""
+    """`value` as kernels read it: one element of `dtype` on `device`. Such a tensor is returned as is."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} has {value.numel()} elements: expected one")
@@ -146,21 +147,21 @@ def scalar(name: str, value: float | Tensor, device: torch.device, dtype: torch.
         return value.to(dtype)
     if dtype == torch.int64 and not is_integer(value):
         raise TypeError(f"{name} must be an integer, not {value!r}")
-    if not isinstance(value, (int, float)):  # numpy's
+    if not isinstance(value, (int, float)):  # numpy
         value = int(value) if dtype == torch.int64 else float(value)
-    if (
+    if (  # a tensor that belongs to a graph or a mode must not be cached
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()  # a mode such as FakeTensorMode, whose tensors are its own
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())  # its memory is the graph's
+        or torch._C._len_torch_dispatch_stack()  # such as FakeTensorMode
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     ):
         return torch.full((), value, dtype=dtype, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    return _constant(value or 0, device, dtype, stream)  # or -0.0 would be taken for the 0.0 in the cache
+    return _constant(value or 0, device, dtype, stream)  # `or 0`: -0.0 == 0.0 would share an entry of the cache
 
 
 @functools.lru_cache(maxsize=256)
 def _constant(value: float, device: torch.device, dtype: torch.dtype, stream: int | None) -> Tensor:
-    """A number on a device, made once: nobody writes to it. `stream` because only its own work is sure to come after."""
+    """A read-only number on a device, cached per CUDA stream: work on another stream could run before the fill."""
     with torch.inference_mode(False):
         return torch.full((), value, dtype=dtype, device=device)
 
@@ -182,7 +183,7 @@ def key_of(seed: int | Tensor, stream: int, device: torch.device) -> Tensor:
 def noise_of(
     seed: int | Tensor, stream: int, draw: int | Tensor, index: Sequence[int] | None, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Sequence[int]]:
-    """Which noise these parameters get: the key, the draw, and each one's position in the optimizer, by default 0, 1, 2, ..."""
+    """The key, the draw and each parameter's position (default: 0, 1, 2, ...), as the kernels take them."""
     if index is not None and len(index) != len(params):
         raise ValueError(f"index has {len(index)} entries and params has {len(params)}: they must match")
     device = params[0].device
@@ -191,5 +192,5 @@ def noise_of(
 
 
 def signed(x: int) -> int:
-    """An integer in [0, 2**64) as the int64 of the same bits."""
+    """The int64 with the bits of an integer in [0, 2**64)."""
     return x - 2**64 if x >= 2**63 else x

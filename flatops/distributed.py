@@ -1,7 +1,7 @@
-"""Parameters that several processes hold: replicas (DistributedDataParallel) and shards (FSDP2). torch.distributed does the rest.
+"""Replicas (DistributedDataParallel) and shards (FSDP2): what the algorithms need on top of torch.distributed.
 
-A **replica** is a whole model: one process, or all the processes that hold its shards. A **shard** is a run of rows along dim 0.
-Everything here is a collective call only where it says so, and nothing at all without torch.distributed.
+A **replica** is a whole model: one process, or all processes that hold its shards. A **shard** is a range of rows along
+dim 0. Functions are collective only if they say so; without torch.distributed, none communicates.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound="nn.Module | None")
 
-# --- processes -----------------------------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
 def launched() -> tuple[int, int, int]:
-    """This process's rank, the world size and its local rank, from torchrun's environment; (0, 1, 0) without it."""
+    """This process's rank, the world size and the local rank, from torchrun's environment; (0, 1, 0) without it."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     return (int(os.environ.get("RANK", 0)), size, int(os.environ.get("LOCAL_RANK", 0))) if size > 1 else (0, 1, 0)
 
 
 def world() -> tuple[int, int]:
-    """This process's rank and how many there are; (0, 1) without torch.distributed."""
+    """This process's rank and the world size; (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def all_reduce(tensors: Iterable[Tensor]) -> None:
-    """Sums tensors over all processes in place, where there are any."""
+    """Sums tensors over all processes, in place. Collective."""
     for t in tensors if world()[1] > 1 else ():
         dist.all_reduce(t)
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """The first process's tensors, in place, where there are others."""
+    """Overwrites tensors with those of rank 0. Collective."""
     for t in tensors if world()[1] > 1 else ():
         dist.broadcast(t, src=0)
 
 
 def gather_objects(mine: Any) -> list[Any]:
-    """What every process has, by rank. Collective."""
+    """The objects of all processes, by rank. Collective."""
     everyone = [mine] * world()[1]
     if len(everyone) > 1:
         dist.all_gather_object(everyone, mine)
@@ -60,22 +60,22 @@ def gather_objects(mine: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What is raised within on one process is raised on all: the others would wait for it in the next exchange. Collective."""
+    """Raises an exception of one process on all of them: the others would hang in their next collective. Collective."""
     error = None
     try:
         yield
     except Exception as e:
         error = e
-    said = gather_objects(f"{type(error).__name__}: {error}" if error else None)
+    messages = gather_objects(f"{type(error).__name__}: {error}" if error else None)
     if error:
         raise error
-    for rank, message in enumerate(said):
+    for rank, message in enumerate(messages):
         if message:
             raise RuntimeError(f"process {rank} raised {message}")
 
 
 def from_first(make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
-    """What `make` gives on the first process, on all of them. Collective."""
+    """What `make` returns on rank 0, on all processes. Collective."""
     with together():
         first = world()[0] == 0
         made = make().to(device) if first else torch.empty(shape, dtype=dtype, device=device)
@@ -84,17 +84,17 @@ def from_first(make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.
 
 
 def check_agreement(values: dict[str, Any], offer: Any = None) -> Any:
-    """Raises on every process, naming the value, where two have different ones. Collective; some 100 bytes a value.
+    """Raises on every process if they hold different values. Collective; about 100 bytes per value.
 
     Args:
-        values: what all should agree on, with a meaningful repr.
-        offer: what others take from this process, if it is the first.
+        values: what must be equal on all processes, compared by repr.
+        offer: an object that the others take from rank 0.
 
     Returns:
-        What the first process offers.
+        The offer of rank 0.
 
     Raises:
-        RuntimeError: naming what differs, and between whom.
+        RuntimeError: naming the value, and two ranks that disagree on it.
     """
 
     def short(text: str) -> str:
@@ -105,40 +105,40 @@ def check_agreement(values: dict[str, Any], offer: Any = None) -> Any:
         for rank, theirs in enumerate(everyone):
             if theirs.get(name) != everyone[0].get(name):
                 raise RuntimeError(
-                    f"processes disagree on {name}: {everyone[0].get(name)} on process 0, {theirs.get(name)} on process {rank}. "
-                    "They must build the same optimizer, load the same checkpoint and take every perturbed pass together"
+                    f"processes disagree on {name}: {everyone[0].get(name)} on process 0, {theirs.get(name)} on "
+                    f"process {rank}. Build the same optimizer, load the same checkpoint and run every pass on all"
                 )
     return offers[0]
 
 
-# --- shards --------------------------------------------------------------------------------------------------------------
+# --- shards -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter lies over the processes."""
+    """How a parameter is distributed."""
 
-    group: Any = None  # the process group whose members hold its shards, or None: each process has all of it
-    members: int = 1  # of that group
-    chunk: int = 0  # rows in a shard; the last ones may be smaller, or empty
+    group: Any = None  # the process group over which it is sharded; None: each process has all of it
+    members: int = 1  # of the group
+    chunk: int = 0  # rows per shard; the last shards may be smaller, or empty
     first_row: int = 0  # of this process's shard
-    replica: int = 0  # which of ...
-    replicas: int = 1  # ... how many whole parameters this process's is a part of
+    replica: int = 0  # the replica that this process belongs to
+    replicas: int = 1  # how many there are
 
 
 def is_distributed(t: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2's parameters are."""
-    module = sys.modules.get("torch.distributed.tensor")  # importing it takes long, and without it there are none
+    """Whether it is a DTensor, as parameters under FSDP2 are."""
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import; if nobody has, there are no DTensors
     return module is not None and isinstance(t, module.DTensor)
 
 
 def local(t: Any) -> Tensor:
-    """This process's part of a tensor, without autograd, complex numbers as pairs of real ones; itself where it has all of it."""
+    """This process's shard of a DTensor, any other tensor itself; complex numbers as pairs of real ones."""
     return all_local([t])[0]
 
 
 def all_local(tensors: Iterable[Any]) -> list[Tensor]:
-    """This process's part of each, as `local` has it."""
+    """`local` of each."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None:
         tensors = [t._local_tensor if isinstance(t, module.DTensor) else t for t in tensors]
@@ -146,23 +146,23 @@ def all_local(tensors: Iterable[Any]) -> list[Tensor]:
 
 
 def real_shape(p: Tensor) -> tuple[int, ...]:
-    """The shape of a whole parameter, complex numbers as pairs of real ones."""
+    """The shape of the whole parameter, complex numbers as pairs of real ones."""
     return (*p.shape, 2) if p.is_complex() else tuple(p.shape)
 
 
 def own(grad: Tensor) -> Tensor:
-    """A gradient that nobody else writes to: a view is DistributedDataParallel's, into its buckets."""
+    """The gradient, or a copy if it is a view into the buckets of DistributedDataParallel, which overwrites them."""
     return grad.clone() if grad._is_view() else grad
 
 
 def any_distributed(tensors: Iterable[Tensor]) -> bool:
-    """Whether there is a DTensor among them."""
+    """Whether any of them is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
 
 
 def by_group(params: list[Tensor]) -> dict[Any, list[int]]:
-    """The positions of the parameters that are sharded over a process group, for each; those of the others under None."""
+    """Process group -> positions of the parameters sharded over it; None -> those of the others."""
     if not any_distributed(params):
         return {None: list(range(len(params)))}
     groups: dict[Any, list[int]] = {}
@@ -181,7 +181,7 @@ def _layout(mesh: Any, placements: tuple[Any, ...], rows: int) -> Layout:
     if not dims:
         return Layout(replica=replica, replicas=replicas)
     (d,) = dims
-    chunk = -(-rows // mesh.size(d))  # as torch.chunk cuts
+    chunk = -(-rows // mesh.size(d))  # as torch.chunk does
     return Layout(mesh.get_group(d), mesh.size(d), chunk, min(rank[d] * chunk, rows), replica, replicas)
 
 
@@ -189,7 +189,7 @@ _layouts: dict[int, tuple[weakref.ref[Any], dict[tuple[Any, ...], Layout]]] = {}
 
 
 def _layouts_of(mesh: Any) -> dict[tuple[Any, ...], Layout]:
-    """The layouts known on this very mesh: one equals another whose process groups are gone."""
+    """The cache of this mesh, by identity: it may equal a mesh whose process groups have been destroyed."""
     i = id(mesh)
     if i not in _layouts:
         _layouts[i] = weakref.ref(mesh, lambda _: _layouts.pop(i, None)), {}
@@ -197,7 +197,7 @@ def _layouts_of(mesh: Any) -> dict[tuple[Any, ...], Layout]:
 
 
 def layout(p: Tensor) -> Layout:
-    """Where a parameter's rows are."""
+    """How a parameter is distributed."""
     if is_distributed(p):
         known = _layouts_of(p.device_mesh)
         key = (tuple(p.placements), p.shape[0] if p.dim() else 1)
@@ -208,7 +208,7 @@ def layout(p: Tensor) -> Layout:
     return Layout(replica=replica, replicas=replicas)
 
 
-_MARKS = {  # that engines leave on the parameters that they flatten
+_MARKS = {  # attributes that engines set on parameters that they flatten
     "_is_flat_param": "FullyShardedDataParallel",
     "_fsdp_flattened": "FullyShardedDataParallel",  # use_orig_params=True
     "ds_id": "DeepSpeed",  # ZeRO-3
@@ -216,53 +216,48 @@ _MARKS = {  # that engines leave on the parameters that they flatten
 
 
 def check_layout(p: Tensor, name: str) -> None:
-    """Raises for a flattened parameter, whose filters are gone, and for a DTensor of any other placements than FSDP2's.
-
-    Raises:
-        ValueError: naming the parameter and its engine or placements.
-    """
+    """Raises ValueError for a flattened parameter, which has no filters, and for placements other than FSDP2's."""
     engine = next((engine for mark, engine in _MARKS.items() if hasattr(p, mark)), None)
     if engine is None and type(p).__name__ == "FlatParameter":  # fairscale's and XLA's
         engine = type(p).__module__
     if engine is not None:
         raise ValueError(
-            f"{name} is flattened by {engine}, and its filters are lost: use fully_shard, whose parameters keep their rows"
+            f"{name} is flattened by {engine} and its filters are lost: use fully_shard, which keeps parameters' rows"
         )
     if not is_distributed(p):
         return
     if p.is_complex():
-        raise ValueError(f"{name} is complex and sharded: split it into real and imaginary parts of their own")
+        raise ValueError(f"{name} is complex and sharded: make its real and imaginary parts two parameters")
     shards = [placement for placement in p.placements if not placement.is_replicate()]
-    # _StridedShard, which FSDP makes of what tensor parallelism has cut before, inherits from Shard.
-    right = all(type(s).__name__ == "Shard" and s.dim == 0 for s in shards) and len(shards) <= 1
-    if not right:
+    # By the class's name: _StridedShard (FSDP over tensor parallelism) inherits from Shard.
+    if len(shards) > 1 or any(type(s).__name__ != "Shard" or s.dim != 0 for s in shards):
         raise ValueError(
-            f"{name} has placements {tuple(p.placements)}: only one Shard(0), as fully_shard makes it, and Replicate() are "
-            "supported, no tensor parallelism"
+            f"{name} has placements {tuple(p.placements)}: only one Shard(0), as made by fully_shard, and Replicate() "
+            "are supported; leave tensor parallelism out"
         )
 
 
 def check_params(params: list[Any], given: bool) -> None:
-    """Raises where an engine has taken parameters over after the optimizer was built.
+    """Raises if an engine has replaced the optimizer's parameters since it was built.
 
     Args:
         params: what the optimizer holds now.
-        given: whether all that it was given were the model's own: `nn.Parameter`s.
+        given: whether it was built from `nn.Parameter`s only.
 
     Raises:
-        ValueError: as `check_layout`; or for tensors in the place of parameters, or none at all.
+        ValueError: as `check_layout`; or if they are no longer parameters, or gone.
     """
     for i, p in enumerate(params):
         check_layout(p, f"params[{i}]")
     if given and not (params and all(isinstance(p, nn.Parameter) for p in params)):
         raise ValueError(
-            "the parameters that the optimizer was given are no longer in it, but copies that no forward reads: DeepSpeed, Megatron "
-            "and apex put such there, most of them flattened. Use DistributedDataParallel or fully_shard"
+            "the parameters that the optimizer was given are no longer in it: an engine such as DeepSpeed, Megatron or "
+            "apex has replaced them by copies that no forward reads. Use DistributedDataParallel or fully_shard"
         )
 
 
 def shard_of(p: Tensor, whole: Tensor) -> Tensor:
-    """The rows of a whole tensor that this process holds of `p`: a view. What is distributed as `p` is has them."""
+    """A view of those rows of `whole` that this process holds of `p`; the shard itself if `whole` is a DTensor too."""
     at = layout(p)
     if at.group is None or is_distributed(whole):
         return local(whole)
@@ -270,7 +265,7 @@ def shard_of(p: Tensor, whole: Tensor) -> Tensor:
 
 
 def like_shard(p: Tensor, mine: Tensor, *shape: int) -> Tensor:
-    """A tensor of this global shape, laid out as `p` is along dim 0, of which this process holds `mine`."""
+    """A tensor of this global shape, sharded as `p` is, whose shard on this process is `mine`."""
     if not is_distributed(p):
         return mine
     from torch.distributed.tensor import DTensor
@@ -280,7 +275,7 @@ def like_shard(p: Tensor, mine: Tensor, *shape: int) -> Tensor:
 
 
 def whole(p: Tensor, mine: Tensor) -> Tensor:
-    """All rows of what each process has as `mine`, laid out as `p` is. Collective where it is sharded."""
+    """The whole tensor, sharded as `p` is, whose shard on this process is `mine`. Collective if `p` is sharded."""
     if layout(p).group is None:
         return mine
     boolean = mine.dtype == torch.bool
@@ -289,11 +284,11 @@ def whole(p: Tensor, mine: Tensor) -> Tensor:
 
 
 def gather(params: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-    """The whole of what each process has a shard of: one all-gather for the list. Meant for what is small.
+    """The whole of small sharded tensors, by one all-gather for the list. Collective.
 
     Args:
         params: sharded parameters, all over one group.
-        values: this process's part of a tensor along each one's dim 0, of one dtype.
+        values: for each of them this process's shard of a one-dimensional tensor, all of one dtype.
     """
     at = [layout(p) for p in params]
     mine = values[0].new_zeros(sum(a.chunk for a in at))
@@ -304,29 +299,29 @@ def gather(params: list[Tensor], values: list[Tensor]) -> list[Tensor]:
     return [s.contiguous().view(-1)[: p.shape[0]] for p, s in zip(params, shards)]
 
 
-# --- modules -------------------------------------------------------------------------------------------------------------
+# --- modules ----------------------------------------------------------------------------------------------------------
 
 
 def sharded_modules() -> list[weakref.ref[Any]]:
-    """Every module under fully_shard in this process: a parameter does not know its own."""
+    """Every module under fully_shard in this process; a parameter does not know its module."""
     from torch.distributed.fsdp import FSDPModule
 
     try:
         from torch.distributed._composable_state import _module_state_mapping
 
         registered: list[Any] = list(_module_state_mapping)
-    except ImportError:  # it is private; without it, all objects are looked through
+    except ImportError:  # it is private; without it, look through all objects
         registered = gc.get_objects()
     return [weakref.ref(m) for m in registered if issubclass(type(m), FSDPModule)]
 
 
 def reshard(modules: list[weakref.ref[Any]]) -> None:
-    """Drops gathered copies of the weights, which a forward without a backward leaves behind: the next forward gathers anew.
+    """Drops the gathered weights that a forward without a backward leaves behind; the next forward gathers them anew.
 
-    Module.reshard() does so too, but for a module whose forward has not ended, and an exception in it leaves that so for good.
+    Unlike Module.reshard(), also for a module whose forward raised an exception.
     """
     for group in _param_groups(modules):
-        if group._all_gather_result is not None:  # gathered ahead of time
+        if group._all_gather_result is not None:  # prefetched
             group.wait_for_unshard()
         group._to_sharded()
 
@@ -339,15 +334,12 @@ def _param_groups(modules: list[weakref.ref[Any]]) -> Iterator[Any]:
 
 
 def check_reduced(modules: list[weakref.ref[Any]], params: Iterable[Tensor], what: str) -> None:
-    """Raises where fully_shard holds gradients back, so that p.grad lacks them.
+    """Raises RuntimeError if fully_shard has not reduced all gradients of these parameters into p.grad.
 
     Args:
-        modules: under fully_shard.
-        params: whose gradients are needed.
-        what: needs them.
-
-    Raises:
-        RuntimeError: saying what to do.
+        modules: those under fully_shard.
+        params: the parameters.
+        what: needs their gradients; for the message.
     """
     needed = set(map(id, params))
 
@@ -359,22 +351,22 @@ def check_reduced(modules: list[weakref.ref[Any]], params: Iterable[Tensor], wha
         part = [one for one in group.fsdp_params if id(one.sharded_param) in needed]
         if part and (group._partial_reduce_output is not None or any(map(held, part))):
             raise RuntimeError(
-                f"{what} needs gradients that fully_shard holds back: leave set_requires_gradient_sync(True) in every pass (in "
-                "accelerate and the Trainer: gradient accumulation with sync_each_batch=True)"
+                f"{what} needs gradients that fully_shard has not reduced yet: keep set_requires_gradient_sync(True) "
+                "in every pass (accelerate and Trainer: gradient accumulation with sync_each_batch=True)"
             )
 
 
 def is_offloaded(params: Iterable[Tensor]) -> bool:
-    """Whether shards rest in the host's memory and are computed with elsewhere: copies of them may be under way."""
+    """Whether FSDP keeps shards in the host's memory and computes elsewhere, so that copies may be under way."""
     return any(is_distributed(p) and local(p).device.type == "cpu" != p.device_mesh.device_type for p in params)
 
 
 def undecorated(model: M) -> M:
-    """The module that torch.compile was given."""
+    """The module under torch.compile's wrapper, if there is one."""
     return getattr(model, "_orig_mod", model)
 
 
 def is_sharded_module(model: nn.Module) -> bool:
-    """Whether fully_shard has been applied to a module or something in it."""
+    """Whether fully_shard has been applied to a module or one of its submodules."""
     module = sys.modules.get("torch.distributed.fsdp")
     return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())

@@ -1,12 +1,12 @@
-"""The functional layer: multi-tensor operators on lists of parameters, in place, one launch a list, no host sync.
+"""The functional layer: multi-tensor operators on lists of parameters, in place, one kernel launch each, no host sync.
 
-Every function takes `backend=None`: 'reference', 'cpp', 'cuda', 'triton', or None for the best that serves the tensors'
-device. All tensors of a call lie on one device; dtypes may be mixed among float32, bfloat16, float16 and float64. A
-**filter** is a slice along dim 0 of a tensor of two or more dimensions; a tensor of one dimension or none is one filter.
+Every function takes `backend=None`: 'reference', 'cpp', 'cuda', 'triton', or None for the fastest available on the
+tensors' device. All tensors of a call are on one device; float32, bfloat16, float16 and float64 may be mixed. A
+**filter** is a slice along dim 0; a tensor with at most one dimension is one filter.
 
-Numbers that change from step to step (sigma, rho, seed, draw) may be Python numbers, or tensors of one element on the
-parameters' device: on any other they are refused, since moving them could stop the host. Under torch.compile and in CUDA
-graphs only tensors can change without a new graph. float64 (int64 for seed and draw) saves a conversion.
+Numbers that change from step to step (sigma, rho, seed, draw) are Python numbers or one-element tensors on the
+parameters' device (not on another: moving them could be a host sync). Under torch.compile and in CUDA graphs only
+tensors can change without a new graph. float64 (int64 for seed and draw) saves a conversion.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def normal(
     """The noise itself: standard normals, a pure function of (seed, draw, tensor, filter, offset).
 
     Philox4x32-10 with key (seed low, seed high xor stream) and counter (offset // 4, filter, tensor, draw), then
-    Box-Muller on its words by pairs. The same bits on every backend, machine and launch shape.
+    Box-Muller on pairs of its words. The same bits on every backend, machine and launch configuration.
 
     Args:
-        shape: of the result; dim 0 counts the filters if there are two dimensions or more.
+        shape: of the result; with two or more dimensions, dim 0 is the filter.
         seed: integer in [0, 2**64).
-        draw: the count of perturbations so far, modulo 2**32.
+        draw: the number of perturbations so far, modulo 2**32.
         tensor: the parameter's position in the optimizer.
         stream: the replica, in [0, 2**31).
 
@@ -93,22 +93,22 @@ def normal(
 def filter_norms(params: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     """The Euclidean norm of every filter, ||w_f||_2 = sqrt(float32(sum of w^2)).
 
-    Squares are summed in float32, 1,024 at a time (in float64 for float64 weights), and those sums in float64.
+    Squares are summed in float32 (float64 for float64 weights), 1,024 at a time, and these sums in float64.
 
     Args:
         params: tensors on one device.
 
     Returns:
-        float32 [filters], the filters of all tensors one after the other.
+        float32 [filters], for the filters of all tensors in order.
     """
     check_tensors("params", params)
     return operators(params[0].device, backend).filter_norms(params)
 
 
 def new_backup(params: Sequence[Tensor], mask: Tensor | None = None) -> list[Tensor]:
-    """Room for the weights that `perturb_` and `ascend_` are about to change: pass it to them and to `restore_`.
+    """An uninitialised backup: `perturb_` and `ascend_` fill it, `restore_` reads it.
 
-    With a mask, for those that it lets through alone: one row for the whole list, and a wait for the GPU to count them.
+    With a mask, only for the selected weights: one row for the whole list. Counting them is a host sync.
     """
     if mask is None:
         return [torch.empty_like(p, requires_grad=False) for p in params]
@@ -118,7 +118,7 @@ def new_backup(params: Sequence[Tensor], mask: Tensor | None = None) -> list[Ten
 
 
 def new_scales(params: Sequence[Tensor]) -> Tensor:
-    """Room for one scale a filter, which `perturb_` writes and `restore_` without a backup reads: float32 [filters]."""
+    """Uninitialised scales, float32 [filters]: `perturb_` fills them, `restore_` without a backup reads them."""
     return torch.empty(sum(map(filters, params)), dtype=torch.float32, device=params[0].device)
 
 
@@ -137,22 +137,22 @@ def perturb_(
     first_row: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Adds filter-norm-scaled Gaussian noise in place: random weight perturbation.
+    """Random weight perturbation: adds Gaussian noise in place, scaled by each filter's norm.
 
     w_f <- w_f + s_f z_f,  s_f = sigma ||w_f||_2,  z = `normal(...)`; with `fisher` (ARWP) s_f is divided by
     sqrt(1 + eta F_f).
 
     Args:
         params: tensors on one device, changed in place.
-        sigma: the noise's standard deviation as a share of the filter's norm, >= 0; typically 0.005 to 0.05.
-        seed, draw, stream: which noise; see `normal`.
-        eta: ARWP's strength, typically 0.1 to 1; used with `fisher` only.
-        fisher: one float32 tensor a parameter, with one entry per slice along dim 0; see `filter_fisher_`.
-        backup: from `new_backup`; filled with the weights as they were.
-        scales: float32 [filters] to write s_f (before ARWP's factor) to; made if left out.
-        index: each parameter's position in the optimizer, the noise's `tensor`; default 0, 1, 2, ...
-        first_row: the number of each tensor's first filter in the whole parameter of which it is a shard; default 0. The noise
-            is then that of those rows of the whole; a tensor of one dimension or none cannot be such a shard.
+        sigma: the noise's standard deviation relative to the filter's norm, >= 0; typically 0.005 to 0.05.
+        seed, draw, stream: select the noise; see `normal`.
+        eta: ARWP's strength, typically 0.1 to 1; used only with `fisher`.
+        fisher: one float32 tensor per parameter, with one entry per slice along dim 0; see `filter_fisher_`.
+        backup: from `new_backup`; filled with the weights before the noise.
+        scales: float32 [filters], filled with s_f (before ARWP's factor); default: a new tensor.
+        index: each parameter's position in the optimizer, `tensor` in `normal`; default 0, 1, 2, ...
+        first_row: for each shard, the index of its first filter in the whole parameter; default 0. A shard gets the
+            noise of its rows of the whole. Must be 0 for a tensor with at most one dimension.
 
     Returns:
         scales, for `restore_` without a backup.
@@ -199,15 +199,15 @@ def restore_(
     first_row: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> None:
-    """Undoes `perturb_` or `ascend_` in place: bit for bit from a backup, or `perturb_` alone by drawing the noise again.
+    """Undoes `perturb_` or `ascend_` in place, bit for bit from a backup; or `perturb_` by drawing the noise again.
 
-    Drawing again stores nothing but one scale a filter, and drifts: about 1.5e-8 relative after one cycle, growing with
-    the square root of their number. It is refused for bfloat16 and float16, where the drift would be 1e-2.
+    Drawing again needs one stored scale per filter and drifts: by about 1.5e-8, relative, times the square root of the
+    number of cycles. It is refused for bfloat16 and float16, where the drift would be 1e-2.
 
     Args:
         params: the perturbed tensors, changed in place.
-        backup, mask: what `perturb_` or `ascend_` filled, and the mask that `ascend_` was given; or
-        scales, seed, draw, stream, eta, fisher, index, first_row: what `perturb_` returned and was given.
+        backup, mask: the backup that `perturb_` or `ascend_` filled, and the mask passed to `ascend_`; or
+        scales, seed, draw, stream, eta, fisher, index, first_row: what `perturb_` returned and was passed.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -216,17 +216,17 @@ def restore_(
     check_writable("params", params)
     device = params[0].device
     if (backup is None) == (scales is None):
-        raise ValueError("restore_ takes either a backup or scales, seed and draw")
+        raise ValueError("restore_ takes either backup, or scales, seed and draw")
     if backup is not None:
         check_backup(backup, mask, params)
         operators(device, backend).restore_(params, backup, mask)
         return
     if mask is not None:
-        raise ValueError("a mask is for a backup: noise is never masked")
+        raise ValueError("mask needs backup: noise is never masked")
     if seed is None or draw is None:
-        raise ValueError("restore_ by scales needs the seed and the draw that perturb_ had")
+        raise ValueError("restore_ from scales needs the seed and draw that perturb_ was given")
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
-        raise TypeError("bfloat16 and float16 weights cannot be restored by drawing again: give perturb_ a backup")
+        raise TypeError("bfloat16 and float16 weights cannot be restored from scales: pass backup to perturb_")
     if fisher is not None:
         check_fisher(fisher, params)
     if first_row is not None:
@@ -244,16 +244,16 @@ def filter_fisher_(
     scale: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> None:
-    """ARWP's running Fisher, one number a filter: F_f <- beta F_f + scale^2 sum(g_f^2), in place.
+    """ARWP's running Fisher, one number per filter: F_f <- beta F_f + scale^2 sum(g_f^2), in place.
 
-    A decayed sum, not an average: there is no 1 - beta. For tensors of one dimension F is per element. A sum that is not
-    finite leaves F_f as it was.
+    A decayed sum, not an average: there is no factor 1 - beta. For tensors of one dimension F is per element. Where the
+    sum is not finite, F_f does not change.
 
     Args:
-        fisher: one contiguous float32 tensor a gradient, with one entry per slice along dim 0.
+        fisher: one contiguous float32 tensor per gradient, with one entry per slice along dim 0.
         grads: gradients at the perturbed weights, on one device.
         beta: decay in [0, 1], typically 0.99.
-        scale: what the gradients are to be multiplied by, such as one over the loss scale.
+        scale: factor for the gradients, such as one over the loss scale.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -270,15 +270,15 @@ def filter_fisher_(
 
 
 def grad_norm(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None, *, backend: str | None = None) -> Tensor:
-    """The Euclidean norm over all gradients together, ||g||_2; with `params` that of w g, for ASAM.
+    """The Euclidean norm of all gradients together, ||g||_2; with `params` that of w g, for ASAM.
 
     Args:
         grads: gradients on one device.
         params: the weights they belong to, in the same order.
 
     Returns:
-        float64 scalar on the gradients' device; not finite where a gradient is not. Squares are float32, but for float64
-        gradients: 0 for gradients below 1e-23, infinite above 1e19.
+        float64 scalar on the gradients' device; not finite if a gradient is not. Except for float64 gradients, squares
+        are float32: 0 for gradients below 1e-23, infinite above 1e19.
     """
     if params is not None:
         check_tensors("params", params)
@@ -297,18 +297,18 @@ def ascend_(
     backup: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> None:
-    """Climbs along the gradient in place: sharpness-aware minimisation's first step.
+    """The ascent of sharpness-aware minimisation, in place.
 
-    w <- w + rho g / norm; adaptive (ASAM): w <- w + rho w^2 g / norm. Nothing changes where the norm is 0 or not finite.
-    With a mask (sparse SAM), only the weights that it lets through climb.
+    w <- w + rho g / norm; adaptive (ASAM): w <- w + rho w^2 g / norm. Nothing changes if the norm is 0 or not finite.
+    With a mask (sparse SAM), only the selected weights change.
 
     Args:
         params: tensors on one device, changed in place.
         grads: their gradients, in the same order.
         rho: the radius, typically 0.05 to 0.2, ten times that for ASAM; a negative one descends.
-        norm: from `grad_norm`, over all the gradients that the radius is meant for.
-        mask: from `topk_mask`, over tensors that lie in memory as the parameters do.
-        backup: from `new_backup`, with the mask if there is one; filled with the weights as they were.
+        norm: from `grad_norm`, over all gradients that share the radius.
+        mask: from `topk_mask`, over tensors with the parameters' memory layout.
+        backup: from `new_backup`, with the mask if there is one; filled with the weights before the ascent.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -332,7 +332,7 @@ def ascend_(
     operators(device, backend).ascend_(params, grads, backup or [], mask, rho, norm, adaptive)
 
 
-# --- masks -------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 def fisher_(
@@ -341,9 +341,9 @@ def fisher_(
     """The empirical Fisher, summed up: F <- F + (scale g)^2, in place, in float32.
 
     Args:
-        fisher: one float32 tensor a gradient, of its shape.
+        fisher: one float32 tensor per gradient, of its shape.
         grads: of one sample, on one device.
-        scale: what the gradients are to be multiplied by, such as one over the loss scale.
+        scale: factor for the gradients, such as one over the loss scale.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -356,21 +356,21 @@ def fisher_(
     for i, (f, g) in enumerate(zip(fisher, grads)):
         if f.shape != g.shape or f.dtype != torch.float32 or f.device != device:
             raise ValueError(
-                f"fisher[{i}] is {tuple(f.shape)} {f.dtype} on {f.device}: expected {tuple(g.shape)} float32 on {device}"
+                f"fisher[{i}] is {tuple(f.shape)} {f.dtype} on {f.device}: expected {tuple(g.shape)} float32, {device}"
             )
     operators(device, backend).fisher_(fisher, grads, scalar("scale", scale, device))
 
 
 def topk_mask(scores: Sequence[Tensor], k: int, *, check: bool = True, backend: str | None = None) -> Tensor:
-    """The k largest scores of a whole list as a mask, exactly k bits, ties to the first; a bit an element.
+    """A mask of the k largest scores of a whole list: one bit per element, exactly k ones, ties to the first.
 
-    Bit j of a tensor's word i is its element 32 i + j in storage order (dim 0 first, then as it lies in memory). After the
-    words of all tensors come ranks: for every 1,024 elements how many ones lie before them.
+    Bit j of a tensor's word i is its element 32 i + j in storage order (dim 0 first, then as it lies in memory). After
+    the words of all tensors come ranks: for every 1,024 elements the number of ones before them.
 
     Args:
-        scores: tensors on one device, not negative; infinity is the largest. float64 or other dtypes, not both.
+        scores: tensors on one device, not negative; infinity is the largest. All float64, or none.
         k: how many, in [0, elements of the list].
-        check: raise for a NaN or a negative score. It waits for a GPU; without it such scores give any mask of their list.
+        check: raise for a NaN or a negative score, at the cost of a host sync. Without it such scores give some mask.
 
     Returns:
         int32 [words + ranks], for `ascend_`, `unpack_mask` and `count_mask`.
@@ -403,17 +403,17 @@ def regrow_mask_(
     check: bool = True,
     backend: str | None = None,
 ) -> None:
-    """Moves `count` ones of a mask in place: those with the lowest |drop| go, as many others with the largest |grow| come.
+    """Moves `count` ones of a mask in place: drops ones with the lowest |drop|, grows zeros with the largest |grow|.
 
-    Both are chosen from the mask as it was, ties to the first; less are moved where there are not so many ones, or zeros. A random
-    score is the upper 24 bits of a Philox word at (offset // 4, 2**32 - 2 to drop or 2**32 - 1 to grow, tensor, draw).
+    Both are chosen from the mask as it was, ties to the first; fewer are moved if it has fewer ones or zeros. A random
+    score is the upper 24 bits of a Philox word at (offset // 4, 2**32 - 2 (drop) or 2**32 - 1 (grow), tensor, draw).
 
     Args:
-        mask: from `topk_mask`, over tensors that lie in memory as the parameters do.
+        mask: from `topk_mask`, over tensors with the parameters' memory layout.
         params: the tensors that it is for.
-        drop, grow: gradients, weights or other scores, of the parameters' shapes and dtypes; None: at random.
+        drop, grow: gradients, weights or other scores, of the parameters' shapes and dtypes; None: random.
         seed, draw, stream, index: as for `perturb_`.
-        check: raise for a NaN score; the mask is then as it was. It waits for a GPU.
+        check: raise for a NaN score, which leaves the mask unchanged; costs a host sync.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -436,7 +436,7 @@ def regrow_mask_(
 
 
 def unpack_mask(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """A mask as booleans: one tensor for each of `like`, of its shape.
+    """A mask as boolean tensors, of the shapes of `like`.
 
     Raises:
         ValueError: for a mask of another list.
@@ -446,7 +446,7 @@ def unpack_mask(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def pack_mask(live: Sequence[Tensor]) -> Tensor:
-    """One mask from boolean tensors that lie in memory as the parameters do: `unpack_mask` undone.
+    """The mask of boolean tensors with the parameters' memory layout: the inverse of `unpack_mask`.
 
     Raises:
         TypeError: for tensors that are not boolean.
@@ -457,7 +457,7 @@ def pack_mask(live: Sequence[Tensor]) -> Tensor:
 
 
 def count_mask(mask: Tensor, like: Sequence[Tensor]) -> int:
-    """How many elements a mask lets through. It waits for a GPU.
+    """How many elements a mask selects. A host sync.
 
     Raises:
         ValueError: for a mask of another list.

@@ -1,4 +1,4 @@
-"""Noise in the weights of any model, without an optimizer."""
+"""Weight noise without an optimizer."""
 
 from __future__ import annotations
 
@@ -27,26 +27,25 @@ def perturb(
     position: int = 0,
     restore: str = "exact",
 ) -> Pass:
-    """Adds RWP's noise to weights in place for what runs within; they come back bit for bit, whatever happens.
+    """Context manager that adds RWP's noise to weights in place; on exit, also by an exception, it restores every bit.
 
-    w_f <- w_f + eps_f, eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0): the bits that `flatops.RWP`
-    over the same list has at the same seed, draw and stream. For evaluation under weight noise, ensembles, robustness tests,
-    and training what is not perturbed, such as adapters on a frozen base.
+    w_f <- w_f + eps_f, eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0), with the same bits
+    as `flatops.RWP` over the same list at the same seed, draw and stream. For evaluation under weight noise, ensembles,
+    robustness tests, and training other weights, such as adapters on a frozen base.
 
     Args:
-        weights: a module, for all of its parameters, frozen ones too; or tensors, such as some of its parameters. Complex ones
-            are pairs of real ones.
-        sigma: noise as a share of the filter's norm, >= 0; default 0.01. A number, or a tensor of one on the weights' device.
-        seed, draw, stream: which noise: another draw, other noise. Default 0, on every process; across replicas that are to
-            differ, let `stream` be the rank.
-        position: of the first of the weights, the others count on from there; default 0. Noise is drawn by position: two calls
-            at one position and draw give weights of equal shapes the same noise, so a loop over layers numbers them.
-        restore: where the weights are meanwhile.
-            'exact' (default): in a copy on their device.
-            'offload': in a copy in the host's memory, pinned for a GPU's, where the device has no room: 2 bytes per bfloat16
-                weight, moved there and back.
-            'regenerate': nowhere, the noise is drawn again and subtracted; one number a filter. They drift by about 1.5e-8
-                sqrt(passes), and bfloat16 and float16 are refused.
+        weights: a module (all of its parameters, frozen ones too), or tensors. Complex weights are pairs of real ones.
+        sigma: noise relative to the filter's norm, >= 0; default 0.01. A number, or a one-element tensor on the
+            weights' device.
+        seed, draw, stream: select the noise; default 0. For different noise on every replica, pass the rank as
+            `stream`.
+        position: of the first weight, default 0; the others follow. Two calls with the same draw and position give
+            weights of equal shapes the same noise, so in a loop over layers count the positions on.
+        restore: how the weights are restored.
+            'exact' (default): from a backup on their device.
+            'offload': from a backup in the host's memory (pinned for a GPU): 2 bytes per bfloat16 weight, copied twice.
+            'regenerate': by drawing the noise again and subtracting it; stores one number per filter. Drifts by about
+                1.5e-8 sqrt(passes); refused for bfloat16 and float16.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -57,8 +56,8 @@ def perturb(
         ...     with torch.no_grad(), flatops.perturb(model, sigma=0.01, draw=draw):
         ...         losses.append(loss_fn(model(x), y))
 
-    A backward pass has to run within: outside the weights are others, and autograd says so; not so under activation
-    checkpointing, which computes the forward again with what is there. A step of the weights themselves is undone at the end.
+    Run the backward inside too: later, autograd raises an error, or, under activation checkpointing, recomputes the
+    forward with the restored weights. An update of the weights inside is lost on exit.
 
     References:
         Li et al.: Efficient Generalization Improvement Guided by Random Weight Perturbation. arXiv 2211.11489.
@@ -69,7 +68,7 @@ def perturb(
 
 
 class _Noisy:
-    """Whose weights the pass of a `perturb` changes."""
+    """The owner of the `Pass` of `perturb`."""
 
     def __init__(
         self, weights: Any, sigma: float | Tensor, restore: str, position: int, noise: dict[str, int | Tensor]

@@ -1,7 +1,6 @@
-"""The definition of every operator in plain PyTorch: short, slow, and the oracle of every test.
+"""The definition of every operator in plain PyTorch, short and slow; tests hold the other backends to the same bits.
 
-The other backends give the same bits. Where plain PyTorch does not round as IEEE 754 asks (float32 square roots on a
-CPU) or lacks an operation (a fused multiply-add), this file says how it is made up for.
+Float32 square roots (not correctly rounded by PyTorch on a CPU) and fused multiply-adds (absent) go through float64.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from flatops.schemas import filters, mask_size, mask_words, operator
 REDUCE, LANES = 1024, 128  # csrc/tensor_list.h
 
 
-# --- filters -----------------------------------------------------------------------------------------------------------
+# --- filters ----------------------------------------------------------------------------------------------------------
 
 
 def _by_filter(t: Tensor, like: Tensor | None = None) -> Tensor:
-    """`t` with dim 0 first and the rest in `like`'s storage order: a view, of whatever strides."""
+    """A view of `t` with dim 0 first and the others in `like`'s storage order."""
     like = t if like is None else like
     return t.permute(sorted(range(t.dim()), key=lambda d: (d > 0, -like.stride(d) if d else 0)))
 
 
 def rows(t: Tensor, like: Tensor | None = None) -> Tensor:
-    """The filters of `t`, [filters, length], each in storage order. A tensor of one dimension or none is one filter."""
+    """The filters of `t` in storage order, [filters, length]. A tensor with at most one dimension is one filter."""
     if t.numel() == 0:
         return t.new_empty(0, 0)
     return _by_filter(t, like).reshape(filters(t), -1)
@@ -39,7 +38,7 @@ def _write(t: Tensor, new_rows: Tensor) -> None:
     view.copy_(new_rows.reshape(view.shape))
 
 
-# --- arithmetic that rounds once ---------------------------------------------------------------------------------------
+# --- arithmetic that rounds once --------------------------------------------------------------------------------------
 
 
 def fma(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
@@ -60,7 +59,7 @@ def fma(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded float32 square root; PyTorch's own is not, on a CPU."""
+    """Correctly rounded float32 square root."""
     return x.double().sqrt().float()
 
 
@@ -73,16 +72,16 @@ def _fold(lanes: Tensor) -> Tensor:
 
 
 def _by_lanes(x: Tensor) -> Tensor:
-    """[..., n] as [..., sums, steps, LANES], REDUCE elements a sum, zeros where there is nothing."""
+    """[..., n] as [..., sums, steps, LANES], with REDUCE elements per sum, padded with zeros."""
     x = F.pad(x, (0, -x.shape[-1] % (REDUCE if x.shape[-1] > REDUCE else LANES)))
     return x.unflatten(-1, (-1, min(x.shape[-1], REDUCE) // LANES, LANES))
 
 
 def total(x: Tensor) -> Tensor:
-    """The float64 sum over the last dimension, in the one order that every backend follows.
+    """The float64 sum over the last dimension, in the order that every backend follows.
 
-    REDUCE elements at a time: element i goes to lane i mod LANES, a lane adds its elements in turn, and the lanes are
-    folded by halves. Then the same over the sums, until one is left.
+    REDUCE elements at a time: element i is added to lane i mod LANES, in order, and the lanes are folded by halves.
+    This is repeated over the sums until one is left.
     """
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
@@ -95,7 +94,7 @@ def total(x: Tensor) -> Tensor:
 def sum_squares(x: Tensor) -> Tensor:
     """The float64 sum of squares over the last dimension of float32 or float64, in the order of `total`.
 
-    The sums of REDUCE squares are made in the dtype of `x`, by fma in float32.
+    REDUCE squares at a time are summed in the dtype of `x`, by fma in float32.
     """
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1], dtype=torch.float64)
@@ -106,7 +105,7 @@ def sum_squares(x: Tensor) -> Tensor:
     return total(_fold(lanes).double())
 
 
-# --- noise -------------------------------------------------------------------------------------------------------------
+# --- noise ------------------------------------------------------------------------------------------------------------
 
 _M0, _M1, _W0, _W1, _WORD = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
@@ -126,7 +125,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple
 
 
 def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words become two float32 normals; csrc/gaussian.h tells how, and this follows it step by step."""
+    """Two words become two float32 normals, step by step as csrc/gaussian.h explains."""
     radius, angle = radius.to(torch.int32), angle.to(torch.int32)  # keeps the low 32 bits
     sqrt_half = 0x3F3504F3
     u = ((radius >> 1) & 0x7FFFFFFF | 1).float().view(torch.int32)
@@ -152,7 +151,7 @@ def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int, first_row: int = 0) -> Tensor:
-    """The noise of one tensor, or of a shard of it that begins with filter `first_row`, float32 [filters, length].
+    """The noise of a tensor, or of a shard of it whose first filter is `first_row`, float32 [filters, length].
 
     Philox with counter (offset // 4, filter, index, draw); words (0, 1) and (2, 3) become the normals of offsets
     4 i + (0, 1) and 4 i + (2, 3).
@@ -165,11 +164,11 @@ def normals(filters: int, length: int, key: Tensor, draw: Tensor, index: int, fi
     return z.reshape(filters, 4 * block.numel())[:, :length]
 
 
-# --- operators: what is declared for every backend, and its definition ----------------------------------------------------
+# --- operators: their schemas, for every backend, and their definitions -----------------------------------------------
 
 
 def _exact(t: Tensor) -> Tensor:
-    """In the dtype that kernels compute in: float64 for itself, float32 for the others."""
+    """In the dtype that kernels compute in: float64 for float64, float32 for the others."""
     return t if t.dtype == torch.float64 else t.float()
 
 
@@ -200,7 +199,7 @@ def filter_norms(params: list[Tensor]) -> Tensor:
     "int[] first_row, Tensor[] fisher, float eta) -> ()"
 )
 def perturb_(params, scales, backup, sigma, key, draw, index, first_row, fisher, eta) -> None:
-    for b, p in zip(backup, params):  # all of them before any weight changes
+    for b, p in zip(backup, params):  # before any weight changes
         b.copy_(p)
     scales.copy_(sigma.float() * filter_norms(params))
     _add_noise(params, scales, key, draw, index, first_row, fisher, eta)
@@ -253,12 +252,13 @@ def grad_norm(grads: list[Tensor], params: list[Tensor]) -> Tensor:
         return _exact(rows(params[i])) * _exact(rows(grads[i], like=params[i]))
 
     square = total(torch.stack([sum_squares(terms(i).reshape(-1)) for i in range(len(grads))]))
-    # The host's square root is correctly rounded; PyTorch's is not, on a CPU.
+    # Python's square root is correctly rounded.
     return torch.full_like(square, math.sqrt(square.item()) if square >= 0 else math.nan)
 
 
 @operator(
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backup, Tensor? mask, Tensor rho, Tensor norm, bool adaptive) -> ()"
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backup, Tensor? mask, Tensor rho, Tensor norm, bool adaptive)"
+    " -> ()"
 )
 def ascend_(params, grads, backup, mask, rho, norm, adaptive: bool) -> None:
     step = torch.where((norm > 0) & norm.isfinite(), rho / norm, 0.0)
@@ -274,20 +274,20 @@ def ascend_(params, grads, backup, mask, rho, norm, adaptive: bool) -> None:
             continue
         w, d = _exact(rows(p)), _exact(rows(g, like=p))
         d = w * w * d if adaptive else d
-        climbed = w + step * d if p.dtype == torch.float64 else fma(step.float(), d, w)
-        _write(p, torch.where((step == 0) | ~rows(l, like=p), rows(p), climbed.to(p.dtype)))
+        ascended = w + step * d if p.dtype == torch.float64 else fma(step.float(), d, w)
+        _write(p, torch.where((step == 0) | ~rows(l, like=p), rows(p), ascended.to(p.dtype)))
 
 
-# --- masks -------------------------------------------------------------------------------------------------------------
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 def _flat(tensors: list[Tensor], like: list[Tensor] | None = None) -> list[Tensor]:
-    """Every tensor's elements as one row, in the storage order of `like`."""
+    """Each tensor as one row of elements, in the storage order of `like`."""
     return [rows(t, like=l).reshape(-1) for t, l in zip(tensors, like or tensors)]
 
 
 def pack(flat: list[Tensor]) -> Tensor:
-    """A mask from one row of booleans a tensor: bit j of a tensor's word i is its element 32 i + j; the ranks follow."""
+    """The mask of one row of booleans per tensor: bit j of a tensor's word i is element 32 i + j; the ranks follow."""
     weights = 2 ** torch.arange(32, device=flat[0].device)
     words = [(F.pad(f, (0, -len(f) % 32)).view(-1, 32) * weights).sum(1) for f in flat]
     counts = torch.cat([F.pad(f, (0, -len(f) % REDUCE)).view(-1, REDUCE).sum(1) for f in flat])
@@ -295,7 +295,7 @@ def pack(flat: list[Tensor]) -> Tensor:
 
 
 def unpack(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The mask as booleans, of the shapes of `like`."""
+    """The mask as booleans of the shapes of `like`."""
     sizes = list(map(mask_words, like))
     shifts = torch.arange(32, device=mask.device)
     out = []
@@ -308,7 +308,7 @@ def unpack(mask: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def count(mask: Tensor, like: Sequence[Tensor]) -> int:
-    """How many elements the mask lets through: its last rank, and the ones of the words behind it."""
+    """How many elements the mask selects: its last rank plus the ones of the words after it."""
     last = next((t for t in reversed(like) if t.numel()), None)
     if last is None:
         return 0
@@ -319,14 +319,14 @@ def count(mask: Tensor, like: Sequence[Tensor]) -> int:
 
 
 def _slots(params: list[Tensor], mask: Tensor, backup: Tensor) -> list[Tensor]:
-    """The part of a masked backup that holds each tensor's elements, as its dtype. There has to be room for all."""
+    """Each tensor's part of a masked backup, in its dtype. The backup must have room for all."""
     counts = [int(live.sum()) for live in unpack(mask, params)]
     slots = backup.view(torch.uint8).view(-1, backup.element_size())[: sum(counts)].split(counts)
     return [s[:, : p.element_size()].view(p.dtype)[:, 0] for s, p in zip(slots, params)]
 
 
 def _largest(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
-    """Which elements of a row, or of those `among` them, are its `count` largest, the first of equals first."""
+    """Which elements of a row, or of those in `among`, are the `count` largest, ties to the first."""
     places = torch.arange(len(scores), device=scores.device) if among is None else among.nonzero()[:, 0]
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[places[scores[places].sort(descending=True, stable=True).indices[:count]]] = True
@@ -360,7 +360,7 @@ def topk_mask(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
 
 
 def _random_scores(params: list[Tensor], key: Tensor, draw: Tensor, index: list[int], place: int) -> Tensor:
-    """The upper 24 bits of Philox words, at a place of the counter that no filter has."""
+    """The upper 24 bits of Philox words, with `place` in the counter instead of a filter."""
     out = []
     for p, i in zip(params, index):
         block = torch.arange((p.numel() + 3) // 4, device=key.device)
@@ -370,7 +370,8 @@ def _random_scores(params: list[Tensor], key: Tensor, draw: Tensor, index: list[
 
 
 @operator(
-    "(Tensor(a!) mask, Tensor[] params, Tensor[] drop, Tensor[] grow, Tensor key, Tensor draw, int[] index, int count) -> Tensor",
+    "(Tensor(a!) mask, Tensor[] params, Tensor[] drop, Tensor[] grow, Tensor key, Tensor draw, int[] index, int count)"
+    " -> Tensor",
     lambda mask, *_: mask.new_empty((), dtype=torch.int64),
 )
 def regrow_mask_(mask, params, drop, grow, key, draw, index, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights changed in place, with a way back: what was changed, and a pass that gives it back whatever happens."""
+"""Records of in-place changes to weights, and the context manager that undoes them, even after an interrupt."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from flatops.backend import _C, outside_graphs
 
 @dataclass
 class Change:
-    """A list of tensors that is changed together, and how it comes back."""
+    """A list of tensors that one operator changes, and how to restore it.
+
+    Version counters tell what has been done: a flag set by the next line of Python could be lost to an interrupt.
+    """
 
     tensors: list[Tensor]
-    how: dict[str, Any]  # the arguments of restore_, or a copy of the weights in the host's memory
-    token: Tensor  # the operator that changes them writes to it last ...
-    version: int  # ... and so moves its version on: an interrupt between two lines of Python cannot blur what was done
-    restored: int = -1  # the version that restoring gives the last tensor, for the same reason
+    how: dict[str, Any]  # the arguments of restore_, or {"offloaded": backup in the host's memory}
+    token: Tensor  # the tensor that the operator writes last ...
+    version: int  # ... and its version before that
+    restored: int = -1  # the version that restoring gives the last of the tensors
 
     def undo(self) -> None:
-        """Restores the tensors, if they were changed and have not been restored."""
+        """Restores the tensors, if they were changed and are not restored yet."""
         last = self.tensors[-1]
         if self.token._version == self.version or last._version == self.restored:
             return
@@ -41,7 +44,7 @@ class Change:
 
 
 class Changes:
-    """All that one pass changes, in the order in which it does."""
+    """All changes of one pass, in order."""
 
     _claims: dict[tuple[int, int], Sequence[Tensor]] = {}  # (thread, id of a Changes) -> the weights that it may change
 
@@ -52,23 +55,23 @@ class Changes:
         """Keeps other threads from changing these weights until `undo`.
 
         Raises:
-            RuntimeError: if another thread has claimed some of them. Each would restore what it saw: the other's noise.
+            RuntimeError: if another thread has claimed some of them: its noise would be in this one's backup.
         """
         thread = threading.get_ident()
-        self._claims[thread, id(self)] = weights  # before looking: of two threads that come together one sees the other
+        self._claims[thread, id(self)] = weights  # before looking, so that of two threads at least one sees the other
         others = [theirs for (other, _), theirs in list(self._claims.items()) if other != thread]
         if others and not _addresses(itertools.chain(*others)).isdisjoint(_addresses(weights)):
             raise RuntimeError(
-                "another thread is perturbing these weights: give every thread a copy of the model, or hold a lock around "
-                "the whole pass"
+                "another thread is perturbing these weights: give every thread a copy of the model, or hold a lock "
+                "during the whole pass"
             )
 
     def announce(self, tensors: list[Tensor], token: Tensor, **how: Any) -> None:
-        """Notes a change and how to undo it, before it is made."""
+        """Records a change that is about to be made, and how to undo it."""
         self.made.append(Change(tensors, how, token, token._version))
 
     def undo(self) -> None:
-        """Undoes all changes, the last first: two lists may hold the same memory. Then the weights are free for other threads."""
+        """Undoes all changes, last first because lists may share memory, and gives up the claim."""
         for change in reversed(self.made):
             change.undo()
         self.made.clear()
@@ -81,8 +84,7 @@ def _addresses(weights: Iterable[Tensor]) -> set[int]:
 
 
 def forget_copies(modules: list[Any]) -> None:
-    """Drops copies of weights that are about to change or have just changed: autocast's in low precision, those of
-    `parametrize.cached()`, and what `modules`, which are under fully_shard, have gathered."""
+    """Drops stale copies of the weights: those of autocast, of `parametrize.cached()` and of FSDP modules."""
     torch.clear_autocast_cache()
     if parametrize := sys.modules.get("torch.nn.utils.parametrize"):
         parametrize._cache.clear()
@@ -101,8 +103,10 @@ def _insist(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Exit:
-    """`__exit__` of a Pass: called again if an interrupt breaks it off, and compiled where there is a compiled core, since Python
-    code can be interrupted before its first line."""
+    """`__exit__` of a Pass, which runs again if an interrupt breaks it off.
+
+    Compiled if possible: a Python function can be interrupted before its first line.
+    """
 
     def __get__(self, instance: Pass | None, owner: type) -> Callable[..., Any]:
         if instance is None:  # contextlib.ExitStack asks the class
@@ -111,15 +115,15 @@ class _Exit:
 
 
 class Pass:
-    """A perturbed pass, as a context manager: no interrupt, whenever it comes, leaves the weights perturbed.
+    """A perturbed pass as a context manager: an interrupt at any moment still restores the weights.
 
     Args:
-        owner: whose weights they are. It has
-            `in_pass`, whether a pass is under way;
-            `_begin(**options)`, which changes the weights, or returns False to join the pass that is under way;
-            `restore()`, which gives them back, and is called again if it is interrupted;
-            `_end(well)`, called with the weights back in place, after a pass that ended well or did not.
-        *inside: context managers to enter when the weights have changed, and to leave before they come back.
+        owner: an object with
+            `in_pass`, whether a pass is running;
+            `_begin(**options)`, which changes the weights, or returns False to join the running pass;
+            `restore()`, which restores them, and is called again if interrupted;
+            `_end(well)`, called after the restore; `well` is False after an exception.
+        *inside: context managers entered after the weights are changed and left before they are restored.
         **options: for `_begin`.
     """
 
@@ -130,12 +134,12 @@ class Pass:
         self.owner, self.inside, self.options = owner, inside, options
         self.stack = contextlib.ExitStack()
         self.entered = self.left = False
-        self.mine = False  # it began the pass, and so ends it
+        self.mine = False  # whether it began the pass, and so ends it
 
     @outside_graphs
     def __enter__(self) -> None:
         if self.entered:
-            raise RuntimeError("a pass is entered once: make another for the next")
+            raise RuntimeError("a pass can be entered once: call perturbed() or perturb() again")
         self.entered = True
         begins = not self.owner.in_pass
         try:
@@ -153,8 +157,8 @@ class Pass:
 
     @outside_graphs
     def leave(self, *exception: Any) -> None:
-        """Restores the weights, unless they belong to a pass that this one has joined."""
-        if self.left:  # again, for an interrupt broke the end off
+        """Restores the weights, unless this pass joined a running one."""
+        if self.left:  # called again, after an interrupt
             error = KeyboardInterrupt()
             exception = type(error), error, None
         self.left, well = True, False
@@ -167,6 +171,6 @@ class Pass:
                 self.owner._end(well)
 
     def __del__(self) -> None:
-        """A pass that nobody can end any more: a debugger's interrupt came between its body and its end."""
+        """Ends a pass whose `__exit__` never ran, because a debugger's interrupt came right before it."""
         if self.mine and not self.left:
             self.leave(KeyboardInterrupt, None, None)

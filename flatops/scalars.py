@@ -1,4 +1,4 @@
-"""Numbers that users give: in range, as Python's own, on the right device."""
+"""Checks and conversions of the numbers that users pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy's as Python's own, which checkpoints hold without numpy; anything else as it is."""
+    """A numpy number as a Python number, so that checkpoints load without numpy; anything else as is."""
     if isinstance(value, (bool, Tensor)):
         return value
     if isinstance(value, numbers.Integral):
@@ -20,17 +20,17 @@ def plain(value: Any) -> Any:
 
 
 def on(device: torch.device, value: Any) -> Any:
-    """`value` on a device, if it is a tensor. The host does not wait for a GPU."""
+    """A tensor moved to a device, without a host sync; anything else as is."""
     return value.to(device, non_blocking=device.type != "cpu") if isinstance(value, Tensor) else value
 
 
 def number(value: Tensor) -> int | float:
-    """The value of a tensor of one number. An int64 is a seed in [0, 2**64), whose upper half is negative there."""
+    """The value of a tensor of one element; an int64 is read as unsigned, because it is a seed in [0, 2**64)."""
     return value.item() if value.is_floating_point() else value.item() % 2**64
 
 
 def check_tensor(name: str, value: Tensor, floating: bool = True) -> None:
-    """Raises unless a tensor holds one number of the right kind. Its value, on the device, is not waited for."""
+    """Raises unless a tensor holds one number of the right kind. Its value is not read, which would be a host sync."""
     right = value.is_floating_point() if floating else value.dtype == torch.int64
     if not (value.numel() == 1 and right):
         kind = "floating-point" if floating else "int64"

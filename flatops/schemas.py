@@ -1,11 +1,11 @@
-"""How operators are declared: once, beside their definitions in reference.py, for every backend's namespace.
+"""Declares each operator once, beside its definition in reference.py, for the namespaces of all backends.
 
-What changes between steps (sigma, rho, draw, a norm) is a tensor of one element, float64 or int64, on the device of the
-parameters: a Python number would be compiled into a graph and would have to be copied to a GPU. `key` is
-`seed ^ (stream << 32)`; `index` is each parameter's position in the optimizer, `first_row` the number of its first filter in the
-whole of which it is a shard (none: all 0). A mask is int32: one bit an element in storage order,
-each tensor from a new word on, then for every 1,024 elements how many ones come before them in the list. Under a mask, `backup` is one
-tensor for the whole list, a slot for each element that the mask lets through.
+Numbers that change between steps (sigma, rho, draw, a norm) are tensors of one element, float64 or int64, on the
+parameters' device: a Python number would be a constant of a compiled graph, and a copy to the GPU at every step.
+`key` is `seed ^ (stream << 32)`, `index` each parameter's position in the optimizer, `first_row` the index of a shard's
+first filter in the whole parameter (an empty list: all 0). A mask is int32: one bit per element in storage order, each
+tensor starting at a new word, then ranks: for every 1,024 elements the number of ones before them in the list. Under a
+mask, `backup` is one tensor for the whole list, with a slot for each selected element.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _FAKES: dict[str, Callable[..., Any]] = {}
 
 
 def operator(schema: str, fake: Callable[..., Any] = lambda *args: None) -> Callable[[F], F]:
-    """Declares an operator by the name of the function that defines it, which is no business of autograd's.
+    """Declares an operator with the name of the function that defines it. Autograd does not see it.
 
     Args:
-        schema: its arguments and result, as torch.library spells them; `(a!)` marks what is written.
-        fake: makes the result without computing it, from the arguments: what a compiler needs to know.
+        schema: its arguments and result, as for torch.library; `(a!)` marks what is written.
+        fake: makes an uninitialised result from the arguments, for torch.compile.
     """
 
     def declare(definition: F) -> F:
@@ -36,7 +36,7 @@ def operator(schema: str, fake: Callable[..., Any] = lambda *args: None) -> Call
     return declare
 
 
-_libraries: list[torch.library.Library] = []  # a Library unregisters what it holds when it is collected
+_libraries: list[torch.library.Library] = []  # kept alive: a Library that is collected unregisters its operators
 
 
 def define(namespace: str) -> torch.library.Library:
@@ -49,19 +49,19 @@ def define(namespace: str) -> torch.library.Library:
     return library
 
 
-# --- the lengths of results --------------------------------------------------------------------------------------------
+# --- the lengths of results -------------------------------------------------------------------------------------------
 
 
 def filters(t: torch.Tensor) -> int:
-    """How many filters a tensor has: slices along dim 0, one for a tensor of one dimension or none, none if it is empty."""
+    """How many filters a tensor has: its slices along dim 0; 1 if it has at most one dimension; 0 if it is empty."""
     return 0 if t.numel() == 0 else t.shape[0] if t.dim() > 1 else 1
 
 
 def mask_words(t: torch.Tensor) -> int:
-    """How many words of a mask a tensor takes: 32 elements each."""
+    """How many words of a mask a tensor takes, for 32 elements each."""
     return -(-t.numel() // 32)
 
 
 def mask_size(tensors: Sequence[torch.Tensor]) -> int:
-    """The length of a mask over a list: the words of all tensors, then a rank for every 1,024 elements of each."""
+    """The length of a list's mask: the words of all tensors, then a rank for every 1,024 elements of each."""
     return sum(mask_words(t) + -(-t.numel() // 1024) for t in tensors)

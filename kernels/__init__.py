@@ -1,9 +1,8 @@
-"""The operators in Triton: one function for each definition in flatops/reference.py, in OPERATORS by its name.
+"""The operators in Triton: OPERATORS holds a function for each definition in flatops/reference.py, by name.
 
-One launch serves all tensors of a dtype, and with two more before it the filters that are too long for one program;
-`grad_norm` takes one launch a dtype and two more; a mask takes one for every eight bits of a score, and four more (mask.py).
-Nothing waits for the GPU, and everything can be captured in a CUDA graph once it has run before, since Triton compiles a kernel
-when it is first called.
+Kernel launches: one per dtype, plus two if there are filters too long for one program; `grad_norm`: one per dtype plus
+two; masks: one per eight bits of a score plus four (mask.py). There is no host sync. An operator can be captured in a
+CUDA graph after a first call, in which Triton compiles its kernels.
 """
 
 from . import ascend, fisher, mask, perturb, sum

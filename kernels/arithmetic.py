@@ -1,4 +1,4 @@
-"""Arithmetic that rounds once, to the same bits in machine code and in Triton's interpreter."""
+"""Correctly rounded arithmetic with the same bits in machine code and in Triton's interpreter."""
 
 import torch
 import triton
@@ -16,14 +16,14 @@ if INTERPRETED:
         a, b, c = (torch.tensor(handle.data) for handle in (x, y, z))
         return TensorHandle(reference.fma(a, b, c).numpy(), z.dtype.scalar)
 
-    if not hasattr(interpreter, "fma_fp32"):  # up to Triton 3.6 it multiplies, rounds and adds
+    if not hasattr(interpreter, "fma_fp32"):  # up to Triton 3.6 the interpreter rounds twice
         InterpreterBuilder.create_fma = fma
 
 
 @triton.jit
 def widen(x):
-    """In the dtype that is computed in: float64 for itself, float32 for the others."""
-    if x.dtype == tl.bfloat16:  # by its bits, because the interpreter gets subnormals wrong
+    """To the dtype that kernels compute in: float64 for float64, float32 for the others."""
+    if x.dtype == tl.bfloat16:  # by its bits: the interpreter's conversion of subnormals is wrong
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif x.dtype == tl.float16:
         x = x.to(tl.float32)
@@ -32,8 +32,8 @@ def widen(x):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Rounded to the nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off
+    """To `dtype`, rounded to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

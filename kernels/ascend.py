@@ -1,6 +1,6 @@
-"""ascend_: sharpness-aware minimisation's step along the gradient, one pass over weights and gradients.
+"""ascend_: the ascent of sharpness-aware minimisation, one pass over weights and gradients.
 
-Under a mask only what has its bit set is read, changed and kept, and `restore_masked` is its way back.
+Under a mask only selected elements are read, backed up and changed; `restore_masked` restores them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .tensor_list import ALIGNED, DATA, FIELDS, LANES, OTHER, TensorList, operat
 
 
 @triton.jit
-def climbed(x, g, scale, dtype: tl.constexpr, adaptive: tl.constexpr):
-    """w + scale g, or w + scale w^2 g, for a weight as it was loaded."""
+def ascended(x, g, scale, dtype: tl.constexpr, adaptive: tl.constexpr):
+    """w + scale g, or w + scale w^2 g, in the weight's dtype."""
     w, g = widen(x), widen(g)
     if adaptive:
         g = w * w * g
@@ -29,14 +29,14 @@ def climbed(x, g, scale, dtype: tl.constexpr, adaptive: tl.constexpr):
 
 @triton.jit
 def scale_of(rho, norm):
-    """rho / norm, 0 where that is no number to climb by."""
+    """rho / norm; 0 if the norm is 0 or not finite."""
     norm = tl.load(norm)
     good = (norm > 0) & (norm < float("inf"))
     return tl.where(good, tl.load(rho) / tl.where(good, norm, 1.0), 0.0)
 
 
 @triton.jit
-def climb(
+def ascend(
     vector: tl.constexpr, tensor, block, scale, dtype: tl.constexpr, adaptive: tl.constexpr, backup: tl.constexpr
 ):
     data, grad, saved, place, count, _, _, steps = rows_of(tensor, block, dtype, True, False, vector)
@@ -48,7 +48,7 @@ def climb(
             tl.store(saved + (place + i), x, i < count)
         if scale != 0:  # not even 0 times an infinite gradient
             g = tl.load(grad + (place + i), i < count, other=0.0)
-            tl.store(data + (place + i), climbed(x, g, scale, dtype, adaptive), i < count)
+            tl.store(data + (place + i), ascended(x, g, scale, dtype, adaptive), i < count)
         step += 1
 
 
@@ -58,24 +58,24 @@ def ascend_kernel(tensors, blocks, first, rho, norm, dtype: tl.constexpr, adapti
     tensor = tensors + tl.load(block) * FIELDS
     scale = scale_of(rho, norm)
     if tl.load(tensor + ALIGNED + 1) != 0:
-        climb(True, tensor, block, scale, dtype, adaptive, backup)
+        ascend(True, tensor, block, scale, dtype, adaptive, backup)
     else:
-        climb(False, tensor, block, scale, dtype, adaptive, backup)
+        ascend(False, tensor, block, scale, dtype, adaptive, backup)
 
 
-# --- under a mask ----------------------------------------------------------------------------------------------------------
+# --- under a mask -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def lets_through(tensor, block, mask, slots):
-    """What a mask lets through of the rows of a block.
+def selected(tensor, block, mask, slots):
+    """The selected elements of a block's rows.
 
     Returns:
-        words: where each row has its words, [ROWS, 1].
-        slot: of the first element that it lets through, [ROWS, 1].
-        count: elements of a row; none of one whose ones do not all have a slot, [ROWS, 1].
-        offset: of its first one in the tensor, [ROWS, 1].
-        steps: how many LANES hold the longest row; none where there are no ones.
+        words: pointers to the rows' words of the mask, [ROWS, 1].
+        slot: the slot of a row's first selected element, [ROWS, 1].
+        count: how many elements a row has; 0 if its selected ones do not all have a slot, [ROWS, 1].
+        offset: of a row's first element in the tensor, [ROWS, 1].
+        steps: how many times LANES the longest row is; 0 if none is selected.
     """
     offset, count, longest, word, rank = reduces_of(tensor, block)
     words, i = mask + word, tl.arange(0, WORDS)[None, :]
@@ -89,7 +89,7 @@ def lets_through(tensor, block, mask, slots):
 
 @triton.jit
 def number_in_row(chosen, before):
-    """How many were chosen before each element of a row, and with this step's."""
+    """How many elements of a row are chosen before each, counted from `before`, and up to the end of this step."""
     chosen = chosen.to(tl.int32)
     return before + (tl.cumsum(chosen, axis=1) - chosen), before + tl.sum(chosen, axis=1, keep_dims=True)
 
@@ -108,11 +108,11 @@ def ascend_masked_kernel(
     adaptive: tl.constexpr,
     width: tl.constexpr,
 ):
-    """`width` is how many bytes a slot has; without a backup, none."""
+    """`width` is the number of bytes of a slot; 0 without a backup."""
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
     scale = scale_of(rho, norm)
-    words, slot, count, offset, steps = lets_through(tensor, block, mask, None if backup is None else slots)
+    words, slot, count, offset, steps = selected(tensor, block, mask, None if backup is None else slots)
     data = tl.load(tensor + DATA).to(tl.pointer_type(dtype)) + offset
     grad = tl.load(tensor + OTHER).to(tl.pointer_type(dtype)) + offset
     step = 0
@@ -126,7 +126,7 @@ def ascend_masked_kernel(
             tl.store(saved, x, chosen)
         if scale != 0:  # not even 0 times an infinite gradient
             g = tl.load(grad + i, chosen, other=0.0)
-            tl.store(data + i, climbed(x, g, scale, dtype, adaptive), chosen)
+            tl.store(data + i, ascended(x, g, scale, dtype, adaptive), chosen)
         step += 1
 
 
@@ -134,10 +134,10 @@ def ascend_masked_kernel(
 def restore_masked_kernel(
     tensors, blocks, first, mask, backup, slots: tl.int64, dtype: tl.constexpr, width: tl.constexpr
 ):
-    """What the mask let through comes back."""
+    """Restores the selected elements."""
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
-    words, slot, count, offset, steps = lets_through(tensor, block, mask, slots)
+    words, slot, count, offset, steps = selected(tensor, block, mask, slots)
     data = tl.load(tensor + DATA).to(tl.pointer_type(dtype)) + offset
     step = 0
     while step < steps:
@@ -149,11 +149,11 @@ def restore_masked_kernel(
         step += 1
 
 
-# --- operators -------------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 
 def check_slots(backup: list[Tensor], params: list[Tensor]) -> Tensor | None:
-    """The one tensor that holds what a mask lets through, if there is one."""
+    """The one tensor of a masked backup; None without a backup."""
     if not backup:
         return None
     (slots,) = backup

@@ -1,4 +1,4 @@
-"""The words of a mask: one bit an element, and for every REDUCE of elements how many ones come before them in the list."""
+"""Masks: one bit per element, and for every REDUCE elements their rank, the number of ones before them in the list."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ WORDS = tl.constexpr(REDUCE.value // 32)  # in a row
 
 @triton.jit
 def reduces_of(tensor, block):
-    """A row for each REDUCE of a block that was cut as 'whole'.
+    """The rows, of REDUCE elements each, of a block that was cut as 'whole'.
 
     Returns:
-        offset, count: of its first element in the tensor, and how many there are, [ROWS, 1].
-        longest: the most that a row has.
-        word, rank: where a mask has its words and its rank, [ROWS, 1].
+        offset, count: a row's first element in the tensor and its number of elements, [ROWS, 1].
+        longest: the largest count.
+        word, rank: the positions of a row's first word and of its rank in a mask, [ROWS, 1].
     """
     start, row = tl.load(block + 2).to(tl.int64), tl.arange(0, ROWS)[:, None]
     left = tl.load(tensor + FILTERS) * tl.load(tensor + LENGTH) - start * REDUCE
@@ -29,13 +29,13 @@ def reduces_of(tensor, block):
 
 @triton.jit
 def is_set(words, i, there):
-    """Whether the bits of elements `i` are set in words from `words` on."""
+    """Whether the bits of elements `i`, counted from the word at `words`, are set."""
     return (tl.load(words + i // 32, there, other=0) >> (i % 32)) & 1 != 0
 
 
 @triton.jit
 def ones(x):
-    """How many bits of a number of 32 bits are set. Compilers know this for their own instruction."""
+    """How many bits of a 32-bit number are set. Compilers turn this into one instruction."""
     x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -45,10 +45,10 @@ def ones(x):
 
 @triton.jit
 def first_ones(x, number, count):
-    """Of the `number` bits that are set in each int32 the lowest `count`."""
+    """The lowest `count` of the `number` bits that are set in each int32."""
     cut = tl.where(count < number, tl.maximum(count, 0), 0)
     rest, i, most = x, 0, tl.max(cut)
-    while i < most:  # seldom: few words keep some of their bits
+    while i < most:  # rare: few words keep only some of their bits
         rest = tl.where(i < cut, rest & (rest - 1), rest)
         i += 1
     return tl.where(count < number, x ^ rest, x)

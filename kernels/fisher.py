@@ -1,6 +1,6 @@
-"""filter_fisher_: ARWP's running Fisher, one number a filter (an element, for one-dimensional tensors).
+"""filter_fisher_: ARWP's running Fisher, one number per filter (per element, for one-dimensional tensors).
 
-fisher_: sparse SAM's, one number an element.
+fisher_: sparse SAM's Fisher, one number per element.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tensor_list import (
 
 @triton.jit
 def update(tensor, entry, square, beta, scale, mask):
-    """F <- beta F + scale^2 square, where that is finite."""
+    """F <- beta F + scale^2 square, unless the added term is not finite."""
     fisher = tl.load(tensor + FISHER).to(tl.pointer_type(tl.float32)) + entry
     added = tl.load(scale) * tl.load(scale) * square
     new = beta * tl.load(fisher, mask, other=0.0).to(tl.float64) + added
@@ -40,7 +40,7 @@ def update(tensor, entry, square, beta, scale, mask):
 
 @triton.jit
 def long_fisher_kernel(tensors, folds, sums, beta: tl.float64, scale):
-    """Filters that are in pieces."""
+    """The Fisher of filters cut into pieces."""
     fold = folds + 4 * tl.program_id(0)
     tensor = tensors + tl.load(fold) * FIELDS
     square = total(sums + tl.load(fold + 2), tl.load(fold + 3))
@@ -49,7 +49,7 @@ def long_fisher_kernel(tensors, folds, sums, beta: tl.float64, scale):
 
 @triton.jit(do_not_specialize=["first"])
 def fisher_kernel(tensors, blocks, first, beta: tl.float64, scale, dtype: tl.constexpr):
-    """Filters that are in one piece, and all elements of tensors of one dimension."""
+    """The Fisher of filters in one piece, and of the elements of one-dimensional tensors."""
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
     if tl.load(tensor + ONE_DIM) != 0:
@@ -63,7 +63,7 @@ def fisher_kernel(tensors, blocks, first, beta: tl.float64, scale, dtype: tl.con
     elif tl.load(tensor + LENGTH) <= TILE:
         row, shift = tl.arange(0, ROWS), tl.load(block + 3)
         filter = tl.load(block + 1) + (row >> shift)
-        # The first row of a filter alone: the others would add to what it has written.
+        # Only the first row of a filter: another would update what this one has written.
         mask = (row >> shift << shift == row) & (filter < tl.load(tensor + FILTERS))
         update(tensor, filter, sum_filters(tensor, block, dtype), beta, scale, mask)
 
@@ -99,7 +99,7 @@ def squares_kernel(tensors, blocks, first, scale, dtype: tl.constexpr):
         add_squares(False, tensor, block, scale, dtype)
 
 
-# --- operators -------------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 
 @operator

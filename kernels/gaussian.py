@@ -1,4 +1,4 @@
-"""Words become normals: Box-Muller in fma, mul, sub and correctly rounded sqrt; csrc/gaussian.h tells how, step by step."""
+"""Box-Muller in fma, mul, sub and correctly rounded sqrt; csrc/gaussian.h explains each step."""
 
 import triton
 import triton.language as tl

@@ -1,11 +1,12 @@
-"""topk_mask and regrow_mask_: the elements with the largest scores over a whole list, exactly so many, ties to the first.
+"""topk_mask and regrow_mask_: the elements with the k largest scores of a whole list, exactly k, ties to the first.
 
-Scores become unsigned keys of the same order. A histogram of the keys' first digits tells which digit the threshold has, one
-of the second digits among the keys that begin so tells the next, until the threshold is known. Then one pass writes two bits an
-element, whether its key lies above the threshold and whether it equals it, and their counts for every REDUCE; from the
-sums of the counts, a pass over the words alone knows which equals are the first, and the ranks.
+A radix select. Scores become unsigned keys of the same order. A histogram of the keys' first digits gives the
+threshold's first digit; a histogram of the second digits, over keys with this first digit, gives the next; and so on.
+Then one pass writes two bits per element, whether its key is above the threshold and whether it equals it, and their
+counts for every REDUCE elements. From the prefix sums of the counts, a pass over these words chooses the first of the
+equal keys and writes the ranks.
 
-Every digit takes a launch, whose programs all work out the digit before from the counts that lie on the GPU.
+Each digit takes one kernel launch, in which every program computes the previous digit from the counts on the GPU.
 """
 
 from __future__ import annotations
@@ -20,25 +21,24 @@ from .bits import WORDS, first_ones, is_set, ones, reduces_of
 from .philox import philox
 from .tensor_list import DATA, DROP, FIELDS, FIRST_RANK, GROW, INDEX, ROWS, TensorList, operator
 
-# How many bits of a key can differ between two scores of a dtype: bfloat16 and float16 are widened to float32 first, and the sign's
-# place is left out. Random scores are 24 bits of a word.
+# How many leading bits of a key can differ between scores of a dtype: bfloat16 and float16 are widened to float32, and
+# the sign bit is left out. Random scores are 24 bits of a word.
 KEY_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 18, torch.float64: 64}
 RANDOM, RANDOM_BITS = tl.constexpr(0xFFFFFF00), 24
 DIGIT = tl.constexpr(16 if INTERPRETED.value else 8)  # the interpreter wants few programs
 BINS = tl.constexpr(1 << DIGIT.value)
-# A row of int64 for every digit: the threshold's digits before it, how many of the keys that begin with them are wanted, and
-# how many keys have which digit next.
+# A row of int64 for each digit: the threshold's digits before it (the prefix), how many keys with this prefix are to be
+# chosen, and the histogram of their next digit.
 STATE = tl.constexpr(2 + BINS.value)
 
-SPAN = tl.constexpr(
-    1024 if INTERPRETED.value else 256
-)  # elements of a row at a time: more would take too many registers
+# Elements of a row at a time; more would take too many registers.
+SPAN = tl.constexpr(1024 if INTERPRETED.value else 256)
 
-# The counter's word for the filter, which no filter reaches; csrc/cpu/mask.cpp
+# In the counter instead of a filter; larger than any filter. As in csrc/cpu/mask.cpp.
 TO_DROP, TO_GROW = tl.constexpr(0xFFFFFFFE), tl.constexpr(0xFFFFFFFF)
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------------
+# --- keys -------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -57,13 +57,13 @@ def keys_of(
     lowest: tl.constexpr,
     bits: tl.constexpr,
 ):
-    """The keys of elements i to i + SPAN of each row: unsigned numbers of `bits` bits, the larger the sooner to be chosen.
+    """The keys of elements i to i + SPAN of each row: unsigned numbers of `bits` bits; the largest are chosen.
 
-    They come from the tensors in a column of the table, or without one from the words at a `place` of the counter. With the
-    words of a mask signs do not count.
+    They are scores from `column` of the table, or if it is None Philox words with `place` in the counter. Under a mask
+    (`words`), their absolute values.
 
     Returns:
-        keys; which there are to choose from, all or those whose bit is `live`; and which have no order. [ROWS, SPAN]
+        [ROWS, SPAN] each: keys; which of them to choose from (all, or those whose bit is `live`); which are bad scores.
     """
     at = i + tl.arange(0, SPAN)[None, :]
     there = at < count
@@ -88,26 +88,26 @@ def keys_of(
     return keys >> (keys.dtype.primitive_bitwidth - bits), there, bad
 
 
-# --- the threshold ---------------------------------------------------------------------------------------------------------
+# --- the threshold ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def threshold(state, digits, k, elements, mask):
-    """The threshold's first `digits` digits, and how many of the keys that begin with them are wanted: int64.
+    """The threshold's first `digits` digits, and how many keys with this prefix are to be chosen: int64.
 
-    One less than that is worked out already. Program 0 writes it down for the next launch.
+    Computed from the state of one digit less; program 0 stores the result for the next launch.
     """
     prefix, wanted = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     if digits > 0:
         row = state + (digits - 1) * STATE
-        bins = tl.load(row + (STATE - 1) - tl.arange(0, BINS))  # the last one first
+        bins = tl.load(row + (STATE - 1) - tl.arange(0, BINS))  # from the largest digit down
         wanted = tl.load(row + 1)
         if digits == 1:
             wanted += k
-            if mask is not None:  # what goes has to come elsewhere
+            if mask is not None:  # as many are dropped as grown
                 total = tl.sum(bins, axis=0)
                 wanted = tl.minimum(wanted, tl.minimum(total, elements - total))
-        # All of a bin are wanted if there are too few with this digit or a larger one. How many bins, and how much is in them:
+        # A bin is chosen whole if the keys in it and in larger bins are too few. How many such bins, and their keys:
         larger = tl.sum(tl.where(tl.cumsum(bins, axis=0) < wanted, (bins << DIGIT) + 1, 0), axis=0)
         wanted -= larger >> DIGIT
         prefix = (tl.load(row) << DIGIT) | (BINS - 1 - (larger & (BINS - 1)))
@@ -136,7 +136,7 @@ def histogram_kernel(
     lowest: tl.constexpr,
     bits: tl.constexpr,
 ):
-    """Counts the next digit of the keys that begin with the threshold's first `digits` digits."""
+    """Counts the next digit of the keys with the threshold's first `digits` digits."""
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
     prefix, wanted = threshold(state, digits, k, elements, mask)
@@ -188,9 +188,9 @@ def compare_kernel(
     lowest: tl.constexpr,
     bits: tl.constexpr,
 ):
-    """Writes which keys lie above the threshold and, `size` behind, which equal it, as masks with counts for ranks.
+    """Writes which keys are above the threshold and, `size` further, which equal it, as masks with counts for ranks.
 
-    And how many of the equals are wanted, and the first bad tensor.
+    Also how many of the equal ones are to be chosen, and the first bad tensor.
     """
     block = blocks + 4 * (first + tl.program_id(0))
     number = tl.load(block)
@@ -209,27 +209,27 @@ def compare_kernel(
         above, equal = there & (keys > limit), there & (keys == limit)
         write(found, i, length, above)
         write(found + size, i, length, equal)
-        # All three in one number: sums are slow in the interpreter.
+        # Three counts in one number: sums are slow in the interpreter.
         sums += above.to(tl.int32) + (equal.to(tl.int32) << 12) + (bad.to(tl.int32) << 24)
         i += SPAN
     sums = tl.sum(sums.to(tl.int64), axis=1, keep_dims=True)
-    # One place further than ranks, so that sums of all before come to lie where ranks do.
+    # One position after the rank, so that inclusive prefix sums put the count of all before at the rank.
     tl.store(found - word + rank + 1, (sums & 0xFFF).to(tl.int32), length > 0)
     tl.store(found - word + size + rank + 1, ((sums >> 12) & 0xFFF).to(tl.int32), length > 0)
     if tl.program_id(0) == 0:
         tl.store(result + 1, wanted)
-    # As an unsigned number, of which -1 is the largest.
+    # Unsigned, so that the initial -1 is the largest.
     first_bad = result.to(tl.pointer_type(tl.uint64)) + tl.full([ROWS, 1], 0, tl.int32)
     numbers = tl.full([ROWS, 1], 0, tl.uint64) + number.to(tl.uint64)
     tl.atomic_min(first_bad, numbers, sums >> 24 != 0, sem="relaxed")
 
 
-# --- the mask --------------------------------------------------------------------------------------------------------------
+# --- the mask ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def chosen_of(word, rank, there, found, size, wanted):
-    """The words of what was chosen, all above and the first `wanted` equals; how much of it lies before each row."""
+    """The words of the chosen, all above and the first `wanted` equal ones; how many are chosen before each row."""
     above = tl.load(found + word, there, other=0)
     equal = tl.load(found + size + word, there, other=0)
     above_before = tl.load(found + rank).to(tl.uint32, bitcast=True).to(tl.int64)
@@ -242,11 +242,11 @@ def chosen_of(word, rank, there, found, size, wanted):
 
 @triton.jit(do_not_specialize=["first", "size"])
 def mask_kernel(tensors, blocks, first, mask, found, size: tl.int64, result, regrow: tl.constexpr, dtype: tl.constexpr):
-    """Writes what was chosen; or takes it away from the mask and adds what was chosen next, unless something is bad."""
+    """Writes the chosen; with `regrow`, drops them from the mask and grows the second choice, unless a score is bad."""
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
     _, count, _, word, rank = reduces_of(tensor, block)
-    rank = tl.where(count > 0, rank, tl.load(tensor + FIRST_RANK))  # of a row that is there
+    rank = tl.where(count > 0, rank, tl.load(tensor + FIRST_RANK))  # an empty row must not read out of bounds
     if regrow:
         count = tl.where(tl.maximum(tl.load(result), tl.load(result + 2)) < 0, count, 0)
     i = tl.arange(0, WORDS)[None, :]
@@ -260,15 +260,16 @@ def mask_kernel(tensors, blocks, first, mask, found, size: tl.int64, result, reg
     tl.store(mask + rank, before.to(tl.int32), count > 0)
 
 
-# --- operators -------------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 
 class Selections:
-    """One or two choices from a list, and the mask that follows from them.
+    """One or two choices from a list, and the mask made from them.
 
     Attributes:
-        found: int32, for each choice two rows like a mask: what lies above its threshold, and what equals it. One longer.
-        result: int64, for each choice the first bad tensor or -1, and how many of the equals are wanted.
+        found: int32, for each choice two rows like a mask, one entry longer: what is above its threshold, what equals
+            it.
+        result: int64, for each choice the first bad tensor or -1, and how many of the equal ones are chosen.
     """
 
     def __init__(self, tensors: TensorList, choices: int) -> None:
@@ -278,7 +279,7 @@ class Selections:
         self.result = torch.full((choices, 2), -1, dtype=torch.int64, device=tensors.device)
 
     def choose(self, choice: int, k: int, column=None, mask=None, key=None, draw=None, place=None, **constants) -> None:
-        """Finds the `k` first; under a mask as many as can be exchanged, if that is less."""
+        """Finds the `k` largest; under a mask fewer, if fewer can be exchanged."""
         tensors = self.tensors
         bits = RANDOM_BITS if column is None else max(KEY_BITS[d] for d in tensors.shapes.dtypes)
         digits = triton.cdiv(bits, DIGIT.value)
@@ -294,7 +295,7 @@ class Selections:
         """Fills the mask."""
         counts = self.found[:, self.tensors.shapes.words :]
         counts[:, 0] = 0
-        for row in counts:  # one at a time is what PyTorch scans fast
+        for row in counts:  # PyTorch scans one row fast, but not a matrix
             row.cumsum_(0)
         args = (mask, self.found, self.size, self.result)
         self.tensors.run(mask_kernel, "whole", *args, regrow=regrow, by_dtype=False)

@@ -1,4 +1,4 @@
-"""perturb_, subtract_noise_, restore_, normal_: a filter's norm, its normals and the addition, while it is in the cache."""
+"""perturb_, subtract_noise_, restore_, normal_. After its norm, a filter is read a second time, from the cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_noise(
     backup: tl.constexpr,
     fisher: tl.constexpr,
 ):
-    """w += scale z over a block, scale [ROWS]; w = z if it is None."""
+    """w += scale z over a block, scale [ROWS]; w = z if scale is None."""
     data, _, saved, place, count, filter, offset, steps = rows_of(tensor, block, dtype, False, False, vector)
     fishers = tl.load(tensor + FISHER).to(tl.pointer_type(tl.float32))
     one_dim = tl.load(tensor + ONE_DIM) != 0
@@ -95,9 +95,9 @@ def perturb_kernel(
     backup: tl.constexpr,
     fisher: tl.constexpr,
 ):
-    """Adds noise by `scales`, and makes those of filters in one piece: sigma times their norm.
+    """Adds noise times `scales`; for filters in one piece, first computes their scales, sigma times the norm.
 
-    Without sigma the scales stand, and the noise is subtracted; without scales the noise is all there is.
+    Without sigma it subtracts the noise times the given scales; without scales it writes the noise itself.
     """
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
@@ -128,7 +128,7 @@ def copy(vector: tl.constexpr, tensor, block, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first"])
 def copy_kernel(tensors, blocks, first, dtype: tl.constexpr):
-    """The backup comes back."""
+    """Copies the backup back."""
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
     if tl.load(tensor + ALIGNED + 1) != 0:
@@ -137,7 +137,7 @@ def copy_kernel(tensors, blocks, first, dtype: tl.constexpr):
         copy(False, tensor, block, dtype)
 
 
-# --- operators -------------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 
 @operator

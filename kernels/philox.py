@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); csrc/philox.h tells how it is keyed."""
+"""Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)."""
 
 import triton
 import triton.language as tl
@@ -11,12 +11,12 @@ W0, W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 def philox(c0, c1, c2, c3, k0, k1):
     """Four uint32 words from the counter (block, filter, tensor, draw) and the two words of the key.
 
-    The words of a counter may differ in shape: what is the same for a whole filter then stays one number through the
-    first rounds. Give the key as two words that were loaded apart: halves of one number let the compiler do the xors in
-    64 bits, and a sixth more instructions.
+    Words of the counter may differ in shape: those shared by a whole filter then stay scalars through the first rounds.
+    Load the two words of the key separately: with halves of one number the compiler does the xors in 64 bits, which
+    takes a sixth more instructions.
     """
     for _ in tl.static_range(10):
-        # A 64-bit product is one instruction, its halves would be two.
+        # A 64-bit product is one instruction, its two halves would be two.
         p0, p1 = c0.to(tl.uint64) * M0, c2.to(tl.uint64) * M1
         c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
         c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)

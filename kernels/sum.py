@@ -1,4 +1,4 @@
-"""Sums of squares by filter and over the whole list, in the one order of reference.sum_squares and reference.total."""
+"""Sums of squares per filter and over the whole list, in the order of reference.sum_squares and reference.total."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .tensor_list import (
 
 @triton.jit
 def fold(x):
-    """Lanes folded by halves, [n, LANES] -> [n]. Two numbers have but one sum, in whatever order they are added."""
+    """Lanes folded by halves, [n, LANES] -> [n]: sums of two numbers, whose order does not matter."""
     for i in tl.static_range(7):
         x = tl.sum(tl.reshape(x, [x.shape[0], 2, LANES >> (i + 1)]), axis=1)
     return tl.reshape(x, [x.shape[0]])
@@ -54,7 +54,7 @@ def sum_by(vector: tl.constexpr, tensor, block, dtype: tl.constexpr, product: tl
 
 @triton.jit
 def sum_reduces(tensor, block, dtype: tl.constexpr, product: tl.constexpr, whole: tl.constexpr):
-    """A block's sums of REDUCE squares, or of squares of products with the other tensor: float64 [ROWS]."""
+    """A block's sums of REDUCE squares, with `product` of products with the other tensor: float64 [ROWS]."""
     if tl.load(tensor + ALIGNED + whole) != 0:
         x = sum_by(True, tensor, block, dtype, product, whole)
     else:
@@ -64,9 +64,9 @@ def sum_reduces(tensor, block, dtype: tl.constexpr, product: tl.constexpr, whole
 
 @triton.jit
 def sum_filters(tensor, block, dtype: tl.constexpr):
-    """The sums of squares of a block's filters, which are in one piece: float64 [ROWS], in every row of a filter."""
+    """The sums of squares of a block's filters in one piece: float64 [ROWS], in every row of a filter."""
     x = sum_reduces(tensor, block, dtype, False, False)
-    for i in tl.static_range(LOG_ROWS):  # the fold of LANES, of which all but the first few are zero
+    for i in tl.static_range(LOG_ROWS):  # the fold of LANES, of which only the first few are not zero
         if tl.load(block + 3) >= LOG_ROWS - i:
             pairs = tl.sum(tl.reshape(x, [1 << i, 2, ROWS >> (i + 1)]), axis=1)[:, None, :]
             x = tl.reshape(tl.broadcast_to(pairs, [1 << i, 2, ROWS >> (i + 1)]), [ROWS])
@@ -75,7 +75,7 @@ def sum_filters(tensor, block, dtype: tl.constexpr):
 
 @triton.jit
 def total(sums, count):
-    """The float64 sum of `count` sums: REDUCE at a time to LANES, then theirs by the same rule, and theirs (2^40 weights)."""
+    """The float64 sum of `count` sums in the order of reference.total; three levels, enough for 2^40 weights."""
     lane = tl.arange(0, LANES)[None, :]
     k, groups = tl.zeros([], tl.int32), tl.cdiv(count, REDUCE)
     middle = tl.zeros([1, LANES], tl.float64)  # over the sums of REDUCE
@@ -93,7 +93,7 @@ def total(sums, count):
     return tl.sum(fold(upper), axis=0)
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -106,7 +106,7 @@ def sum_kernel(tensors, blocks, first, sums, dtype: tl.constexpr, product: tl.co
 
 @triton.jit
 def long_norms_kernel(tensors, folds, sums, norms, sigma):
-    """Norms of filters that are in pieces; times sigma, if it is given."""
+    """Norms of filters cut into pieces, times sigma if given."""
     fold = folds + 4 * tl.program_id(0)
     x = tl.sqrt_rn(total(sums + tl.load(fold + 2), tl.load(fold + 3)).to(tl.float32))
     if sigma is not None:
@@ -116,7 +116,7 @@ def long_norms_kernel(tensors, folds, sums, norms, sigma):
 
 @triton.jit(do_not_specialize=["first"])
 def norms_kernel(tensors, blocks, first, norms, dtype: tl.constexpr):
-    """Norms of filters that are in one piece."""
+    """Norms of filters in one piece."""
     block = blocks + 4 * (first + tl.program_id(0))
     tensor = tensors + tl.load(block) * FIELDS
     if tl.load(tensor + LENGTH) <= TILE:
@@ -135,11 +135,11 @@ def whole_norm_kernel(sums, count, out):
     tl.store(out, tl.sqrt(total(sums, count)))
 
 
-# --- operators -------------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 
 def sums_of_pieces(tensors: TensorList, kind: str, product: bool = False) -> Tensor:
-    """The sums of REDUCE squares of what `kind` cuts into pieces: float64, ROWS a piece."""
+    """The sums of REDUCE squares of the filters that `kind` cuts into pieces: float64, ROWS per piece."""
     count = len(tensors.shapes.cut(kind).blocks) * ROWS.value
     sums = torch.empty(count, dtype=torch.float64, device=tensors.device)
     tensors.run(sum_kernel, kind, sums, product=product, whole=kind == "whole")
@@ -147,7 +147,7 @@ def sums_of_pieces(tensors: TensorList, kind: str, product: bool = False) -> Ten
 
 
 def long_norms(tensors: TensorList, out: Tensor, sigma: Tensor | None) -> None:
-    """Writes the norms of long filters, times sigma if it is given, to an array over the filters of the list."""
+    """Writes the norms of long filters, times sigma if given, to an array over the filters of the list."""
     tensors.fold(long_norms_kernel, "long", sums_of_pieces(tensors, "long"), out, sigma)
 
 

@@ -1,7 +1,8 @@
-"""The view that every kernel takes of a list of tensors: pointers, filters, lengths, and the blocks that programs take.
+"""A list of tensors as kernels see it: pointers, filters, lengths, and the blocks of work, one per program.
 
-A program works on ROWS rows. A filter of up to TILE elements has a row for each REDUCE of them, their number rounded up to a
-power of two, and a program takes as many filters as fit. A longer filter is cut into pieces of TILE elements, a program each.
+A program works on ROWS rows. A filter of up to TILE elements takes a row for every REDUCE elements, rounded up to a
+power of two rows, and a program takes as many filters as fit. A longer filter is cut into pieces of TILE elements, one
+per program.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from torch import Tensor
 from .arithmetic import INTERPRETED
 
 REDUCE, LANES = tl.constexpr(1024), tl.constexpr(128)  # csrc/tensor_list.h
-# Bits do not depend on the number of rows; the interpreter wants few large programs.
+# Results do not depend on the number of rows; the interpreter is faster with few large programs.
 LOG_ROWS = tl.constexpr(6 if INTERPRETED.value else 3)
 ROWS, TILE = tl.constexpr(1 << LOG_ROWS.value), tl.constexpr(REDUCE.value << LOG_ROWS.value)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-FOLD_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}  # a row of LANES at a time, and no barriers
+FOLD_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}  # for one row of LANES at a time: no barriers
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
-# --- what a program reads: a row of int64 for each tensor, a row of int32 for each block -------------------------------------
+# --- what a program reads: a row of int64 for each tensor, a row of int32 for each block ------------------------------
 
-# A tensor's numbers; the first six are addresses, or 0: DROP and GROW are scores by which a mask changes. At ALIGNED stands
-# whether every filter can be read and written 16 bytes at a time, and after it whether the tensor can that is one filter. At
-# FIRST_WORD and FIRST_RANK stands where a mask over the list has the tensor's words and ranks.
+# The columns of a tensor. The first six are addresses, or 0; DROP and GROW are the scores of regrow_mask_. ALIGNED:
+# whether every filter can be read and written 16 bytes at a time; ALIGNED + 1: whether the tensor as one filter can.
+# FIRST_WORD and FIRST_RANK: the positions of the tensor's words and ranks in a mask over the list.
 DATA, OTHER, BACKUP, DROP, GROW, FISHER = map(tl.constexpr, range(6))
 FILTERS, LENGTH, FIRST_FILTER, INDEX, FIRST_ROW, ONE_DIM, ALIGNED = map(tl.constexpr, range(6, 13))
 FIRST_WORD, FIRST_RANK, FIELDS = map(tl.constexpr, range(14, 17))
@@ -45,15 +46,15 @@ def rows_of(tensor, block, dtype: tl.constexpr, whole: tl.constexpr, reduces: tl
 
     Args:
         tensor, block: rows of their tables.
-        vector: promises that the tensor is ALIGNED. Hints stick to values, so each path of a kernel asks for its own.
+        vector: the tensor is ALIGNED. The compiler attaches this hint to values, so each path of a kernel calls this.
 
     Returns:
-        data, other, backup: where the block begins.
-        place: where each row begins, counted from there, [ROWS, 1].
-        count: how many elements it has, [ROWS, 1].
-        filter, offset: whose they are, and the first one's offset in it, [ROWS, 1].
-        steps: how many LANES hold the longest row. Count up to it by `while`: the interpreter of Triton 3.6 cannot take it
-            for the end of a range where NumPy is new.
+        data, other, backup: pointers to the beginning of the block.
+        place: the beginning of each row, counted from there, [ROWS, 1].
+        count: how many elements a row has, [ROWS, 1].
+        filter, offset: the row's filter, and the offset of its first element in it, [ROWS, 1].
+        steps: how many times LANES the longest row is. Loop by `while`: the interpreter of Triton 3.6 cannot use it in
+            a range with a recent NumPy.
     """
     first, start, shift = tl.load(block + 1), tl.load(block + 2).to(tl.int64) * REDUCE, tl.load(block + 3)
     filters, length = tl.load(tensor + FILTERS), tl.load(tensor + LENGTH)
@@ -85,21 +86,21 @@ def rows_of(tensor, block, dtype: tl.constexpr, whole: tl.constexpr, reduces: tl
 
 @triton.jit
 def by_filter(tensor, block, array):
-    """Where a block's rows find their filter in an array over the filters of the list, and whether they have one: [ROWS]."""
+    """Pointers to the entries of a block's rows in an array over all filters, and whether the rows have one: [ROWS]."""
     filter = tl.load(block + 1) + (tl.arange(0, ROWS) >> tl.load(block + 3))
     return array + tl.load(tensor + FIRST_FILTER) + filter, filter < tl.load(tensor + FILTERS)
 
 
-# --- cutting ---------------------------------------------------------------------------------------------------------------
+# --- cutting ----------------------------------------------------------------------------------------------------------
 
 
 class Cut(NamedTuple):
     """Blocks of work.
 
     Attributes:
-        blocks: int32 [blocks, 4]: tensor, first filter, start in the filter in units of REDUCE, log2 of a filter's rows.
-        launches: dtype, first block, blocks.
-        folds: int32 [filters cut into pieces, 4]: tensor, filter, and of its sums (ROWS a block) the first and how many.
+        blocks: int32 [blocks, 4]: tensor, first filter, start in the filter in units of REDUCE, log2(a filter's rows).
+        launches: dtype, first block, number of blocks.
+        folds: int32 [filters cut into pieces, 4]: tensor, filter, its first sum (ROWS per block), its number of sums.
     """
 
     blocks: Tensor
@@ -108,7 +109,7 @@ class Cut(NamedTuple):
 
 
 class Shapes:
-    """What follows from the shapes and dtypes of a list alone."""
+    """What depends only on the shapes and dtypes of a list."""
 
     def __init__(self, shapes: Iterable[torch.Size], dtypes: Iterable[torch.dtype]) -> None:
         self.dtypes = dtypes
@@ -126,7 +127,7 @@ class Shapes:
         self.cut = functools.cache(self.cut)
 
     def cut(self, kind: str) -> Cut:
-        """'all' filters, the 'long' ones only, or 'whole' tensors as one filter each and every one of them in pieces."""
+        """Cuts 'all' filters, only the 'long' ones, or 'whole' tensors, as one filter each and always into pieces."""
         nothing = torch.empty(0, 4, dtype=torch.int64)
         blocks, folds, launches, count = [nothing], [nothing], [], 0
         for dtype in dict.fromkeys(self.dtypes):
@@ -159,7 +160,7 @@ def _table(*columns: Tensor | int) -> Tensor:
 _shapes = functools.lru_cache(maxsize=64)(Shapes)
 
 
-# --- tables on the device --------------------------------------------------------------------------------------------------
+# --- tables on the device ---------------------------------------------------------------------------------------------
 
 
 class _OnDevice(NamedTuple):
@@ -169,28 +170,28 @@ class _OnDevice(NamedTuple):
 
 
 _tables: OrderedDict[object, _OnDevice] = OrderedDict()
-# What a captured graph reads has to outlive it, and nobody tells when it goes.
+# Tensors that captured graphs read: kept for good, since there is no notice when a graph is deleted.
 _graphs_read: list[Tensor] = []
-# Pinned memory for tables that are made while capturing, when none may be allocated.
+# Pinned memory for tables made during a capture, when none can be allocated.
 _reserve = torch.empty(0, dtype=torch.int64)
 
 
 def _on_device(key: object, values: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """The table `values()` on a device, made once a key and copied without waiting."""
+    """The table `values()` on a device, cached by `key`, copied without a host sync."""
     if device.type == "cpu":
         capturing, stream = False, None
     else:
         capturing, stream = torch.cuda.is_current_stream_capturing(), torch.cuda.current_stream()
     entry = _tables.get(key)
     if entry is None:
-        if capturing:  # the copy happens whenever the graph runs, and not before: of no use to anybody else
+        if capturing:  # not cached: the copy is part of the graph, and has not run yet
             return _pinned_for_graph(values()).to(device, non_blocking=True)
         table = _pinned(values()).to(device, non_blocking=True) if stream else values()
         entry = _tables[key] = _OnDevice(table, stream, stream and stream.record_event())
         if len(_tables) > 256:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
-    if capturing:  # and so filled by now: torch.cuda.graph waits for the device first
+    if capturing:  # the table is filled, because torch.cuda.graph synchronizes before the capture
         _graphs_read.append(entry.table)
     elif stream != entry.stream:
         stream.wait_event(entry.filled)
@@ -209,7 +210,7 @@ def _pinned_for_graph(values: Tensor) -> Tensor:
     global _reserve
     count = triton.cdiv(values.nbytes, 8)
     if count > _reserve.numel():
-        pinned = values.pin_memory()  # newer versions of PyTorch allow it
+        pinned = values.pin_memory()  # allowed by newer versions of PyTorch
     else:
         room, _reserve = _reserve[:count], _reserve[count:]
         pinned = room.view(values.dtype)[: values.numel()].view(values.shape).copy_(values)
@@ -217,20 +218,20 @@ def _pinned_for_graph(values: Tensor) -> Tensor:
     return pinned
 
 
-# --- what an operator holds ------------------------------------------------------------------------------------------------
+# --- lists and operators ----------------------------------------------------------------------------------------------
 
 
 class TensorList:
-    """Tensors as kernels see them. What does not lie filter after filter is copied so that it does; `wrote` puts it back.
+    """Tensors as kernels see them: those whose filters are not contiguous are copied, and `wrote` copies them back.
 
     Args:
-        data: the tensors that filters are counted in.
-        other, backup, drop, grow: as many of the same shapes and dtypes, taken in the storage order of `data`; or none.
-        other_dtype: of `other`, where it is not the same.
+        data: the tensors that define the filters.
+        other, backup, drop, grow: lists of the same shapes and dtypes, read in the storage order of `data`; or none.
+        other_dtype: of `other`, if it differs.
         fisher: float32, one entry per slice along dim 0; or none.
-        index: the noise's `tensor`.
-        first_row: from which the noise's filters are counted; or none, for 0.
-        changed: whether `data` is to be changed, so that two of them may not share memory.
+        index: `tensor` in the noise's counter.
+        first_row: the noise's `filter` of each first filter; or none, for 0.
+        changed: whether the operator changes `data`, which then must not share memory.
     """
 
     def __init__(
@@ -248,19 +249,19 @@ class TensorList:
     ) -> None:
         self.device = data[0].device
         if INTERPRETED and self.device.type != "cpu":
-            raise RuntimeError("Triton's interpreter reads the host's memory alone: unset TRITON_INTERPRET")
+            raise RuntimeError("Triton's interpreter reads only the host's memory: unset TRITON_INTERPRET")
         self.shapes = _shapes(tuple(t.shape for t in data), tuple(t.dtype for t in data))
         self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
         for ts, dtype in ((other, other_dtype), (backup, None), (drop, None), (grow, None)):
             if any(t.numel() != p.numel() or t.dtype != (dtype or p.dtype) for t, p in zip(ts, data)):
-                raise ValueError("tensors that belong together differ in shape or dtype")
+                raise ValueError("tensors of one parameter differ in shape or dtype: they must match")
         for i, (f, p) in enumerate(zip(fisher, data)):
             _check_array(f"fisher[{i}]", f, p.shape[0] if p.dim() else 1, self.device)
-        lies_right = [p.is_contiguous() for p in data]
+        contiguous = [p.is_contiguous() for p in data]
         addresses = tuple(
             tuple(
-                (t if right and t.is_contiguous() else self._lay_out(t, p)).data_ptr()
-                for t, p, right in zip(ts, data, lies_right)
+                (t if simple and t.is_contiguous() else self._lay_out(t, p)).data_ptr()
+                for t, p, simple in zip(ts, data, contiguous)
             )
             for ts in (data, other, backup, drop, grow)
         )
@@ -269,7 +270,7 @@ class TensorList:
         self.table = _on_device(key, lambda: self._table(addresses, index, first_row, changed), self.device)
 
     def _lay_out(self, t: Tensor, like: Tensor) -> Tensor:
-        """What lies as the filters of `like` do, in the storage order of `like`: `t` or a copy."""
+        """`t`, or a copy of it, with contiguous filters in the storage order of `like`."""
         view = t.permute(sorted(range(t.dim()), key=lambda d: (d > 0, -like.stride(d) if d else 0)))
         if view.is_contiguous():
             return t
@@ -297,7 +298,7 @@ class TensorList:
         return torch.tensor(columns).T.contiguous()
 
     def run(self, kernel, kind: str, *args, by_dtype: bool = True, **constants) -> None:
-        """Launches a kernel over the blocks of `kind`, once a dtype; or once, with a dtype of None."""
+        """Launches a kernel over the blocks of `kind`: once per dtype, or once, with dtype None."""
         cut = self.shapes.cut(kind)
         if not cut.launches:
             return
@@ -314,15 +315,15 @@ class TensorList:
             kernel[(len(folds),)](self.table, folds, *args, **FOLD_OPTIONS)
 
     def check_scales(self, scales: Tensor) -> None:
-        """Raises unless there is room for a number a filter."""
+        """Raises unless there is room for one number per filter."""
         _check_array("scales", scales, self.shapes.first_filters[-1], self.device)
 
     def check_mask(self, mask: Tensor) -> None:
-        """Raises unless it can be a mask over this list."""
+        """Raises unless it has the form of a mask over this list."""
         _check_array("mask", mask, self.shapes.mask_size, self.device, torch.int32)
 
     def wrote(self, *changed: Tensor) -> None:
-        """Puts back what was changed in a copy, and tells autograd."""
+        """Copies back what was changed in a copy, and moves version counters on."""
         ids = {id(t) for t in changed}
         for t, view, copy in self._copies:
             if id(t) in ids:
@@ -341,7 +342,7 @@ OPERATORS: dict[str, Callable] = {}  # by the names of their schemas
 
 
 def operator(function: Callable) -> Callable:
-    """Registers an operator, which runs on the device of its first argument. Autograd sees no copies of odd layouts."""
+    """Registers an operator, to run on the device of its first argument and unseen by autograd."""
 
     @functools.wraps(function)
     def run(first, *args):

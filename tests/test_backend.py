@@ -112,5 +112,5 @@ def test_triton_on_a_cpu_is_for_the_interpreter(monkeypatch):
 
 
 def test_the_wrong_device_is_an_error_that_says_what_to_do():
-    with pytest.raises(ValueError, match="backend 'cuda' cannot be used: it does not serve cpu tensors"):
+    with pytest.raises(ValueError, match="backend 'cuda' cannot be used: it does not support cpu tensors"):
         ops.filter_norms([torch.ones(3, 3)], backend="cuda")

@@ -438,8 +438,8 @@ BAD = {
     "rho is on cpu": lambda: ops.ascend_([W], [W + 1], NUMBER, norm=NUMBER.cuda()),
     "norm is on cpu": lambda: ops.ascend_([W], [W + 1], 0.1, norm=NUMBER),
     "scale is on cpu": lambda: ops.filter_fisher_([W[:, 0].clone()], [W], 0.5, scale=NUMBER),
-    "'cpp' cannot be used: it does not serve cuda": lambda: ops.filter_norms([W], backend="cpp"),
-    "'cuda' cannot be used: it does not serve cpu": lambda: ops.filter_norms([ON_CPU], backend="cuda"),
+    "'cpp' cannot be used: it does not support cuda": lambda: ops.filter_norms([W], backend="cpp"),
+    "'cuda' cannot be used: it does not support cpu": lambda: ops.filter_norms([ON_CPU], backend="cuda"),
 }
 
 

@@ -318,7 +318,7 @@ def hybrid_parallel() -> None:
             (weight * loss_of(alone, part_of(batch, replica, 2))).backward()
     assert_close([whole(p.grad) for p in model.parameters()], [p.grad for p in alone.parameters()], 1e-6)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="gradients of shards cannot be weighed"):
+    with pytest.raises(RuntimeError, match="gradients of sharded parameters cannot be weighted"):
         optimizer.step(lambda: loss_of(model, batch))
 
 

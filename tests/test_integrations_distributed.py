@@ -79,4 +79,4 @@ def test_two_processes_compute_what_one_does(request, framework, case):
 
 def test_mrwp_on_shards_is_refused_with_what_to_do(lightning):
     for result in lightning:
-        assert "write perturbed() out and multiply the loss by perturbed_weight" in result["refused"]
+        assert "multiply the losses by clean_weight and perturbed_weight" in result["refused"]

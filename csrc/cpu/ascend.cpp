@@ -1,5 +1,5 @@
-// ascend_: SAM's step along the gradient, one pass over weights and gradients; restore_'s copy from a backup; both also under
-// a mask, for some of them. fisher_.
+// ascend_: SAM's ascent, one pass over weights and gradients; restore_: the copy from a backup; both also under a mask.
+// fisher_.
 #define FLATOPS_FILE "cpu/ascend.cpp"
 #include "cpu/each_level.h"
 
@@ -52,7 +52,7 @@ static void add_squares(const Tensor& t, const Block& b, float scale) {
 
 template <class T> using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// --- under a mask: only what has its bit set is read, changed and kept -----------------------------------------------------
+// --- under a mask: only elements whose bit is set are read, changed and backed up ------------------------------------
 
 FLATOPS_INLINE int64_t ones(const uint32_t* bits, int64_t n) {
   int64_t count = 0;
@@ -60,7 +60,7 @@ FLATOPS_INLINE int64_t ones(const uint32_t* bits, int64_t n) {
   return count;
 }
 
-// The masked of n elements, one after the other; and back.
+// Gathers the selected of n elements; scatters them back.
 template <class T> FLATOPS_INLINE void gather(const T* w, const uint32_t* bits, int64_t n, T* out) {
   for (int64_t j = 0; j < n; j += 32)
     for (uint32_t b = bits[j / 32] & (n - j < 32 ? (1u << (n - j)) - 1 : ~0u); b; b &= b - 1) *out++ = w[j + __builtin_ctz(b)];
@@ -70,7 +70,7 @@ template <class T> FLATOPS_INLINE void scatter(T* w, const uint32_t* bits, int64
     for (uint32_t b = bits[j / 32] & (n - j < 32 ? (1u << (n - j)) - 1 : ~0u); b; b &= b - 1) w[j + __builtin_ctz(b)] = *in++;
 }
 FLATOPS_INLINE uint32_t bits_at(const uint32_t* bits, int64_t i) { return bits[i / 32] >> (i % 32) & uint32_t((uint64_t(1) << W) - 1); }
-template <> FLATOPS_INLINE void scatter(float* w, const uint32_t* bits, int64_t n, const float* in) {  // reads W - 1 too many
+template <> FLATOPS_INLINE void scatter(float* w, const uint32_t* bits, int64_t n, const float* in) {  // reads W - 1 elements too far
   int64_t i = 0;
   for (; i + W <= n; i += W) {
     const uint32_t b = bits_at(bits, i);
@@ -81,14 +81,14 @@ template <> FLATOPS_INLINE void scatter(float* w, const uint32_t* bits, int64_t 
     if (bits[i / 32] >> (i % 32) & 1) w[i] = *in++;
 }
 
-// The next tile, while this one is computed on: too much is done with each element for the processor to look that far ahead.
+// Prefetches the next tile: there is too much work per element for the processor to look that far ahead.
 template <class T> FLATOPS_INLINE void fetch(const T* p, int64_t n) {
   for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + j);
 }
 
 template <class T> struct alignas(64) Gathered { T x[REDUCE + W]; };
 
-// Between the list's backup and `count` elements beside each other, from slot `first` on.
+// Copies between the list's backup, from slot `first` on, and `count` contiguous elements.
 template <class T> FLATOPS_INLINE void to_slots(const Gathered<T>& from, const MaskedBackup& b, int64_t first, int64_t count) {
   if (b.width == sizeof(T)) __builtin_memcpy((T*)b.data + first, from.x, count * sizeof(T));
   else
@@ -100,7 +100,7 @@ template <class T> FLATOPS_INLINE void from_slots(Gathered<T>& to, const MaskedB
     for (int64_t k = 0; k < count; ++k) __builtin_memcpy(to.x + k, (const char*)b.data + (first + k) * b.width, sizeof(T));
 }
 
-// The masked of n weights are kept, and climb.
+// Backs up the selected of n weights, and moves them.
 template <bool ADAPTIVE>
 FLATOPS_INLINE void climb_masked(float* w, const float* g, const uint32_t* bits, double step, int64_t n, float* kept) {
   const float scale = float(step);
@@ -118,7 +118,7 @@ FLATOPS_INLINE void climb_masked(float* w, const float* g, const uint32_t* bits,
     if (step != 0) w[i] = __builtin_fmaf(scale, ADAPTIVE ? w[i] * w[i] * g[i] : g[i], w[i]);
   }
 }
-// What does not change keeps every bit, a NaN's too.
+// Weights that do not change keep every bit, also of a NaN.
 template <bool ADAPTIVE, class T>
 FLATOPS_INLINE void climb_masked(T* w, const T* g, const uint32_t* bits, double step, int64_t n, T* kept) {
   gather(w, bits, n, kept);
@@ -141,7 +141,7 @@ static void ascend_masked_of(const Tensor& t, const Block& b, const MaskedBackup
     const int64_t n = std::min(REDUCE, b.start + b.length - i);
     const uint32_t* bits = t.bits + i / 32;
     const int64_t count = ones(bits, n);
-    // What has no slot, because the backup is another mask's, stays as it is.
+    // An element without a slot, because the backup is another mask's, does not change.
     if (!count || (backup.data && t.ranks[i / REDUCE] + count > backup.slots)) continue;
     T* w = (T*)t.data + i;
     const T* g = (const T*)t.grad + i;
@@ -172,7 +172,7 @@ template <class T> static void restore_masked_of(const Tensor& t, const Block& b
 
 static void restore_block(const Tensor& t, const Block& b, const MaskedBackup& backup) {
   if (t.bits) FLATOPS_BY_DTYPE(t.dtype, restore_masked_of, t, b, backup)
-  constexpr int64_t AHEAD = 2048;  // elements that are fetched ahead
+  constexpr int64_t AHEAD = 2048;  // prefetch distance, in elements
   const int64_t size = size_of(t.dtype);
   copy((char*)t.data + b.start * size, (const char*)t.backup + b.start * size, b.length * size, AHEAD * size);
   fence();

@@ -1,4 +1,4 @@
-// Compiles the file that includes it once per instruction set, each copy in its own namespace, and says which to call.
+// Compiles the file that includes it once per instruction set, each copy in its own namespace, and chooses among them.
 //
 // A kernel file is laid out as
 //     #define FLATOPS_FILE "cpu/perturb.cpp"
@@ -8,7 +8,7 @@
 //     #else
 //       ... the operators, which call FLATOPS_BEST(kernel)(arguments) ...
 //     #endif
-// One binary serves every machine: the choice is made at run time (level.h), no -march flag is needed.
+// One binary serves every machine: the choice is made at run time (level.h), without a -march flag.
 #ifndef FLATOPS_LEVEL
 #include <cmath>
 #include <cstdint>
@@ -25,7 +25,7 @@
 #define FLATOPS_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define FLATOPS_UNROLL _Pragma("GCC unroll 16")
-// Interleaves the independent chains of a loop body before registers are given out; GCC's default for x86 does not.
+// Interleaves independent chains of a loop body before register allocation; GCC's default for x86 does not.
 #pragma GCC optimize("schedule-insns", "sched-pressure")
 #endif
 

@@ -1,4 +1,4 @@
-// One element of an array of some dtype, for what reads few of them.
+// Reads one element of an array of any dtype.
 #pragma once
 #include <cmath>
 

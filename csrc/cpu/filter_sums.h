@@ -1,13 +1,13 @@
-// Sums of squares by filter, which several operators begin with.
+// Sums of squares per filter, with which several operators begin.
 #pragma once
 #include "ops.h"
 
 namespace flatops::cpu {
 
-// One sum a filter, over the list's `data`. Cuts the list.
+// One sum per filter of the list's `data`. Cuts the list.
 std::vector<double> filter_sums(TensorList& list, const Parallel& parallel);
 
-// The same for the long filters of a list that is cut; the others' places are left alone.
+// Only those of long filters, of a list that is cut; other entries are not written.
 void long_filter_sums(const TensorList& list, double* filter_sums, const Parallel& parallel);
 
 }  // namespace flatops::cpu

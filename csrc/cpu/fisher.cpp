@@ -1,4 +1,4 @@
-// filter_fisher_: ARWP's running Fisher, one number a filter (an element, for one-dimensional tensors).
+// filter_fisher_: ARWP's running Fisher, one number per filter (per element, for one-dimensional tensors).
 #include "cpu/element.h"
 #include "cpu/filter_sums.h"
 

@@ -1,4 +1,4 @@
-// What the kernels of one SIMD level are made of, in the order of their use. Included by each_level.h alone.
+// The parts of the kernels of one SIMD level, in dependency order. Included only by each_level.h.
 #include "cpu/lanes.h"
 #include "philox.h"
 #include "gaussian.h"

@@ -1,8 +1,8 @@
-// One SIMD register's worth of lanes, and the few operations on them that compilers do not spell well.
+// One SIMD register of lanes, and the few operations on it that compilers do not generate well.
 //
-// Arithmetic is GCC/clang vector extensions; only the widening multiply, fma, sqrt and shuffles are written per
-// instruction set. Included once per level by each_level.h, inside that level's namespace.
-// FLATOPS_LEVEL: 512 AVX-512, 256 AVX2 + FMA + F16C, 128 portable (SSE2 or NEON, or whatever the compiler makes of it).
+// Arithmetic uses GCC's and clang's vector extensions; only the widening multiply, fma, sqrt and shuffles are written
+// per instruction set. Included once per level by each_level.h, inside that level's namespace.
+// FLATOPS_LEVEL: 512 AVX-512, 256 AVX2 + FMA + F16C, 128 portable (SSE2, NEON or others).
 
 constexpr int BYTES = FLATOPS_LEVEL / 8;
 constexpr int W = BYTES / 4;  // 32-bit lanes
@@ -13,7 +13,7 @@ typedef int32_t I32 __attribute__((vector_size(BYTES)));
 typedef double F64 __attribute__((vector_size(BYTES)));
 typedef uint64_t U64 __attribute__((vector_size(BYTES)));
 
-// A Word lies in a 64-bit lane, so that a product needs no rearrangement; the upper half is scrap.
+// A Word is in a 64-bit lane, so that a product needs no rearrangement; the upper half is ignored.
 typedef U64 Word;
 typedef U64 Wide;
 FLATOPS_INLINE Word splat(uint32_t x) { return Word{} + x; }
@@ -34,7 +34,7 @@ FLATOPS_INLINE F32 as_float(I32 x) { return (F32)x; }
 // above and from: bit i says whether a[i] > b[i], or >=. choose, compress and expand take such bits.
 #if FLATOPS_LEVEL == 512
 
-const U64 BLOCK_ORDER = {0, 4, 1, 5, 2, 6, 3, 7};  // so that interleave() leaves memory order
+const U64 BLOCK_ORDER = {0, 4, 1, 5, 2, 6, 3, 7};  // so that interleave() restores memory order
 FLATOPS_INLINE Wide mul_wide(Word a, Word b) { return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 // The low halves of a in the even lanes, of b in the odd ones.
 FLATOPS_INLINE I32 join(Word a, Word b) {
@@ -92,7 +92,7 @@ FLATOPS_INLINE I32 lanes_of(uint32_t bits) {  // -1 where a bit is set
 FLATOPS_INLINE F32 choose(uint32_t bits, F32 set, F32 clear) {
   return (F32)_mm256_blendv_ps((__m256)clear, (__m256)set, (__m256)lanes_of(bits));
 }
-// pdep and pext make the permutation: a byte a lane.
+// pdep and pext make the permutation, one byte per lane.
 FLATOPS_INLINE F32 permute(F32 v, uint64_t order) {
   return (F32)_mm256_permutevar8x32_ps((__m256)v, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(order))));
 }
@@ -106,9 +106,9 @@ const U64 BLOCK_ORDER = {0, 1};
 FLATOPS_INLINE Wide mul_wide(Word a, Word b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
 FLATOPS_INLINE I32 join(Word a, Word b) { return (I32)((a & 0xffffffffu) | (b << 32)); }
 #if defined(__x86_64__)
-// SSE2 has no fma. A float64 product of two float32 is exact, and a sum rounded to odd keeps what the second rounding
-// needs (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). A call: inlined everywhere, it took
-// the compiler a minute.
+// SSE2 has no fma. The float64 product of two float32 is exact, and a sum rounded to odd keeps what the second rounding
+// needs (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). Not inlined: that took the compiler
+// a minute.
 __attribute__((noinline)) inline F32 fma(F32 a, F32 b, F32 c) {
   F32 out;
   for (int i = 0; i < W; ++i) {
@@ -147,7 +147,7 @@ FLATOPS_INLINE void fence() {}
 FLATOPS_INLINE F32 half_to_float(const uint16_t* p) {
   F32 out;
   for (int i = 0; i < W; ++i) {
-    // Shift the exponent into place, then scale: exact for normals and subnormals; infinities and NaN keep their top exponent.
+    // Shift the exponent into place, then scale: exact for normals and subnormals; inf and NaN keep their exponent.
     const uint32_t h = p[i], sign = (h & 0x8000u) << 16;
     uint32_t u = (h & 0x7fffu) << 13;
     float f;

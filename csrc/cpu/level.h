@@ -1,4 +1,4 @@
-// The SIMD level: the best that the machine has, or what the environment variable FLATOPS_SIMD asks for.
+// The SIMD level: the best of the machine, or that of the environment variable FLATOPS_SIMD.
 #pragma once
 namespace flatops::cpu {
 
@@ -9,6 +9,6 @@ enum class Level { portable,
 Level level();             // chosen at the first call
 const char* level_name(Level);  // "portable", "avx2", "avx512"
 bool supports(Level);      // whether this machine can run it
-void set_level(Level);     // for tests and benchmarks; the caller has asked supports()
+void set_level(Level);     // for tests and benchmarks; requires supports()
 
 }  // namespace flatops::cpu

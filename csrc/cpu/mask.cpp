@@ -1,9 +1,9 @@
-// topk_mask and regrow_mask_: the elements with the largest scores over a whole list, exactly so many, ties to the first.
+// topk_mask and regrow_mask_: the elements with the k largest scores of a whole list, exactly k, ties to the first.
 //
-// A sample of the scores brackets the threshold. One pass over all of them marks what lies above the bracket and collects what
-// lies within it, two per cent or so of a large list, among which the threshold is then found. Where a bracket holds one value only, nothing is
-// collected: its elements are counted, and a second pass marks the first of them. The sample decides how long it takes, never
-// what comes out: a bracket that misses is widened, until it holds everything.
+// A sample of the scores brackets the threshold. One pass over all scores marks those above the bracket and collects
+// those inside it (about two per cent of a large list), among which the threshold is then found. If a bracket holds a
+// single value, nothing is collected: its elements are counted, and a second pass marks the first of them. The sample
+// affects the time, never the result: a bracket that misses the threshold is widened, up to everything.
 #define FLATOPS_FILE "cpu/mask.cpp"
 #ifndef FLATOPS_LEVEL
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace flatops::cpu {
 
-// Scores in an order of their own: the larger, the sooner an element is marked.
+// Scores; the largest are marked.
 struct Scores {
   enum Kind { value,
               magnitude,
@@ -22,9 +22,9 @@ struct Scores {
   bool lowest = false;                // the lowest first
   enum Among { all,
                live,
-               dead } among = all;  // among the elements whose bit is, or is not, set already
-  Noise noise = {};                   // random: the words ...
-  uint32_t filter = 0;                // ... at a place of the counter that no filter has
+               dead } among = all;  // among all elements, or those whose bit is (not) set
+  Noise noise = {};                   // random: Philox words ...
+  uint32_t filter = 0;                // ... with this in the counter, larger than any filter
 
   DType dtype(const Tensor& t) const { return kind == random ? DType::f32 : t.dtype; }
   uint32_t eligible(const Tensor& t, int64_t word) const {
@@ -33,13 +33,13 @@ struct Scores {
   }
 };
 
-// What lies above `high` is marked; what lies from `low` to `high` is collected, or counted where that is one value.
+// Scores above `high` are marked; those from `low` to `high` are collected, or counted if low == high.
 struct Bracket {
   double low, high;
   bool one_value() const { return low == high; }
 };
 
-// What a block holds: how many lie above and within, and which these are.
+// A block's scores above and inside the bracket: their number, and those inside.
 struct Found {
   std::unique_ptr<char[]> memory;
   int64_t size = 0, room = 0;
@@ -65,7 +65,7 @@ struct Found {
 
 #ifdef FLATOPS_LEVEL
 
-// Of 32 scores, as bits: above the bracket, in it or above, and in order (neither NaN nor below `least`).
+// 32 scores as bits: above the bracket; inside or above; valid (neither NaN nor below `least`).
 struct Bits { uint32_t above, from_low, good; };
 
 FLATOPS_INLINE Bits compare(const float* x, float low, float high, float least) {
@@ -88,8 +88,8 @@ FLATOPS_INLINE Bits compare(const double* x, double low, double high, double lea
   return bits;
 }
 
-// The places of the set bits of a tile's words, counted from `base`. Four of each 64 are written whether they are there or not,
-// which is faster than to ask; how many there are in truth is returned.
+// The positions of the set bits of a tile's words, counted from `base`. Of each 64, four are written unconditionally,
+// which is faster than a test; returns the true number.
 FLATOPS_INLINE int64_t places(const uint32_t (&words)[REDUCE / 32], uint32_t base, uint32_t* out) {
   const uint32_t* const begin = out;
   for (int w = 0; w < REDUCE / 32; w += 2) {
@@ -120,10 +120,10 @@ FLATOPS_INLINE void random_scores(const PhiloxKeys& keys, const PhiloxFilter& fi
   }
 }
 
-// What scores of a T are: float32, or float64 for itself.
+// The dtype of scores of a T: float64 for float64, else float32.
 template <class T> using ScoreOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// A tile of scores, with room for what the last step of a loop writes behind it.
+// A tile of scores, with room for what the last step of a loop writes beyond it.
 template <class X> struct alignas(64) ScoreTile { X x[REDUCE + IN_FLIGHT * NORMALS]; };
 
 // The scores of n elements from `start` on, up to a REDUCE of them.
@@ -251,13 +251,13 @@ struct Selection {
   }
 
   uint32_t* marks_of(const Block& b) const { return marks + first_word[b.tensor]; }
-  bool f64() const { return !list.tensors.empty() && scores.dtype(list.tensors[0]) == DType::f64; }  // all of them, or none
+  bool f64() const { return !list.tensors.empty() && scores.dtype(list.tensors[0]) == DType::f64; }  // all tensors, or none
   double next(double x, double towards) const {
     return f64() ? std::nextafter(x, towards) : double(std::nextafter(float(x), float(towards)));
   }
 
-  // Scores of elements at equal distances over the list. Of n elements a sample of s leaves up to 2.5 n / sqrt(s) candidates; a
-  // candidate costs what a sampled score costs, and together they cost least where s^(3/2) = 1.25 n.
+  // Scores at equal distances over the list. Of n elements a sample of s leaves up to 2.5 n / sqrt(s) candidates. A
+  // candidate costs as much as a sampled score, so the sum is least for s^(3/2) = 1.25 n.
   std::vector<double> sample() const {
     int64_t total = 0, begin = 0;
     for (const Tensor& t : list.tensors) total += t.numel();
@@ -297,7 +297,7 @@ struct Selection {
     for (double widen = 1; n >= SMALLEST_SAMPLE && widen < 100; widen *= 8) {
       const int64_t margin = int64_t(widen * (2.5 * std::sqrt(double(n) * q * (1 - q)) + 4));
       const Bracket ends{at(rank + margin, -INF), at(rank - margin, INF)};
-      // A value that many share is left out of a bracket that it ends, and has one of its own should it be needed.
+      // A value that many scores share is excluded from a bracket that it ends, and gets its own if needed.
       const auto shared = [&](double x) { return std::count(seen.begin(), seen.end(), x) > margin; };
       Bracket b = ends;
       if (!ends.one_value() && shared(ends.low)) b.low = next(b.low, INF);
@@ -311,7 +311,7 @@ struct Selection {
   }
 
   int64_t bad = -1;
-  bool surplus = false;  // a bracket missed because too much lies above it
+  bool surplus = false;  // a bracket missed because too many scores are above it
 
   // Marks with this bracket. False if the threshold is not in it.
   bool attempt(const Bracket& bracket) {
@@ -347,9 +347,9 @@ struct Selection {
   }
 
   template <class X> void mark_best(const std::vector<Found>& found, const Bracket& bracket, int64_t missing) {
-    // A histogram leaves few candidates to be put in order. An infinite bracket holds few to begin with, or everything.
+    // A histogram leaves few candidates to sort. An infinite bracket has few to begin with, or everything.
     constexpr int BINS = 4096;
-    // Nor is there a histogram of what lies so close that its scale overflows.
+    // There is also none if the values are so close that its scale overflows.
     const X low = X(bracket.low), scale = X((BINS - 1) / (bracket.high - bracket.low));
     const bool finite = std::isfinite(low) && std::isfinite(scale) && scale > 0;
     const auto bin = [&](X score) { return finite ? std::min(int((score - low) * scale), BINS - 1) : 0; };

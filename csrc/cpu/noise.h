@@ -1,4 +1,4 @@
-// The normals of a filter, as many at a time as the registers take.
+// The normals of a filter, as many at a time as fit into registers.
 
 struct Draws {  // the noise of one launch
   PhiloxKeys keys;
@@ -12,7 +12,7 @@ struct Draws {  // the noise of one launch
   PhiloxFilter filter(int64_t filter, uint32_t tensor) const { return philox_filter(key, uint32_t(filter), tensor, draw); }
 };
 
-constexpr int NORMALS = 4 * D;  // that one register of counters makes
+constexpr int NORMALS = 4 * D;  // per register of counters
 constexpr int IN_FLIGHT = FLATOPS_LEVEL == 512 ? 4 : 3;
 
 // The words of N registers of counters, paired for Box-Muller, and the normals that they become.

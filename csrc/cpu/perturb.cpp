@@ -1,4 +1,4 @@
-// perturb_, subtract_noise_, normal_: a filter's norm, its normals and the addition, while it lies in the cache.
+// perturb_, subtract_noise_, normal_: a filter's norm, its normals and the addition, while it is in the cache.
 #define FLATOPS_FILE "cpu/perturb.cpp"
 #ifndef FLATOPS_LEVEL
 #include "ops.h"
@@ -6,7 +6,7 @@
 namespace flatops::cpu {
 struct PerturbArgs {
   const float* scales;       // [list.filters]
-  float* new_scales = {};    // perturb_: the same, to write those of filters that are in one block; null: subtract
+  float* new_scales = {};    // perturb_: the same, to write for filters in one block; null: subtract
   const double* sigma = {};
   Noise noise;
   double eta;
@@ -17,9 +17,9 @@ struct PerturbArgs {
 
 #ifdef FLATOPS_LEVEL
 
-constexpr int64_t AHEAD = 2048;  // elements that are fetched ahead, at least: the next filters, while this one is computed on
+constexpr int64_t AHEAD = 2048;  // prefetch at least so many elements: the next filters, during this one
 
-// w += scale z, scale one number or, where `scales` is given, one an element.
+// w += scale z; scale is one number, or with `scales` one per element.
 template <bool EACH>
 FLATOPS_INLINE void add(float* w, const float* z, float scale, const float* scales, int64_t n) {
   int64_t i = 0;
@@ -103,7 +103,7 @@ static void add_noise(const TensorList& list, const cpu::PerturbArgs& args, cons
 template <>
 void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Parallel& parallel) {
   list.cut();
-  if (list.sums) {  // a long filter's norm has to be known before any part of it changes
+  if (list.sums) {  // a long filter's norm must be known before any part of it changes
     std::vector<double> sums(list.filters);
     cpu::long_filter_sums(list, sums.data(), parallel);
     for (const Block& b : list.blocks) {

@@ -1,4 +1,4 @@
-// Sums of squares by filter and over the whole list: filter_norms, grad_norm, and what the other operators ask of them.
+// Sums of squares per filter and over the whole list: filter_norms, grad_norm, and those for other operators.
 #define FLATOPS_FILE "cpu/sum.cpp"
 #include "cpu/each_level.h"
 

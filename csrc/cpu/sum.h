@@ -1,7 +1,8 @@
-// Sums in the one order that every backend follows (reference.py: sum_squares, total).
+// Sums in the order that every backend follows (reference.py: sum_squares, total).
 //
-// Squares are summed REDUCE elements at a time in the dtype that kernels compute in: element i on lane i mod LANES, by fma
-// in float32, and the lanes folded by halves. These sums are added up in float64 by the same rule, until one is left.
+// Squares are summed REDUCE elements at a time in the dtype that kernels compute in: element i in lane i mod LANES, by
+// fma in float32, and the lanes are folded by halves. These sums are added up in float64 by the same rule, until one is
+// left.
 
 template <class X> struct VectorOf;
 template <> struct VectorOf<float> { using type = F32; };
@@ -10,8 +11,8 @@ template <> struct VectorOf<double> { using type = F64; };
 FLATOPS_INLINE F32 add_square(F32 sum, F32 x) { return fma(x, x, sum); }
 FLATOPS_INLINE F64 add_square(F64 sum, F64 x) { return sum + x * x; }  // two roundings: PyTorch has no float64 fma
 
-// A term adds what the elements from i on contribute to a register of running sums; padded() is a copy of its last
-// elements with zeros behind them, which change no sum.
+// A term adds the contribution of the elements from i on to a register of running sums; padded() is a copy of its last
+// elements padded with zeros, which change no sum.
 template <class X> struct Squares {
   using V = typename VectorOf<X>::type;
   const X* x;
@@ -46,8 +47,8 @@ template <class Term>
 FLATOPS_INLINE double sum_tile(const Term& term, int64_t n) {
   using V = typename Term::V;
   using X = std::remove_cvref_t<decltype(V{}[0])>;
-  constexpr int L = sizeof(V) / sizeof(X), VECTORS = LANES / L, GROUP = 8;  // GROUP: as many as stay in registers
-  const int64_t steps = n / LANES, whole = n / L * L;  // whole: what fills registers
+  constexpr int L = sizeof(V) / sizeof(X), VECTORS = LANES / L, GROUP = 8;  // GROUP: as many as fit into registers
+  const int64_t steps = n / LANES, whole = n / L * L;  // whole: elements that fill registers
   alignas(64) X room[2 * L];
   Term tail = term;
   if (whole < n) {
@@ -85,13 +86,13 @@ static double sum_sums(double* sums, int64_t n) {
   return n ? sums[0] : 0.0;
 }
 
-// The sums of each REDUCE of n elements of x^2, or of (x y)^2 where y is given.
+// The sums of each REDUCE of n elements of x^2, or with y of (x y)^2.
 template <bool PREFETCH, class T>
 FLATOPS_INLINE void sum_tiles(const T* x, const T* y, int64_t n, double* sums) {
   Tile room_x, room_y;
   for (int64_t i = 0; i < n; i += REDUCE) {
     const int64_t m = std::min(REDUCE, n - i);
-    for (int64_t j = 0; PREFETCH && j < m; j += 64 / int64_t(sizeof(T))) {  // the next tile, for one walks it with a stride
+    for (int64_t j = 0; PREFETCH && j < m; j += 64 / int64_t(sizeof(T))) {  // prefetches the next tile, which is read with a stride
       __builtin_prefetch(x + i + REDUCE + j);
       if (y) __builtin_prefetch(y + i + REDUCE + j);
     }

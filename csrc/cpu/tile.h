@@ -42,7 +42,7 @@ FLATOPS_INLINE void narrow(const float* x, int64_t n, F16* p) {
   __builtin_memcpy(p + i, tail, (n - i) * 2);
 }
 
-// The tile's elements to compute on: in place where the dtype is what we compute in, else converted into `room`.
+// The tile's elements to compute on: in place if we compute in their dtype, else converted into `room`.
 template <class T> FLATOPS_INLINE float* open(T* p, int64_t n, Tile& room) {
   widen(p, n, room.x);
   return room.x;
@@ -51,13 +51,13 @@ FLATOPS_INLINE float* open(float* p, int64_t, Tile&) { return p; }
 FLATOPS_INLINE double* open(double* p, int64_t, Tile&) { return p; }
 template <class T> FLATOPS_INLINE const auto* open(const T* p, int64_t n, Tile& room) { return open(const_cast<T*>(p), n, room); }
 
-// Puts back what open() converted.
+// Converts back what open() converted.
 template <class T> FLATOPS_INLINE void close(T* p, int64_t n, const Tile& room) { narrow(room.x, n, p); }
 FLATOPS_INLINE void close(float*, int64_t, const Tile&) {}
 FLATOPS_INLINE void close(double*, int64_t, const Tile&) {}
 
-// Copies around the cache where alignment allows: what is written is not read again soon. Fetches what lies `ahead` bytes
-// further on, for stores that go around the cache leave the memory idle between the reads.
+// Copies with stores that bypass the cache, if aligned: what is written is not read again soon. Prefetches `ahead`
+// bytes, because such stores leave the memory idle between reads.
 FLATOPS_INLINE void copy(void* to, const void* from, int64_t bytes, int64_t ahead) {
   char* out = (char*)to;
   const char* in = (const char*)from;

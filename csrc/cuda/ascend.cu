@@ -1,5 +1,5 @@
-// What runs over weights one by one, filters aside: ascend_, SAM's step along the gradient, and restore_'s copy from a backup,
-// both also under a mask; fisher_.
+// Operators on single elements: ascend_, SAM's ascent, and restore_, the copy from a backup, both also under a mask;
+// fisher_.
 #include "four.h"
 #include "mask.h"
 #include "table.h"
@@ -7,8 +7,8 @@
 namespace flatops::cuda {
 namespace {
 
-constexpr int FOURS = 4, STEP = 4 * THREADS;  // a thread has FOURS fours on their way at once, STEP apart
-constexpr int64_t SPAN = FOURS * STEP;        // a block's elements
+constexpr int FOURS = 4, STEP = 4 * THREADS;  // a thread loads FOURS fours at once, STEP apart
+constexpr int64_t SPAN = FOURS * STEP;        // elements per block
 
 Work<> spans(const TensorList& list, DType dtype) {
   Work<> work;
@@ -17,7 +17,7 @@ Work<> spans(const TensorList& list, DType dtype) {
   return work;
 }
 
-// Where a thread's elements begin, and what is left from there on.
+// Where a thread's elements begin, and how many elements are left from there on.
 struct Place {
   int64_t start;
   Left left;
@@ -42,7 +42,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(THREADS)
     ascend(const __grid_constant__ Table<N> table, const double* const rho, const double* const norm, const bool adaptive) {
   __shared__ double shared_step;
-  if (threadIdx.x == 0) shared_step = step_of(rho, norm);  // a division in float64 is dear
+  if (threadIdx.x == 0) shared_step = step_of(rho, norm);  // a float64 division is slow
   const Entry& e = table.find(blockIdx.x);
   const Place place(e);
   T* const w = (T*)e.data + place.start;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(THREADS) add_squares(const __grid_constant__ T
   store<STEP>(f, x, place.left);
 }
 
-// --- under a mask: a warp takes a REDUCE, and only fours that hold a live element are read and written ---------------------
+// --- under a mask: a warp takes a REDUCE, and only fours with a selected element are read and written ----------------
 
 // A tensor as one row of elements.
 struct MaskedEntry {
@@ -109,13 +109,13 @@ struct Mask {
   MaskedBackup backup;
 };
 
-// The live elements of a warp's REDUCE, and where their slots are.
+// The selected (live) elements of a warp's REDUCE, and their slots.
 struct Live {
-  uint32_t word, before;  // the lane's word; the ones before it
+  uint32_t word, before;  // the lane's word; the number of ones before it
   uint32_t flags;         // of the lane's own elements
-  char* slots;            // from the REDUCE's first one on
+  char* slots;            // from that of the REDUCE's first selected element on
 
-  // False if there is nothing to do: no live element, or no room for them in the backup.
+  // False if there is nothing to do: no live element, or no slots for them in the backup.
   __device__ bool find(const MaskedEntry& e, const Part& part, const Mask& mask) {
     const uint32_t ones = __popc(word);
     before = sum_before(ones);
@@ -148,7 +148,7 @@ struct Live {
   }
 };
 
-// Of a warp's REDUCE, the fours that hold something live, FOURS of them from step `first` on.
+// The fours with a live element of a warp's REDUCE, FOURS of them from step `first` on.
 template <class T> __device__ void load_live(Four<T> (&x)[FOURS], const T* p, uint32_t flags, int first, Left left) {
 #pragma unroll
   for (int k = 0; k < FOURS; ++k)
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(THREADS)
       for (int c = 0; c < 4; ++c)
         if (live.flags >> (4 * (first + k) + c) & 1)
           narrow(climb(step, widen(x[k].x[c]), widen(g[k].x[c]), adaptive), x[k].x[c]);
-    store_live(w, x, live.flags, first, part.left);  // dead ones with the bits that they have
+    store_live(w, x, live.flags, first, part.left);  // dead elements keep their bits
   }
 }
 

@@ -1,5 +1,5 @@
-// Four neighbours of a filter: one thread's share of a step, moved at once where they are aligned, and computed on in float32
-// (float64 for itself). Included by .cu files alone.
+// Four neighbours of a filter: a thread's part of a step, loaded and stored at once if aligned, computed on in float32
+// (float64 for float64). Included only by .cu files.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -32,7 +32,7 @@ template <class T> struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
   T x[4];
 };
 
-// Of the four, those that are left; what is not there is zero. VECTOR: all four are, and aligned.
+// The four, with zeros beyond the end. VECTOR: all four exist and are aligned.
 template <bool VECTOR = false, class T> __device__ inline Four<T> load(const T* p, Left left) {
   if constexpr (!VECTOR)
     if (left.vector < 4) {

@@ -1,13 +1,14 @@
-// topk_mask and regrow_mask_: the elements with the largest scores over a whole list, exactly so many, ties to the first.
+// topk_mask and regrow_mask_: the elements with the k largest scores of a whole list, exactly k, ties to the first.
 //
-// Scores become keys, integers in the same order, and the threshold is found BIN_BITS of it at a time: a histogram of these
-// bits over all keys whose upper bits are the threshold's says which bin it is in. The second pass marks what lies above the
-// first bin, and keeps a copy of what lies in it, a few per cent: the passes after it read nothing else. Where a REDUCE holds
-// more of it than there is room for, as where many scores are equal, its scores are read again instead. Last, elements equal to
-// the threshold are taken from the front, by a prefix sum over all blocks of the list. Zeros, which may be most of all scores,
-// are counted apart: where the threshold is zero, it is known after the first pass, and the others have next to nothing to do.
+// Scores become keys, integers in the same order, and the threshold is found BIN_BITS at a time: a histogram of these
+// bits over all keys with the threshold's upper bits tells which bin it is in. The second pass marks the keys above the
+// first bin, and copies those in it, a few per cent: later passes read nothing else. If a REDUCE has more of them than
+// there is room for, for instance because many scores are equal, its scores are read again instead. Last, of the
+// elements equal to the threshold the first are chosen, by a prefix sum over all blocks of the list. Zeros, often most
+// of the scores, are counted separately: a threshold of zero is known after the first pass, and the others have almost
+// nothing to do.
 //
-// The last block of a pass to be done (it takes the last ticket) draws the conclusion that the next launch starts from.
+// The last block of a pass to finish (it takes the last ticket) computes the state for the next launch.
 #include "mask.h"
 
 #include "noise.h"
@@ -16,27 +17,27 @@ namespace flatops::cuda {
 namespace {
 
 constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;
-constexpr int ROOM = 128;  // candidates that are kept of a REDUCE
+constexpr int ROOM = 128;  // candidates that are copied per REDUCE
 constexpr int OFFSET_BITS = 10;
 static_assert(REDUCE == 1 << OFFSET_BITS);
 
-// A score that is not negative is in the order of its bits, the sign's aside.
+// Scores that are not negative have the order of their bits, without the sign.
 template <class Key> constexpr int KEY_BITS = 8 * sizeof(Key) - 1;
 template <class Key> constexpr Key ALL_BITS = (Key(1) << KEY_BITS<Key>)-1;
 template <class Key> constexpr int PASSES = (KEY_BITS<Key> + BIN_BITS - 1) / BIN_BITS;
 
-// A pass looks at the bits from here up to where the pass before it began.
+// A pass uses the bits from here up to those of the pass before it.
 template <class Key> __host__ __device__ constexpr int shift_of(int pass) {
   const int shift = KEY_BITS<Key> - BIN_BITS * (pass + 1);
   return shift < 0 ? 0 : shift;
 }
 
-// What all blocks share, cleared by the host.
+// Shared by all blocks, cleared by the host.
 template <class Key> struct alignas(8) State {
   uint32_t bins[PASSES<Key>][BINS];
   uint32_t tickets[PASSES<Key> + 1];
-  uint32_t bad;      // ~index of the first tensor with a bad score; 0: there is none
-  uint32_t missing;  // how many of the keys whose upper bits are the threshold's have to be chosen
+  uint32_t bad;      // ~index of the first tensor with a bad score; 0: none
+  uint32_t missing;  // how many of the keys with the threshold's upper bits are to be chosen
   uint32_t zeros;    // among all keys
   uint32_t exact;    // the threshold is known
   Key threshold;     // its upper bits, as far as they are known
@@ -44,36 +45,36 @@ template <class Key> struct alignas(8) State {
 
 // A tensor as one row of elements.
 struct ScoresEntry {
-  const void* scores;    // null: they are random
+  const void* scores;    // null: random
   int64_t elements;
   uint32_t first_word;   // of the tensor, in the mask
   uint32_t first_rank;
-  uint32_t first_tile;   // in the list, whatever launch it is of
-  uint32_t tensor;       // its number in the list
-  uint32_t index;        // the noise's `tensor`
+  uint32_t first_tile;   // in the list, over all launches
+  uint32_t tensor;       // its index in the list
+  uint32_t index;        // `tensor` in the noise's counter
   uint32_t first_block;
-  bool aligned;          // four neighbours can be moved at once
+  bool aligned;          // four neighbours can be loaded at once
 };
 template <int N> using ScoresTable = Table<N, ScoresEntry>;
 
 // One choice among scores.
 template <class Key> struct Choice {
-  State<Key>* state;          // and the scratch behind it
-  uint32_t* marks;            // the words that get the bits of what is chosen
-  uint32_t* ranks;            // and the ranks of these
+  State<Key>* state;          // followed by the scratch memory
+  uint32_t* marks;            // the words for the bits of what is chosen
+  uint32_t* ranks;            // and their ranks
   const uint32_t* among;      // the words of elements to choose from, or null: all
   Noise noise;
-  uint32_t blocks;            // of all launches of a pass
-  uint32_t place;             // random: in the counter, where no filter is
-  bool dead;                  // among those whose bit is not set
-  bool lowest;                // the lowest scores first
-  bool magnitudes;            // of scores of either sign
+  uint32_t blocks;            // in all launches of a pass
+  uint32_t place;             // of random scores: in the counter, larger than any filter
+  bool dead;                  // choose among those whose bit is not set
+  bool lowest;                // choose the lowest scores
+  bool magnitudes;            // choose by |score|
 
   // [blocks] over all blocks before one, chosen and << 32 equal to the threshold
   __device__ uint64_t* before() const { return (uint64_t*)(state + 1); }
   // [blocks, WARPS, ROOM] lower bits of the key, then the place in the REDUCE
   __device__ Key* candidates() const { return (Key*)(before() + blocks); }
-  // [blocks, WARPS] surely chosen of a REDUCE and << 16: candidates, in the end those equal to the threshold
+  // [blocks, WARPS] certainly chosen in a REDUCE, and << 16: candidates, in the end those equal to the threshold
   __device__ uint32_t* found() const { return (uint32_t*)(candidates() + int64_t(blocks) * WARPS * ROOM); }
   // [blocks] the same over a block
   __device__ uint32_t* block_found() const { return found() + int64_t(blocks) * WARPS; }
@@ -86,7 +87,7 @@ template <class Key> struct Choice {
   __device__ Key flip() const { return lowest ? ALL_BITS<Key> : 0; }  // a zero's key, too
 };
 
-// The block's place in the list, whatever launch it is of.
+// The block's position in the list, over all launches.
 __device__ uint32_t block_of(const ScoresEntry& e) { return e.first_tile + (blockIdx.x - e.first_block); }
 
 __device__ uint32_t bits_of(float x) { return uint32_t(__float_as_int(x)); }
@@ -100,7 +101,7 @@ template <class Key> __device__ uint32_t eligible(const ScoresEntry& e, const Pa
   return flags_of(word);
 }
 
-// A lane's keys, of K steps from `first` on, and the flags of scores that have no place in the order; garbage where nothing is.
+// A lane's keys, of K steps from `first` on, and the flags of bad scores; garbage beyond the end.
 template <class T, bool RANDOM, class Key, int K>
 __device__ __forceinline__ uint32_t load_keys(Key (&x)[K][4], int first, const ScoresEntry& e, const Part& part,
                                               const Choice<Key>& choice) {
@@ -118,7 +119,7 @@ __device__ __forceinline__ uint32_t load_keys(Key (&x)[K][4], int first, const S
       p.rounds(keys, 2, 10);
       const uint32_t words[4] = {p.c0[0], p.c1[0], p.c2[0], p.c3[0]};
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x[k][c] = Key(words[c] >> 8 << 7) ^ flip;  // 24 bits, the upper ones of a key
+      for (int c = 0; c < 4; ++c) x[k][c] = Key(words[c] >> 8 << 7) ^ flip;  // 24 bits, the upper bits of a key
     }
   } else {
     Four<T> v[K];
@@ -136,9 +137,9 @@ __device__ __forceinline__ uint32_t load_keys(Key (&x)[K][4], int first, const S
   return bad;
 }
 
-// --- histograms ------------------------------------------------------------------------------------------------------------
+// --- histograms ------------------------------------------------------------------------------------------------------
 
-// A block's own. Zeros may be most of all scores: each lane counts its own, rather than all lanes waiting for one bin.
+// A block's histogram. Each lane counts its own zeros, often most of the scores, so that lanes do not wait for one bin.
 struct Histogram {
   uint32_t* bins;  // [BINS], shared
   int shift;
@@ -155,7 +156,7 @@ struct Histogram {
   }
   template <class Key> __device__ uint32_t bin(Key key) const { return uint32_t(key >> shift) & mask; }
   template <class Key> __device__ void add(Key key) const { atomicAdd(bins + bin(key), 1u); }
-  // Those of K steps' keys that have their flag set.
+  // The keys of K steps whose flag is set.
   template <class Key, int K> __device__ void add(const Key (&x)[K][4], uint32_t flags, Key zero) {
 #pragma unroll
     for (int k = 0; k < K; ++k)
@@ -176,12 +177,12 @@ struct Histogram {
   }
 };
 
-// The sum over the threads before this one, and over all. The whole block comes here.
+// The sum over the threads before this one, and over all. All threads of the block must call it.
 __device__ uint64_t sum_before_in_block(uint64_t x, uint64_t& all) {
   __shared__ uint64_t warps[WARPS];
   const int warp = threadIdx.x / WARP;
   uint64_t before = sum_before(x);
-  __syncthreads();  // what was there before has been read
+  __syncthreads();  // the previous contents have been read
   if (threadIdx.x % WARP == WARP - 1) warps[warp] = before + x;
   __syncthreads();
   all = 0;
@@ -193,7 +194,7 @@ __device__ uint64_t sum_before_in_block(uint64_t x, uint64_t& all) {
   return before;
 }
 
-// Whether this block is the last of a pass; then it sees all that the others wrote.
+// Whether this block is the last of a pass to finish; then it sees all that the others wrote.
 __device__ bool is_last(uint32_t* ticket, uint32_t blocks) {
   __shared__ bool last;
   __threadfence();
@@ -204,7 +205,7 @@ __device__ bool is_last(uint32_t* ticket, uint32_t blocks) {
   return last;
 }
 
-// How many to choose: as many as asked for; to move ones among `elements`, not more than there are ones, or zeros.
+// How many to choose: `count`, but to move ones among `elements`, not more than there are ones, or zeros.
 struct Wanted {
   uint32_t count, elements;  // elements: 0 for no limit
   __device__ uint32_t among(uint32_t eligible) const {
@@ -212,7 +213,7 @@ struct Wanted {
   }
 };
 
-// The bin that the threshold is in: the first from the top on that holds enough, with those above it.
+// The bin of the threshold: the first from the top that, with those above it, holds enough.
 template <class Key> __device__ void find_bin(State<Key>* state, int pass, const Wanted* wanted, bool lowest) {
   constexpr int MINE = BINS / THREADS;
   const int top = BINS - 1 - MINE * threadIdx.x;
@@ -239,9 +240,9 @@ template <class Key> __device__ void find_bin(State<Key>* state, int pass, const
   }
 }
 
-// --- the passes --------------------------------------------------------------------------------------------------------------
+// --- the passes ------------------------------------------------------------------------------------------------------
 
-// The first: of everything. Looks for bad scores on the way; those of an `earlier` choice come first.
+// The first pass: all scores. Also finds bad scores; those of an `earlier` choice take precedence.
 template <class T, bool RANDOM, class Key, int N>
 __global__ void __launch_bounds__(THREADS)
     count_all(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice, const Wanted wanted,
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// The second: marks what lies above the first bin, keeps what lies in it.
+// The second pass: marks the keys above the first bin, copies those in it.
 template <class T, bool RANDOM, class Key, int N>
 __global__ void __launch_bounds__(THREADS) mark_sure(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice) {
   constexpr int SHIFT = shift_of<Key>(0);
@@ -317,7 +318,7 @@ __global__ void __launch_bounds__(THREADS) mark_sure(const __grid_constant__ Sco
   if (is_last(choice.state->tickets + 1, choice.blocks)) find_bin(choice.state, 1, nullptr, choice.lowest);
 }
 
-// What mark_sure kept of a REDUCE; the loads are on their way at once.
+// The candidates that mark_sure copied from a REDUCE; all loads are issued at once.
 template <class Key> struct Candidates {
   static constexpr int MINE = ROOM / WARP;
   Key x[MINE];
@@ -328,7 +329,7 @@ template <class Key> struct Candidates {
     for (int i = 0; i < MINE; ++i)
       if (const uint32_t at = threadIdx.x % WARP + i * WARP; at < n) x[i] = choice.candidates()[warp * ROOM + at];
   }
-  // Calls f(lower bits of the key, place in the REDUCE).
+  // Calls f(lower bits of the key, position in the REDUCE).
   template <class F> __device__ void each(const F& f) const {
 #pragma unroll
     for (int i = 0; i < MINE; ++i)
@@ -336,7 +337,7 @@ template <class Key> struct Candidates {
   }
 };
 
-// Others: of what lies in the last pass's bin.
+// Later passes: the keys in the last pass's bin.
 template <class T, bool RANDOM, class Key, int N>
 __global__ void __launch_bounds__(THREADS)
     count_within(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice, const int pass) {
@@ -349,14 +350,14 @@ __global__ void __launch_bounds__(THREADS)
   const int64_t first = int64_t(block_of(e)) * WARPS;
   const Histogram all = Histogram::of(choice.state->bins[pass], choice, pass);
   uint32_t n = 0;
-  bool again = false;  // whether a REDUCE of this block has to be read again
+  bool again = false;  // whether a REDUCE of this block must be read again
 #pragma unroll
   for (int i = 0; i < WARPS; ++i) {
     const uint32_t within = choice.found()[first + i] >> 16;
     again |= within > ROOM;
     if (i == warp) n = within;
   }
-  if (n <= ROOM)  // few of them go on: no need of a histogram of the block's own
+  if (n <= ROOM)  // few are in the bin: no need for a histogram of the block
     Candidates<Key>(choice, first + warp, n).each([&](Key key, uint32_t) {
       if (key >> shift == (threshold & low) >> shift) all.add(key);
     });
@@ -381,7 +382,7 @@ __global__ void __launch_bounds__(THREADS)
   if (is_last(choice.state->tickets + pass, choice.blocks)) find_bin(choice.state, pass, nullptr, choice.lowest);
 }
 
-// Reads a REDUCE again: the flags of a lane's elements that lie above the threshold, and of those equal to it.
+// Reads a REDUCE again: the flags of a lane's elements above the threshold, and of those equal to it.
 template <class T, bool RANDOM, class Key>
 __device__ void compare(const ScoresEntry& e, const Part& part, const Choice<Key>& choice, Key threshold, uint32_t& above,
                         uint32_t& equal) {
@@ -403,7 +404,7 @@ __device__ void compare(const ScoresEntry& e, const Part& part, const Choice<Key
 // Two counts of 16 bits as two of 32.
 __device__ uint64_t apart(uint32_t counts) { return (counts & 0xffff) | uint64_t(counts >> 16) << 32; }
 
-// The threshold is known: marks the candidates above it, and counts what is equal to it.
+// With the threshold known, marks the candidates above it and counts those equal to it.
 template <class T, bool RANDOM, class Key, int N>
 __global__ void __launch_bounds__(THREADS, 4)
     mark_candidates(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice) {
@@ -427,7 +428,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   } else {
     uint32_t above, equal;
     compare<T, RANDOM>(e, part, choice, threshold, above, equal);
-    added[threadIdx.x] = word_of(above);  // the sure ones again, which does no harm
+    added[threadIdx.x] = word_of(above);  // includes the certain ones again, which is harmless
     equals = __popc(equal);
   }
   __syncthreads();
@@ -465,7 +466,7 @@ __global__ void __launch_bounds__(THREADS, 4)
   }
 }
 
-// The last: ranks, and the first of those equal to the threshold.
+// The last pass: ranks, and the first of those equal to the threshold.
 template <class T, bool RANDOM, class Key, int N>
 __global__ void __launch_bounds__(THREADS) mark_equal(const __grid_constant__ ScoresTable<N> table, const Choice<Key> choice) {
   const ScoresEntry& e = table.find(blockIdx.x);
@@ -485,7 +486,7 @@ __global__ void __launch_bounds__(THREADS) mark_equal(const __grid_constant__ Sc
   if (!take) return;
   uint32_t* const marks = choice.marks + e.first_word + part.word();
   uint32_t word, above, equal;
-  if (threshold == 0) {  // what is not above it
+  if (threshold == 0) {  // those not above it
     equal = eligible(e, part, choice);
     word = word_of(equal) & ~(part.has_word() ? *marks : 0);
   } else {
@@ -497,7 +498,7 @@ __global__ void __launch_bounds__(THREADS) mark_equal(const __grid_constant__ Sc
   if (word) *marks |= word;
 }
 
-// Moves ones: both choices are among the mask as it was. A rank changes by what was chosen before it.
+// Moves ones; both choices were made in the mask as it was. A rank changes by the number chosen before it.
 __global__ void __launch_bounds__(THREADS)
     move_ones(uint32_t* const words, const uint32_t* const dropped, const uint32_t* const grown, const int64_t count,
               uint32_t* const ranks, const uint32_t* const dropped_before, const uint32_t* const grown_before,
@@ -508,7 +509,7 @@ __global__ void __launch_bounds__(THREADS)
   if (i < reduces) ranks[i] += grown_before[i] - dropped_before[i];
 }
 
-// --- on the host -------------------------------------------------------------------------------------------------------------
+// --- on the host -----------------------------------------------------------------------------------------------------
 
 struct Size {
   int64_t elements = 0, words = 0, reduces = 0, blocks = 0;
@@ -523,7 +524,7 @@ struct Size {
   }
 };
 
-// What is asked for, apart from how it is found.
+// The request.
 struct Question {
   bool random, magnitudes, lowest, dead;
   const uint32_t* among;
@@ -534,7 +535,7 @@ struct Question {
   int64_t* bad_tensor;
 };
 
-// What it is found in.
+// The data.
 struct Marks {
   uint32_t* words;
   uint32_t* ranks;
@@ -546,7 +547,7 @@ const uint32_t* choose(const TensorList& list, const Question& q, const Marks& m
   const Choice<Key> choice{.state = (State<Key>*)gpu.scratch(Choice<Key>::scratch(blocks)), .marks = marks.words, .ranks = marks.ranks, .among = q.among, .noise = q.noise, .blocks = uint32_t(blocks), .place = q.place, .dead = q.dead, .lowest = q.lowest, .magnitudes = q.magnitudes};
   check(cudaMemsetAsync(choice.state, 0, sizeof(State<Key>), (cudaStream_t)gpu.stream));
 
-  // Random scores know no dtypes.
+  // Random scores have no dtype.
   Work<ScoresEntry> work[std::size(DTYPES)];
   int64_t word = 0, rank = 0, tile = 0;
   for (size_t i = 0; i < list.tensors.size(); ++i) {
@@ -584,7 +585,7 @@ const uint32_t* choose(const TensorList& list, const Question& q, const Marks& m
   return &choice.state->bad;
 }
 
-// Returns where a later choice finds out whether this one met a bad score.
+// Returns the address that tells a later choice whether this one found a bad score.
 const uint32_t* choose(const TensorList& list, const Question& q, const Marks& marks, const Gpu& gpu) {
   if (q.random) return choose<true, uint32_t>(list, q, marks, gpu);
   bool wide = false, others = false;

@@ -1,6 +1,6 @@
-// A warp's part of a mask: a REDUCE of elements, 32 words, one a lane. Included by .cu files alone.
+// A warp's part of a mask: REDUCE elements, 32 words, one per lane. Included only by .cu files.
 //
-// What a lane knows of its own elements, four neighbours a step, are its **flags**: nibble k for step k, bit c for neighbour c.
+// A lane's **flags**, for its own elements, four neighbours per step: nibble k for step k, bit c for neighbour c.
 #pragma once
 #include "four.h"
 #include "table.h"
@@ -12,7 +12,7 @@ constexpr uint32_t WHOLE_WARP = 0xffffffffu;
 struct Part {
   int64_t reduce;  // which of the tensor's
   int lane;
-  int elements;    // of the REDUCE; not above 0 where there is none
+  int elements;    // of the REDUCE; <= 0 if there is none
   Left left;       // from the lane's first element on
 
   template <class E>
@@ -27,7 +27,7 @@ struct Part {
   __device__ int64_t word() const { return reduce * WARP + lane; }         // of the tensor's part of a mask
   __device__ bool has_word() const { return lane * 32 < elements; }
 
-  // Those bits of the lane's word that stand for elements.
+  // The bits of the lane's word that stand for elements.
   __device__ uint32_t inside() const {
     const int n = elements - lane * 32;
     return n >= 32 ? ~0u : n <= 0 ? 0u
@@ -40,7 +40,7 @@ __device__ inline uint32_t transpose_nibbles(uint32_t x) {
 #pragma unroll
   for (int d = 1; d < 8; d *= 2) {
     const uint32_t low = d == 1 ? 0x0f0f0f0fu : d == 2 ? 0x00ff00ffu
-                                                       : 0x0000ffffu;  // nibbles whose number lacks bit d
+                                                       : 0x0000ffffu;  // nibbles in whose index bit d is not set
     const uint32_t other = __shfl_xor_sync(WHOLE_WARP, x, d);
     x = threadIdx.x & d ? (x & ~low) | (other >> 4 * d & low) : (x & low) | (other << 4 * d & ~low);
   }

@@ -1,4 +1,4 @@
-// The normals of four neighbours. Included by .cu files alone.
+// The normals of four neighbours. Included only by .cu files.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@
 
 namespace flatops::cuda {
 
-// What philox.h and gaussian.h ask for: one lane.
+// One lane, for philox.h and gaussian.h.
 using Word = uint32_t;
 using Wide = uint64_t;
 FLATOPS_INLINE Wide mul_wide(Word a, Word b) { return Wide(a) * b; }
@@ -31,8 +31,8 @@ using F32 = float;
 using I32 = int32_t;
 FLATOPS_INLINE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FLATOPS_INLINE float sqrt_rn(float x) {
-  // What __fsqrt_rn does with numbers far from the ends of their range, without the branch that sends others elsewhere: here
-  // x is zero, of either sign, or lies between 1e-7 and 44. Of zero the reciprocal root is infinite.
+  // __fsqrt_rn without its branch for very small and very large numbers: here x is zero, of either sign, or lies
+  // between 1e-7 and 44. The reciprocal root of zero is infinite.
   const float y = fminf(fabsf(rsqrt_approx(x)), 1e19f), root = x * y;
   return __fmaf_rn(__fmaf_rn(-root, root, x), 0.5f * y, root);
 }

@@ -1,4 +1,4 @@
-// perturb_, subtract_noise_ and normal_: a filter waits in registers while its norm is made, then its noise is added.
+// perturb_, subtract_noise_ and normal_: a filter stays in registers between its norm and the addition of its noise.
 #include "long_filters.h"
 #include "noise.h"
 #include "sum.h"
@@ -24,7 +24,7 @@ __device__ float adapted(float scale, float eta, float fisher) {
 __device__ float add(float scale, float z, float w) { return __fmaf_rn(scale, z, w); }
 __device__ double add(float scale, float z, double w) { return __dadd_rn(w, __dmul_rn(double(scale), double(z))); }
 
-// A thread's share of a block's work. VECTOR: every four is whole and aligned, which saves a branch each.
+// A thread's part of a block's work. VECTOR: every four is complete and aligned, which saves a branch each.
 template <class T, Mode MODE, bool VECTOR>
 __device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bool split, const PerturbArgs<MODE>& args) {
   __shared__ double sums[WARPS];
@@ -33,7 +33,7 @@ __device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bo
 
   Four<T> x[STEPS];
   float scale = 1.0f;
-  const float* fisher = nullptr;  // where each element has its own, which is never so for VECTOR
+  const float* fisher = nullptr;  // if each element has its own; never with VECTOR
   if constexpr (MODE != Mode::normal) {
     load<LANES, VECTOR>(x, w, s.left);
     if (e.backup) store<LANES, VECTOR>((T*)e.backup + at, x, s.left);
@@ -66,7 +66,7 @@ __device__ __forceinline__ void perturb_share(const Entry& e, const Share& s, bo
       float scales[4] = {scale, scale, scale, scale};
       if (fisher)
 #pragma unroll
-        for (int c = 0; c < 4; ++c)  // the last one's again where there are no more: a branch less
+        for (int c = 0; c < 4; ++c)  // reads the last one again at the end, to save a branch
           scales[c] = adapted(scale, args.eta, fisher[k * LANES + min(c, left.elements - 1)]);
 #pragma unroll
       for (int c = 0; c < 4; ++c) narrow(add(scales[c], z[c], widen(x[k].x[c])), x[k].x[c]);
@@ -105,7 +105,7 @@ namespace flatops {
 template <>
 void perturb_(TensorList& list, float* scales, const double* sigma, Noise noise, double eta, const Gpu& gpu) {
   using namespace cuda;
-  long_filters(list, {.kind = Finish::scale, .out = scales, .scalar = sigma}, gpu);  // before any part of one changes
+  long_filters(list, {.kind = Finish::scale, .out = scales, .scalar = sigma}, gpu);  // before any part of a filter changes
   launch_perturb<Mode::perturb>(list, {.scales = scales, .sigma = sigma, .noise = noise, .eta = float(eta)}, gpu);
 }
 

@@ -1,4 +1,4 @@
-// Sums of squares by filter and over the whole list: filter_norms, filter_fisher_, grad_norm, and the norms of long filters.
+// Sums of squares per filter and over the whole list: filter_norms, filter_fisher_, grad_norm, norms of long filters.
 #include "sum.h"
 
 #include "long_filters.h"
@@ -17,7 +17,7 @@ __device__ void finish_filter(const Entry& e, int64_t filter, double sum, const 
   finish.out[e.first_filter + filter] = finish.kind == Finish::norm ? norm : __fmul_rn(float(*finish.scalar), norm);
 }
 
-// Filters that are not long. For fisher, a tensor of one dimension has one number an element instead.
+// Filters that are not long. In the Fisher, a one-dimensional tensor has one number per element instead.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) filter_sums(const __grid_constant__ Table<N> table, const Finish finish) {
   __shared__ double sums[WARPS];
@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(THREADS) filter_sums(const __grid_constant__ T
   if (s.first && s.left.elements > 0) finish_filter(e, s.filter, sum, finish);
 }
 
-// The sums of n REDUCEs take this much room: as much again as they come to is spare (see total).
+// The sums of n REDUCEs take this much memory: twice their size, since total needs as much again.
 __host__ __device__ int64_t room(int64_t reduces) { return reduces + ceil_div(reduces, REDUCE); }
 
-// The sum of each REDUCE of filters that are split over blocks; with PRODUCT, of (w g)^2. Clears the ticket that fold may take.
+// The sums of each REDUCE of filters split over blocks; with PRODUCT, of (w g)^2. Clears the ticket for fold.
 template <class T, bool PRODUCT, int N>
 __global__ void __launch_bounds__(THREADS)
     part_sums(const __grid_constant__ Table<N> table, double* const sums, uint32_t* const ticket) {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(THREADS)
     sums[e.index + s.filter * room(ceil_div(e.length, REDUCE)) + s.offset / REDUCE] = sum;
 }
 
-// Adds up n sums, REDUCE by REDUCE, back and forth between `sums` and the spare room behind them. The whole block comes here.
+// Adds up n sums, REDUCE by REDUCE, back and forth between `sums` and the memory after them. All threads must call it.
 __device__ double total(double* sums, int64_t n) {
   double* from = sums;
   double* to = sums + n;
@@ -84,7 +84,7 @@ __device__ double total(double* sums, int64_t n) {
   return n ? from[0] : 0.0;
 }
 
-// A block a filter: its parts' sums become one, and the filter is finished.
+// One block per filter: adds up the sums of its parts and finishes the filter.
 template <int N>
 __global__ void __launch_bounds__(THREADS)
     fold_filters(const __grid_constant__ Table<N> table, double* const sums, const Finish finish) {
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) finish_filter(e, filter, sum, finish);
 }
 
-// A block a tensor; the last of all to be done adds up the tensors.
+// One block per tensor; the last block to finish adds up the tensors.
 template <int N>
 __global__ void __launch_bounds__(THREADS)
     fold_tensors(const __grid_constant__ Table<N> table, double* const sums, double* const tensor_sums, uint32_t* const ticket,
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) *norm = __dsqrt_rn(square);
 }
 
-// The launch of part_sums for those entries that are of one dtype.
+// Launches part_sums for the entries of one dtype.
 template <class T> void launch_part_sums(const Work<>& work, bool product, double* sums, uint32_t* ticket, const Gpu& gpu) {
   if (product) launch(work, gpu, [](auto n) { return part_sums<T, true, n.value>; }, sums, ticket);
   else launch(work, gpu, [](auto n) { return part_sums<T, false, n.value>; }, sums, ticket);
@@ -176,7 +176,7 @@ template <> void grad_norm(TensorList& list, bool adaptive, double* out, const G
     e.first_filter = uint32_t(i);
     const int64_t reduces = ceil_div(t.numel(), REDUCE);
     sums += room(reduces);
-    parts[int(t.dtype)].add(e, std::max<int64_t>(1, ceil_div(t.numel(), TILE)));  // 1: somebody has to clear the ticket
+    parts[int(t.dtype)].add(e, std::max<int64_t>(1, ceil_div(t.numel(), TILE)));  // 1: one block must clear the ticket
     all.add(e, 1);
   }
   const int64_t tensors = int64_t(list.tensors.size());

@@ -1,7 +1,7 @@
-// Sums of squares in the one order that every backend follows (reference.py: sum_squares, total). Included by .cu files alone.
+// Sums of squares in the order of all backends (reference.py: sum_squares, total). Included only by .cu files.
 //
-// REDUCE elements belong to a warp: LANES running sums, four neighbouring ones a thread, then folded by halves. The sums of
-// several REDUCEs are added up in float64 by the same rule.
+// A warp sums REDUCE elements in LANES running sums, four neighbouring ones per thread, then folds them by halves. The
+// sums of several REDUCEs are added up in float64 by the same rule.
 #pragma once
 #include "four.h"
 #include "table.h"
@@ -11,7 +11,7 @@ namespace flatops::cuda {
 __device__ inline float add_square(float sum, float x) { return __fmaf_rn(x, x, sum); }
 __device__ inline double add_square(double sum, double x) { return __dadd_rn(sum, __dmul_rn(x, x)); }
 
-// The sum over a warp's REDUCE elements, or over a group's filter. All threads of a warp come here.
+// The sum over a warp's REDUCE elements, or over a group's filter. All threads of the warp must call it.
 template <class X> __device__ inline X fold(X (&lanes)[4], int group) {
 #pragma unroll
   for (int half = WARP / 2; half >= 1; half /= 2)
@@ -21,7 +21,7 @@ template <class X> __device__ inline X fold(X (&lanes)[4], int group) {
   return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
-// The sum over the elements that a warp, or a group of its threads, holds, of what `term` makes of element (k, c).
+// The sum of `term`, a function of element (k, c), over the elements of a warp or of a group of its threads.
 template <class X, class Term> __device__ inline X sum_squares_of(const Share& s, const Term& term) {
   X lanes[4] = {};
 #pragma unroll
@@ -39,7 +39,7 @@ __device__ inline Compute<T> sum_squares(const Four<T> (&x)[STEPS], const Four<T
   return sum_squares_of<Compute<T>>(s, [&](int k, int c) { return widen(x[k].x[c]) * widen(y[k].x[c]); });
 }
 
-// The sum of squares of a filter that a block holds. All threads of the block come here; `sums` is theirs to share.
+// The sum of squares of a block's filter. All threads of the block must call it; `sums` is shared memory.
 template <class T>
 __device__ inline double sum_filter(const Four<T> (&x)[STEPS], const Share& s, double (&sums)[WARPS]) {
   const double sum = sum_squares(x, s);

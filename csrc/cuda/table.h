@@ -1,4 +1,4 @@
-// The tensor table that a launch takes by value, how a list of tensors becomes tables, and which block serves what.
+// The table of tensors that a launch takes by value, how a list is cut into tables, and which block works on what.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,21 +13,21 @@
 namespace flatops::cuda {
 
 constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
-constexpr int STEPS = REDUCE / LANES;         // a warp's lanes take four neighbours each, LANES a step, REDUCE in all
-constexpr int64_t TILE = WARPS * REDUCE;      // what a block holds in its registers; a longer filter is split
+constexpr int STEPS = REDUCE / LANES;         // a warp's lanes take four neighbours each: LANES per step, REDUCE in all
+constexpr int64_t TILE = WARPS * REDUCE;      // elements that a block holds in registers; a longer filter is split
 
-// A tensor in a table, filter by filter. Small, because kernel parameters end at 32,764 bytes.
+// A tensor in a table. Small, because kernel parameters are limited to 32,764 bytes.
 struct Entry {
   void* data;
   const void* other;      // the gradient, or ARWP's Fisher
   void* backup;           // or null
   int64_t length;         // of a filter
   uint32_t filters;
-  uint32_t first_filter;  // where the tensor's values begin in per-filter arrays
-  uint32_t index;         // the noise's `tensor`; for sums over parts of filters, where they begin
-  uint32_t first_row;     // of a shard: the noise's filter is counted from there
+  uint32_t first_filter;  // position of the tensor's values in per-filter arrays
+  uint32_t index;         // `tensor` in the noise's counter; for sums over parts of filters, their position
+  uint32_t first_row;     // of a shard: its first `filter` in the noise's counter
   uint32_t first_block;
-  bool aligned;           // four neighbours can be moved at once
+  bool aligned;           // four neighbours can be loaded and stored at once
   bool one_dim;
 
   __device__ const float* fisher() const { return (const float*)other; }
@@ -50,7 +50,7 @@ struct Table {
   }
 };
 
-// A table is copied at every launch, so a short list gets a short one.
+// A table is copied at every launch, so a short list gets a short table.
 constexpr int SHORT_TABLE = 168, LONG_TABLE = 580;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -63,22 +63,22 @@ __host__ __device__ inline int share_log2(int64_t length) {
   return log2;
 }
 
-// Blocks that serve `filters` filters: several filters a block, or several blocks a filter.
+// The number of blocks for `filters` filters: several filters per block, or several blocks per filter.
 inline int64_t blocks_for(int64_t filters, int64_t length) {
   if (length > TILE) return filters * ceil_div(length, TILE);
   return ceil_div(filters, THREADS >> share_log2(length));
 }
 
-// How many elements there are from some place on, and how many of them may be moved four at a time: all or none.
+// How many elements are left, and how many of them can be loaded and stored four at a time: all or none.
 struct Left {
   int elements, vector;
   __device__ Left operator-(int n) const { return {elements - n, vector - n}; }
 };
 
-// What one thread has to do: the elements of a filter from `offset` on, in steps of LANES, four of them each.
+// A thread's work: the elements of a filter from `offset` on, four in every step of LANES.
 struct Share {
   int64_t filter, offset;
-  Left left;       // to the filter's end, at most TILE; not above 0 where there is nothing to do
+  Left left;       // to the filter's end, at most TILE; <= 0 if there is nothing to do
   int group;       // threads of this warp that share the filter
   int warps;       // warps that share the filter
   bool first;      // of the filter's threads
@@ -105,7 +105,7 @@ __device__ inline Share share(const Entry& e, uint32_t block, bool part) {
   return s;
 }
 
-// --- on the host -------------------------------------------------------------------------------------------------------
+// --- on the host -----------------------------------------------------------------------------------------------------
 
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -120,7 +120,7 @@ inline void check(cudaError_t error) {
   throw std::runtime_error(message);
 }
 
-// Whether four neighbours can be moved at once in arrays of a dtype that begin at these addresses.
+// Whether four neighbours can be loaded and stored at once in arrays of a dtype at these addresses.
 inline bool are_aligned(DType dtype, std::initializer_list<const void*> starts) {
   const uintptr_t size = size_of(dtype), four = size < 4 ? 4 * size : 16;
   return std::all_of(starts.begin(), starts.end(), [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % four == 0; });
@@ -133,7 +133,7 @@ inline Entry entry(const Tensor& t) {
   return {.data = t.data, .other = t.grad ? t.grad : t.fisher, .backup = t.backup, .length = t.length, .filters = uint32_t(t.filters), .first_filter = uint32_t(t.first_filter), .index = t.index, .first_row = t.first_row, .aligned = aligned, .one_dim = t.one_dim};
 }
 
-// The same tensor with all its elements as one filter, for what knows no filters.
+// The same tensor with all its elements as one filter, for kernels that ignore filters.
 inline Entry flat(const Tensor& t) {
   Tensor whole = t;
   whole.length = t.numel();
@@ -141,7 +141,7 @@ inline Entry flat(const Tensor& t) {
   return entry(whole);
 }
 
-// Entries for one kernel, with the number of blocks that each needs.
+// Entries for one kernel, with the number of blocks for each.
 template <class E = Entry>
 struct Work {
   std::vector<E> entries;
@@ -173,7 +173,7 @@ void launch_tables(const Work<E>& work, const Gpu& gpu, KernelOf kernel_of, cons
   }
 }
 
-// Launches kernel_of(capacity)(table, args...) on all of the work: once, unless it does not fit a table.
+// Launches kernel_of(capacity)(table, args...) on all entries: once, unless they need several tables.
 template <class E, class KernelOf, class... Args>
 void launch(const Work<E>& work, const Gpu& gpu, KernelOf kernel_of, const Args&... args) {
   if (work.entries.size() <= SHORT_TABLE) launch_tables<SHORT_TABLE>(work, gpu, kernel_of, args...);

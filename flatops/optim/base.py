@@ -1,4 +1,4 @@
-"""What RWP, SAM and SSAM share: the perturbed pass, the step, and the class made from a base optimizer."""
+"""The base of RWP, SAM and SSAM: the perturbed pass, the step, and the class made from a base optimizer."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ class Flat(Groups):
     """The base of every flat-minima optimizer; use `flatops.RWP`, `flatops.SAM` or `flatops.SSAM`."""
 
     flat: type[Flat]
-    grad_scale: Any  # a GradScaler leaves these to fused bases
+    grad_scale: Any  # a GradScaler sets these for fused bases
     found_inf: Any
 
-    # --- for the algorithms to say ---------------------------------------------------------------------------------------
+    # --- what an algorithm defines ------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def _perturb(self) -> None:
-        """Changes the weights, by way of `run.weights`."""
+        """Changes the weights through `run.weights`."""
 
     @abc.abstractmethod
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        """The whole algorithm up to the step: leaves the gradient in p.grad and returns the loss to report."""
+        """The whole algorithm before the step: leaves the gradient in p.grad and returns the loss to report."""
 
     @abc.abstractmethod
     def _passes(self, model: nn.Module | None, loss_scale: Any) -> Iterator[AbstractContextManager[None]]:
         """The passes over one micro-batch, each a context for a forward and backward; see `flatops.passes`."""
 
     has_clean_pass: bool = True
-    """Whether a step takes a gradient at the weights themselves before the perturbed pass."""
+    """Whether a step has a clean pass before the perturbed pass."""
 
     @property
     def passes_in_step(self) -> bool:
-        """Whether step(closure) runs the passes; a training loop that runs them itself sets it to False."""
+        """Whether step(closure) runs the passes; a training loop that runs them itself sets this to False."""
         return self.run.passes_in_step
 
     @passes_in_step.setter
     def passes_in_step(self, value: bool) -> None:
         self.run.passes_in_step = value
 
-    # --- the perturbed pass ------------------------------------------------------------------------------------------------
+    # --- the perturbed pass -------------------------------------------------------------------------------------------
 
     @property
     def is_perturbed(self) -> bool:
@@ -67,12 +67,12 @@ class Flat(Groups):
 
     @property
     def in_pass(self) -> bool:
-        """Whether a perturbed pass is under way: on a clean process of parallel m-RWP too, whose weights stay as they are."""
+        """Whether a perturbed pass is running; True also on clean replicas of parallel m-RWP."""
         return self.run.in_pass
 
     @outside_graphs
     def perturbed(self) -> Pass:
-        """Perturbs the weights in place for the forward and backward within; they come back bit for bit, whatever happens.
+        """Context manager that perturbs the weights in place; on exit, also by an exception, it restores every bit.
 
         Example:
             >>> with optimizer.perturbed():
@@ -80,7 +80,7 @@ class Flat(Groups):
             >>> optimizer.step()
 
         Raises:
-            RuntimeError: inside itself.
+            RuntimeError: on entry, if the weights are already perturbed.
         """
         return Pass(self)
 
@@ -94,17 +94,16 @@ class Flat(Groups):
         run, params = self.run, self._all_params()
         if run.in_pass:
             raise RuntimeError(
-                "perturbed() or first_step() while the weights are perturbed: leave the first, or call restore()"
+                "perturbed() or first_step() while the weights are perturbed: end that pass first, or call restore()"
             )
         run.before, run.stage = run.stage, Stage.PERTURBED
         if run.weights.modules is None:
             distributed.check_params(params, run.given)
         run.weights.claim(params)
-        if torch.is_grad_enabled():  # without, it may be a look at the loss by one process alone
+        if torch.is_grad_enabled():  # under no_grad, a single process may be evaluating the loss
             if scaler.has_unscaled(self):
                 raise RuntimeError(
-                    "unscale_() before the perturbed pass, whose gradient is scaled again: leave the first gradient scaled, "
-                    "and call unscale_() after perturbed()"
+                    "unscale_() before the perturbed pass, whose gradient is scaled again: call it after perturbed()"
                 )
             if not run.agreed:
                 self._agree()
@@ -115,30 +114,28 @@ class Flat(Groups):
             self._perturb()
 
     def _check_world(self) -> None:
-        """Raises for what does not work with the processes that there are."""
+        """Raises for options that do not work with these processes."""
 
     def _check_reduced(self, what: str) -> None:
-        """Raises where fully_shard holds back gradients that `what` needs."""
+        """Raises if fully_shard has not reduced the gradients that `what` needs."""
         if self.run.weights.modules:
             distributed.check_reduced(self.run.weights.modules, self._all_params(), what)
 
     def _agree(self) -> None:
-        """Makes sure, once, that all processes have the same optimizer. Collective; the host waits for it."""
+        """Checks, once, that all processes have the same optimizer. Collective; a host sync."""
         if distributed.world()[1] > 1:
             values, own = self._agreement(), self.options["seed"] if self.run.default_seed else None
             if own is not None:
                 values["seed"] = ["the default" if seed == own else seed for seed in values["seed"]]
             first = distributed.check_agreement(values, offer=own)
-            if (
-                own is not None
-            ):  # processes may have seeded torch each in its own way: the first one's seed is all of theirs
+            if own is not None:  # torch's seed, and so the default, may differ between processes: all take rank 0's
                 for group in self.param_groups:
                     group["seed"] = first if group["seed"] == own else group["seed"]
                 self.options["seed"] = first
         self.run.agreed = True
 
     def _agreement(self) -> dict[str, Any]:
-        """Values that every process must agree on."""
+        """Values that must be equal on all processes."""
         params = [[(*p.shape, p.dtype, p.requires_grad) for p in group["params"]] for group in self.param_groups]
         return {"the optimizer": type(self).__name__, "params": params} | {
             key: [number(v) if isinstance(v := group[key], Tensor) else v for group in self.param_groups]
@@ -147,7 +144,7 @@ class Flat(Groups):
 
     @outside_graphs
     def restore(self) -> None:
-        """Restores the weights, if they are perturbed. perturbed() and second_step() do it for you."""
+        """Restores the weights if they are perturbed, as perturbed() and second_step() do by themselves."""
         run = self.run
         run.weights.restore()
         for hook in run.hooks:
@@ -157,21 +154,21 @@ class Flat(Groups):
             run.stage = run.before
 
     def _end(self, well: bool) -> None:
-        """With the weights back in place, after a perturbed pass that ended well or was broken off."""
-        if well and torch.is_grad_enabled():  # without, it was a look at the loss, and no gradient came of it
+        """Called after the restore; `well` is False after an exception."""
+        if well and torch.is_grad_enabled():  # under no_grad the pass has made no gradient to step with
             self.run.stage = Stage.READY
 
-    # --- stepping -----------------------------------------------------------------------------------------------------------
+    # --- stepping -----------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps from p.grad; with a closure, runs the whole algorithm.
+        """Updates the weights from p.grad; with a closure, runs the whole algorithm.
 
         Args:
-            closure: zeroes the gradients, runs forward and backward, returns the loss; it is called once a pass, and just
-                once if `perturbed()` has already run, or runs inside it. Never through `GradScaler.step`.
+            closure: zeroes the gradients, runs forward and backward, returns the loss. Called once per pass; only once
+                if `perturbed()` has already run or the closure uses it. Not allowed through `GradScaler.step`.
 
         Returns:
-            What the closure returned in the clean pass (RWP: in its only pass); None without one.
+            What the closure returned in the clean pass (RWP: in its only pass); None without a closure.
 
         Raises:
             RuntimeError: inside `perturbed()`, or with a closure through a GradScaler.
@@ -182,8 +179,8 @@ class Flat(Groups):
             if not (run.is_ready or run.warned) and self.passes_in_step:
                 run.warned = True
                 warnings.warn(
-                    f"{type(self).__name__}.step() without a perturbed pass is plain {self.base.__name__}: put the backward "
-                    "in `with optimizer.perturbed():`, or pass a closure",
+                    f"{type(self).__name__}.step() without a perturbed pass is plain {self.base.__name__}: run the "
+                    "backward in `with optimizer.perturbed():`, or pass a closure",
                     stacklevel=user_frame(),
                 )
             loss = None
@@ -191,14 +188,15 @@ class Flat(Groups):
             if not callable(closure):
                 raise TypeError(f"closure must be callable, not {closure!r}")
             if hasattr(self, "grad_scale") or scaler.has_unscaled(self):  # inside scaler.step()
-                for name in ("grad_scale", "found_inf"):  # a fused base would apply them to its next step
+                for name in ("grad_scale", "found_inf"):  # a fused base would apply them in its next step
                     self.__dict__.pop(name, None)
                 raise RuntimeError(
-                    "scaler.step(optimizer, closure) would step on scaled gradients: use perturbed() and scaler.step(optimizer)"
+                    "scaler.step(optimizer, closure) would step on scaled gradients: use perturbed() and "
+                    "scaler.step(optimizer)"
                 )
             with torch.enable_grad():
                 loss = self._evaluate(closure) if self.passes_in_step and not run.is_ready else closure()
-            self._not_while_perturbed("step()")  # the closure began a pass and did not end it
+            self._not_while_perturbed("step()")  # if the closure began a pass and did not end it
         self._before_step()
         self._base_step()
         self._after_step()
@@ -206,19 +204,19 @@ class Flat(Groups):
         return loss
 
     def _before_step(self) -> None:
-        """With the final, unscaled gradient in p.grad."""
+        """Called with the final, unscaled gradient in p.grad."""
 
     def _after_step(self) -> None:
-        """When the base optimizer has made its state."""
+        """Called when the base optimizer has made its state."""
 
     def _base_step(self) -> None:
-        # torch wraps step() with hooks; ours is wrapped already, and hooks are to run once.
+        # torch wraps both our step() and the base's with hooks, which must run once.
         step = self.base.step
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
 
     @outside_graphs
     def first_step(self, zero_grad: bool = False) -> None:
-        """Perturbs the weights, for loops written for davda54/sam; `second_step` restores them and steps."""
+        """Perturbs the weights until `second_step`; for loops written for davda54/sam."""
         begins = not self.in_pass
         try:
             self._enter()
@@ -235,8 +233,7 @@ class Flat(Groups):
         """Restores the weights and steps from p.grad.
 
         Raises:
-            RuntimeError: without a first_step, or with a GradScaler whose unscale_() has not been called: the gradient is
-                still multiplied by its scale.
+            RuntimeError: without a first_step, or if a GradScaler has not unscaled the gradient.
         """
         if not self.in_pass:
             raise RuntimeError("second_step() without first_step()")
@@ -244,14 +241,14 @@ class Flat(Groups):
         self._end(True)
         if scaler.has_left_scaled(self):
             raise RuntimeError(
-                "second_step() would step on the scaled gradient: call scaler.unscale_(optimizer) before it, or write "
+                "second_step() would step on the scaled gradient: call scaler.unscale_(optimizer) before it, or use "
                 "perturbed() and scaler.step(optimizer)"
             )
         self.step()
         if zero_grad:
             self.zero_grad()
 
-    # --- the class, and copies ----------------------------------------------------------------------------------------------
+    # --- the class, and copies ----------------------------------------------------------------------------------------
 
     def __new__(cls, params: Any = None, base: Any = None, *args: Any, **kwargs: Any) -> Self:
         made: Any = cls
@@ -268,13 +265,13 @@ class Flat(Groups):
         return {**super().__getstate__(), "options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if not hasattr(self, "run"):  # load_state_dict comes here too, and proxies know the run that there is
+        if not hasattr(self, "run"):  # load_state_dict calls this too, on an optimizer that has one
             self.run = Run()
         super().__setstate__(state)
 
 
 def user_frame() -> int:
-    """How far up the first caller outside flatops and torch is, for warnings."""
+    """The stacklevel, for warnings, of the first caller outside flatops and torch."""
     frame, level = inspect.currentframe(), 0
     ours = ("flatops", "torch", "contextlib")
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ours:

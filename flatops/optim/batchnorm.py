@@ -12,22 +12,22 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 @contextlib.contextmanager
 def freeze_batchnorm_stats(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Keeps the running statistics of normalisation layers as they are; batches are still normalised by their own.
+    """Context manager that freezes running statistics; layers still normalise by the statistics of the batch.
 
-    For the perturbed pass of SAM and m-RWP, whose statistics come from the clean pass alone. Not for RWP with lam = 1, which
-    has no other pass.
+    For the perturbed pass of SAM and m-RWP, so that only the clean pass updates them. Not for RWP with lam = 1, which
+    has no clean pass.
 
     Args:
-        model: its BatchNorm and InstanceNorm layers, also those that inherit from them.
+        model: a module with BatchNorm or InstanceNorm layers, or subclasses of them.
         enabled: False does nothing; in a closure, which runs in both passes, pass `optimizer.is_perturbed`.
 
     Example:
         >>> with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
         ...     loss_fn(model(x), y).backward()
     """
-    # Momentum 0 would still count batches, and mix NaN into the statistics: 0 times NaN is NaN.
+    # Not by momentum 0, which would still count batches, and let a NaN in: 0 times NaN is NaN.
     layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats] if enabled else []
-    # InstanceNorm writes to its statistics whatever the flag says, so in training it is not to see them.
+    # InstanceNorm updates its statistics in training mode whatever the flag says, so they are removed meanwhile.
     hidden = [(m, m.running_mean, m.running_var) for m in layers if isinstance(m, _InstanceNorm) and m.training]
     layers = [m for m in layers if not isinstance(m, _InstanceNorm)]
     try:

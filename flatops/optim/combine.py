@@ -1,4 +1,4 @@
-"""The class of a flatops optimizer over a base: made when it is asked for, so that it is both."""
+"""Classes that inherit from both a flatops optimizer and its base optimizer, made on demand."""
 
 from __future__ import annotations
 
@@ -11,25 +11,22 @@ import torch
 
 @functools.cache
 def combine(flat: type, base: type) -> Any:
-    """The class whose instances are both: isinstance, fused steps, GradScaler's attributes and schedulers all work."""
+    """The class that inherits from both: isinstance, fused steps, GradScaler's attributes and schedulers work."""
     members = {"base": base, "flat": flat, "__module__": flat.__module__}
     return type(flat.__name__ + base.__name__, (flat, base), members)
 
 
 def rebuild(flat: type, base: type) -> Any:
-    """For pickle: the class cannot be found by its name."""
+    """For pickle, which cannot find the class by its name."""
     return object.__new__(combine(flat, base))
 
 
 def check_base(base: Any, flat: type, others: dict[str, Any]) -> None:
-    """Raises unless `base` is an optimizer class that can step for a flatops optimizer; `others` are its keyword arguments.
-
-    Raises:
-        TypeError: naming what to write.
-    """
-    if base is None and (misnamed := [name for name, value in others.items() if inspect.isclass(value)]):
-        written = f"{misnamed[0]}: write base={others[misnamed[0]].__name__}"
-        raise TypeError(f"the optimizer class that steps is the argument base, not {written}")
+    """Raises TypeError unless `base` is an optimizer class that can be wrapped; `others` are its keyword arguments."""
+    if base is None and (misnamed := next((name for name, value in others.items() if inspect.isclass(value)), None)):
+        raise TypeError(
+            f"the optimizer class is the argument base, not {misnamed}: write base={others[misnamed].__name__}"
+        )
     if not (inspect.isclass(base) and issubclass(base, torch.optim.Optimizer)):
         raise TypeError(f"base must be an optimizer class such as torch.optim.SGD, not {base!r}")
     if issubclass(base, (flat, torch.optim.LBFGS)):

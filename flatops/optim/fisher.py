@@ -15,7 +15,7 @@ from flatops import distributed, ops
 from flatops.distributed import local
 from flatops.scalars import on
 
-Gradients = Iterator[dict[Tensor, Tensor]]  # a sample's, by parameter; those that the loss does not reach are missing
+Gradients = Iterator[dict[Tensor, Tensor]]  # per sample, parameter -> gradient; without those the loss does not use
 
 
 def sample_fisher(
@@ -29,18 +29,17 @@ def sample_fisher(
 ) -> dict[Tensor, Tensor]:
     """The empirical Fisher of every parameter, the sum of g^2 over single samples; see `SSAM.update_mask`.
 
-    `parts` holds the parameters, a list a device. Of sharded ones each process gets the Fisher of its shard. Nothing but the
-    result is left behind.
+    `parts` holds one list of parameters per device. Of a sharded parameter each process gets the Fisher of its shard.
     """
     params = [p for part in parts for p in part]
     model = distributed.undecorated(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # its own forward would make ready for an all-reduce
+        model = model.module  # its own forward would prepare an all-reduce
     devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
     gradients = _vectorized if vectorize else _one_by_one
     if distributed.is_sharded_module(model):
         if vectorize:
-            raise ValueError("vectorize=True does not go with fully_shard: torch.func knows no shards")
+            raise ValueError("vectorize=True does not work with fully_shard, whose shards torch.func cannot handle")
         gradients = _by_shards
     done = 0
     with (
@@ -58,7 +57,7 @@ def sample_fisher(
             size = min(_length(x), samples - done)
             if gradients is _by_shards and not done:
                 sums = [v.double().sum().item() for v in pytree.tree_leaves((x, y)) if isinstance(v, Tensor)]
-                distributed.check_agreement({"batches, which must be the same on all under fully_shard": (size, sums)})
+                distributed.check_agreement({"batches, which fully_shard needs to be the same on all": (size, sums)})
             x, y = _rows((x, y), slice(size))
             for grads in gradients(params, model, loss_fn, x, y, size):
                 for part in parts:
@@ -94,7 +93,7 @@ def _one_by_one(
 def _by_shards(
     params: list[Tensor], model: nn.Module, loss_fn: Callable[..., Tensor], x: Any, y: Any, size: int
 ) -> Gradients:
-    # FSDP2 reduces what backward() leaves in p.grad, and averages over processes: which is why all get the same samples.
+    # FSDP2's backward() averages gradients over processes, so every process must have the same samples.
     kept = [(p, p.grad) for p in {*params, *model.parameters()}]
     modules = distributed.sharded_modules()
     distributed.check_reduced(modules, params, "update_mask()")
@@ -133,7 +132,7 @@ def _vectorized(
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every layer in evaluation mode: batches of one sample have no statistics, and dropout is noise."""
+    """Evaluation mode: a batch of one sample has no statistics, and dropout adds noise."""
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
@@ -145,7 +144,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bar(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar that comes up after two seconds, and goes at the end; on the first process alone."""
+    """A progress bar on rank 0 that appears after two seconds and disappears at the end."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     bar = Progress(*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn(), transient=True)

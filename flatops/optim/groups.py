@@ -1,4 +1,4 @@
-"""Hyper-parameters of ours beside the base optimizer's: in its groups, its checkpoints, and its range checks."""
+"""Hyperparameters of our own beside the base optimizer's: in its groups, its checkpoints and its range checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Groups(torch.optim.Optimizer):
     run: Run
 
     def _construct(self, params: Any, options: dict[str, Any], base_kwargs: dict[str, Any]) -> None:
-        """Builds the base optimizer around our options, which live in param_groups beside lr."""
+        """Builds the base optimizer, with our options in param_groups beside lr."""
         self.run = Run(default_seed="seed" in options and options["seed"] is None)
         if self.run.default_seed:
             options["seed"] = _default_seed()
@@ -33,12 +33,12 @@ class Groups(torch.optim.Optimizer):
         self.base.__init__(self, params, **base_kwargs)
         if taken := options.keys() & self.defaults.keys():
             raise ValueError(
-                f"base {self.base.__name__} has a hyper-parameter {', '.join(sorted(taken))} of its own: use another"
+                f"base {self.base.__name__} has its own hyperparameter {', '.join(sorted(taken))}: use another base"
             )
         if any(options.keys() - group.keys() for group in self.param_groups):
             raise TypeError(
-                f"base {self.base.__name__} has the parameter groups of an optimizer inside it: give the inner one to flatops as "
-                f"base, and the flatops optimizer to {self.base.__name__}"
+                f"base {self.base.__name__} uses the parameter groups of an optimizer inside it: pass the inner one to "
+                f"flatops as base, and the flatops optimizer to {self.base.__name__}"
             )
         self.defaults.update(options)
         params = self._all_params()
@@ -46,10 +46,10 @@ class Groups(torch.optim.Optimizer):
 
     @abc.abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raises for a hyper-parameter out of range."""
+        """Raises for a hyperparameter out of range."""
 
     def _check_groups(self) -> None:
-        """Raises for a group that no pass can run with: a user or a scheduler may have written to it since it was added."""
+        """Raises for a hyperparameter out of range in any group: users and schedulers write to them."""
         for group in self.param_groups:
             self._check_group(group)
 
@@ -65,9 +65,9 @@ class Groups(torch.optim.Optimizer):
     def _trainable(
         self, keys: tuple[str, ...], with_grad: bool = False
     ) -> dict[tuple[Any, ...], tuple[list[Tensor], list[int]]]:
-        """(device, *values of keys) -> parameters and their positions: one operator call each, groups that agree merged.
+        """(device, *values of keys) -> parameters and their positions, for one operator call each.
 
-        A tensor agrees with itself alone: to compare values would be to wait for the device.
+        Groups with equal values are merged. A tensor equals only itself: comparing values would be a host sync.
         """
         parts: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
         position = 0
@@ -82,14 +82,14 @@ class Groups(torch.optim.Optimizer):
         return parts
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, with this optimizer's hyper-parameters where it does not set its own.
+        """Adds a group; hyperparameters that it does not set are the optimizer's.
 
         Raises:
-            ValueError, TypeError: for a hyper-parameter out of range or a parameter of an unsupported dtype or placement; nothing
-                is added.
+            ValueError, TypeError: for a hyperparameter out of range or an unsupported dtype or placement; nothing is
+                added.
         """
         self._not_while_perturbed("add_param_group()")
-        if isinstance(param_group, dict):  # torch refuses what is none
+        if isinstance(param_group, dict):  # torch raises for anything else
             for key, value in self.options.items():
                 param_group[key] = plain(param_group.get(key, value))
             self._check_group(param_group)
@@ -102,6 +102,7 @@ class Groups(torch.optim.Optimizer):
                         f"params[{i}] is {p.dtype}: expected float32, bfloat16, float16, float64 or complex numbers"
                     )
                 distributed.check_layout(p, f"params[{i}]")
+            self._check_groups()
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -111,13 +112,11 @@ class Groups(torch.optim.Optimizer):
             if isinstance(group[key], Tensor) and group["params"]:
                 given = group[key]
                 group[key] = on(group["params"][0].device, given)
-                if given is default:  # groups that share it go on sharing it
+                if given is default:  # later groups share the moved tensor
                     self.options[key] = group[key]
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and our hyper-parameters, in a form that the base optimizer alone loads too.
-
-        Those that are tensors on a device are written as numbers.
+        """The base optimizer's state and our hyperparameters (tensors as numbers); the base optimizer can load it too.
 
         Raises:
             RuntimeError: inside `perturbed()`.
@@ -130,7 +129,7 @@ class Groups(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`, or from one of the base optimizer alone: what it lacks stays as it is.
+        """Loads a `state_dict()` of this optimizer or of the base: hyperparameters not in it do not change.
 
         Raises:
             RuntimeError: inside `perturbed()`.
@@ -138,7 +137,8 @@ class Groups(torch.optim.Optimizer):
         """
         self._not_while_perturbed("load_state_dict()")
         kept = [{key: group[key] for key in self.options} for group in self.param_groups]
-        # davda54/sam leaves copies of the weights in its state; an entry of nothing else would pass for the base's own.
+        # davda54/sam keeps copies of the weights in its state; entries with nothing else would look like the base's
+        # state.
         state = {k: without(s, "old_p") for k, s in state_dict["state"].items()}
         super().load_state_dict(
             {**state_dict, "state": {k: s for k, s in state.items() if not isinstance(s, dict) or s}}
@@ -148,24 +148,23 @@ class Groups(torch.optim.Optimizer):
             for key, value in old.items():
                 loaded = group.setdefault(key, value)
                 if isinstance(value, Tensor) and loaded is not value:
-                    if written.setdefault(value, loaded) != loaded:  # groups shared it and part now
+                    if written.setdefault(value, loaded) != loaded:  # groups that shared a tensor now differ
                         value = value.clone()
-                    # In place: a captured graph goes on reading it there.
-                    group[key] = value.fill_(ops.signed(loaded))
+                    group[key] = value.fill_(ops.signed(loaded))  # in place, because captured CUDA graphs read it there
         self.run.stage, self.run.agreed, self.run.default_seed = Stage.IDLE, False, False
 
 
-_seeded: tuple[int, int] = (-1, 0)  # torch's seed, and how many optimizers have taken theirs from it since it was set
+_seeded: tuple[int, int] = (-1, 0)  # torch's seed, and how many optimizers have derived theirs from it
 
 
 def _default_seed() -> int:
-    """A seed that follows torch's, for the next optimizer: two of them do not draw the same noise."""
+    """A seed derived from torch's, another for each optimizer."""
     global _seeded
-    theirs = torch.initial_seed()
-    _seeded = theirs, (_seeded[1] + 1 if _seeded[0] == theirs else 0)
+    seed = torch.initial_seed()
+    _seeded = seed, (_seeded[1] + 1 if _seeded[0] == seed else 0)
     return int.from_bytes(hashlib.blake2b(repr(_seeded).encode(), digest_size=8).digest(), "little")
 
 
 def without(entry: Any, key: str) -> Any:
-    """An entry of `state` without one of its keys; bases also keep entries that are no dict, one for all parameters."""
+    """An entry of `state` without one of its keys; an entry that is no dict (some bases keep such) as is."""
     return {k: v for k, v in entry.items() if k != key} if isinstance(entry, dict) else entry

@@ -1,4 +1,4 @@
-"""How sparse SAM's masks are chosen: the largest scores, at random, or the last mask some steps on; on one process or many."""
+"""Chooses sparse SAM's masks: by the largest scores, at random, or by updating the last one; on one process or many."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CHOICES = {
 
 
 def check_options(group: dict[str, Any]) -> None:
-    """Raises for options of SSAM that are out of range, or do not go together."""
+    """Raises for options of SSAM that are out of range or cannot be combined."""
     check_range("sparsity", group["sparsity"], high=1.0)
     if group["sparsity"] == 1:
-        raise ValueError("sparsity must be less than 1: nothing would climb")
+        raise ValueError("sparsity must be less than 1: no weight would ascend")
     n_of_m = masks.n_of_m(group["pattern"])
     if n_of_m and group["sparsity"] != 1 - n_of_m[0] / n_of_m[1]:
-        raise ValueError(f"sparsity follows from pattern {group['pattern']!r}: leave it as it is")
+        raise ValueError(f"sparsity is fixed by pattern {group['pattern']!r}: do not change it")
     check_range("drop_rate", group["drop_rate"], high=1.0)
     for name, known in CHOICES.items():
         if group[name] not in known:
@@ -42,7 +42,7 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"skip_masked must be True or False, not {group['skip_masked']!r}")
     if group["skip_masked"] and (group["fisher"] == "minibatch" or group["grow"] == "gradient"):
         raise ValueError(
-            "skip_masked leaves no gradients to choose the next mask by: not with fisher='minibatch' or grow='gradient'"
+            "skip_masked computes no gradients to choose a mask by: use it without fisher='minibatch', grow='gradient'"
         )
     if group["mask"] == "dynamic":
         if group["pattern"] not in ("global", "layer"):
@@ -52,15 +52,15 @@ def check_options(group: dict[str, Any]) -> None:
         if group["fisher"] != "samples":
             raise ValueError(f"fisher={group['fisher']!r} is for mask='fisher'")
     elif group["update_every"] and group["fisher"] == "samples":
-        raise ValueError("update_every needs mask='dynamic' or fisher='minibatch': it has no samples")
+        raise ValueError("update_every needs mask='dynamic' or fisher='minibatch': samples are given to update_mask()")
 
 
 class Masker:
     """Chooses masks over the trainable parameters of all devices and processes together.
 
     Args:
-        parts: the parameters and their positions, for each device.
-        options: SSAM's, as `param_groups` hold them.
+        parts: device -> parameters and their positions.
+        options: a group of SSAM's `param_groups`.
     """
 
     def __init__(self, parts: dict[torch.device, tuple[list[Tensor], list[int]]], options: dict[str, Any]) -> None:
@@ -69,14 +69,14 @@ class Masker:
         self.index = [i for _, index in parts.values() for i in index]
         self.sharded = any(distributed.by_group(params).keys() != {None} for params, _ in parts.values())
 
-    # --- the three ways ------------------------------------------------------------------------------------------------------
+    # --- the three ways -----------------------------------------------------------------------------------------------
 
     def largest(self, scores: dict[Tensor, Tensor]) -> Masks:
-        """The masks that let the largest scores through."""
+        """The masks of the largest scores."""
         pattern, sparsity = self.options["pattern"], self.options["sparsity"]
         if self.sharded:
-            everything = self._gathered(scores)
-            return self._from_first(lambda: masks.choose(everything, pattern, sparsity))
+            gathered = self._gathered(scores)
+            return self._from_first(lambda: masks.choose(gathered, pattern, sparsity))
         together = [on(self.params[0].device, scores[p]) for p in self.params]
         bits = masks.choose(together, pattern, sparsity)
         if len(self.parts) == 1:
@@ -84,7 +84,7 @@ class Masker:
         return self.of(dict(zip(self.params, ops.unpack_mask(bits, together))))
 
     def random(self) -> Masks:
-        """Random masks: the largest of as many normals."""
+        """Random masks: those of the largest |normals|."""
         seed, draw = self.options["seed"], self.options["updates"]
         scores = {}
         for p, i in zip(self.params, self.index):
@@ -93,11 +93,11 @@ class Masker:
         return self.largest(scores)
 
     def moved(self, current: Masks) -> Masks:
-        """The current masks after their next update: some live weights dropped, and as many dead ones grown."""
+        """The masks after the next update: some selected weights are dropped, as many others grown."""
         t, total = self.options["updates"], self.options["total_updates"]
         rate = self.options["drop_rate"] * ((1 + math.cos(math.pi * min(t, total) / total)) / 2 if total else 1)
         drop, grow = self.options["drop"], self.options["grow"]
-        if self.sharded:  # as on one process, in the memory of the first one's host
+        if self.sharded:  # gathered, and moved on rank 0
             live = self._gathered({p: l for mask in current.values() for p, l in mask.live().items()})
             by = [s and self._gathered(dict(zip(self.params, s))) for s in self._scores(drop, grow, self.params)]
             like = by[0] or by[1] or [torch.empty(l.shape, device="cpu") for l in live]
@@ -110,16 +110,16 @@ class Masker:
         return new
 
     def fits(self, current: Masks) -> bool:
-        """Whether these are masks of exactly the parameters that there are."""
+        """Whether these are masks of exactly these parameters."""
         return self.parts.keys() == current.keys() and all(
             current[device].is_over(params) for device, (params, _) in self.parts.items()
         )
 
-    # --- their parts ---------------------------------------------------------------------------------------------------------
+    # --- their parts --------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _scores(drop: str, grow: str, params: list[Tensor]) -> list[Any]:
-        """What dropping and growing go by; None: at random."""
+        """The scores for dropping and for growing; None: random."""
 
         def by(kind: str) -> list[Tensor] | None:
             if kind == "random":
@@ -131,7 +131,7 @@ class Masker:
         return [by(drop), by(grow)]
 
     def _move(self, bits: Tensor, like: list[Tensor], index: list[int], scores: list[Any], rate: float) -> Tensor:
-        """A mask over `like`, a share of whose live weights moves, by the scores for dropping and growing."""
+        """The mask over `like` after dropping and growing a share of its ones, by these scores."""
         drop, grow = scores
 
         def move(mask: Tensor, which: slice) -> Tensor:
@@ -153,8 +153,7 @@ class Masker:
         return masks.join(each, like)
 
     def _gathered(self, mine: dict[Tensor, Tensor]) -> list[Tensor]:
-        """All of what each process has a shard of, one tensor after the other, in the memory of the first process's host; empty
-        on the others. Collective."""
+        """The whole of each sharded tensor, in host memory on rank 0; an empty list on other ranks. Collective."""
         gathered = []
         for p in self.params:
             t = distributed.whole(p, mine[p])
@@ -162,13 +161,13 @@ class Masker:
         return gathered
 
     def _from_first(self, make: Callable[[], Tensor]) -> Masks:
-        """The masks of this process's shards, from one over whole parameters that the first process makes. Collective."""
+        """The masks of this process's shards, from a mask over whole parameters that rank 0 makes. Collective."""
         like = [torch.empty(real_shape(p), dtype=torch.bool, device="cpu") for p in self.params]
         bits = distributed.from_first(make, (ops.mask_size(like),), torch.int32, self.params[0].device).cpu()
         return self.of({p: distributed.shard_of(p, l) for p, l in zip(self.params, ops.unpack_mask(bits, like))})
 
     def of(self, live: dict[Tensor, Tensor]) -> Masks:
-        """The masks in which these booleans are set; nothing of what is missing among them climbs."""
+        """The masks of these booleans, by parameter; of a parameter not among them no weight is selected."""
 
         def bits(p: Tensor) -> Tensor:
             if p not in live:

@@ -1,4 +1,4 @@
-"""The passes of a step in loops that do not know the method, accumulate gradients, or leave the backward to others."""
+"""The passes of a step, for loops that work with every method, accumulate gradients, or do not run the backward."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from flatops.optim.base import Flat
 def passes(
     optimizer: Any, model: nn.Module | None = None, *, loss_scale: float | Tensor | Callable[[], float] | None = None
 ) -> Iterator[AbstractContextManager[None]]:
-    """The passes over one micro-batch, each a context for one forward and backward: two for SAM, SSAM and m-RWP, one for RWP.
+    """The passes over a micro-batch, each a context for a forward and backward: two for SAM, SSAM, m-RWP, one for RWP.
 
-    What the backwards leave is added to what p.grad holds, so that micro-batches accumulate: SAM then climbs for each by itself
-    (m-sharpness). The weights of m-RWP's two losses are applied to their gradients.
+    Gradients are added to those in p.grad: with gradient accumulation, SAM has one ascent per micro-batch
+    (m-sharpness). The weights of m-RWP's two losses are applied to the gradients.
 
     Args:
-        optimizer: a flatops optimizer, or what accelerate or Lightning have wrapped around it.
-        model: whose BatchNorm statistics are to come from the clean pass alone.
-        loss_scale: what the losses are multiplied by, or a function that tells, such as `scaler.get_scale`, which is asked where
-            it matters alone: for ARWP with lam < 1. Default: what accelerate multiplies by where it has wrapped the optimizer,
-            otherwise 1.
+        optimizer: a flatops optimizer, or a wrapper of accelerate or Lightning around one.
+        model: to freeze its BatchNorm running statistics in all but the clean pass.
+        loss_scale: factor of the losses, or a function such as `scaler.get_scale`, called only if the factor matters:
+            for ARWP with lam < 1. Default: that of accelerate if it has wrapped the optimizer, else 1.
 
     Example:
         >>> for one_pass in flatops.passes(optimizer, model):
@@ -35,15 +34,15 @@ def passes(
 
     Raises:
         TypeError: for any other optimizer.
-        RuntimeError: for m-RWP under fully_shard, whose gradients cannot be weighed: multiply its losses by clean_weight and
-            perturbed_weight instead.
+        RuntimeError: for m-RWP under fully_shard, whose gradients cannot be weighted: multiply the losses by
+            clean_weight and perturbed_weight instead.
     """
     scale = functools.partial(_scale_of, optimizer) if loss_scale is None else loss_scale
     yield from unwrap(optimizer)._passes(model, scale)
 
 
 def _scale_of(optimizer: Any) -> float:
-    """What accelerate's backward multiplies a loss by; 1 if accelerate did not wrap the optimizer."""
+    """The factor that accelerate's backward applies to a loss; 1 without accelerate."""
     scaler, state = (getattr(optimizer, name, None) for name in ("scaler", "gradient_state"))
     return (scaler.get_scale() if scaler else 1.0) / getattr(state, "num_steps", 1)
 
@@ -58,14 +57,8 @@ def unwrap(optimizer: Any) -> Flat:
     inner = optimizer
     while not isinstance(inner, Flat) or not hasattr(inner, "run"):
         seen.add(id(inner))
-        inner = next(
-            (
-                o
-                for o in (getattr(inner, name, None) for name in ("optimizer", "_optimizer", "_base_optimizer"))
-                if o is not None and id(o) not in seen
-            ),
-            None,
-        )
+        wrapped = (getattr(inner, name, None) for name in ("optimizer", "_optimizer", "_base_optimizer"))
+        inner = next((o for o in wrapped if o is not None and id(o) not in seen), None)
         if inner is None:
             raise TypeError(f"{type(optimizer).__name__} holds no flatops optimizer")
     return inner

@@ -1,4 +1,4 @@
-"""What an optimizer knows while it runs, and no checkpoint holds."""
+"""An optimizer's run-time state, which is not in checkpoints."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from flatops.weights import Weights
 
 
 class Stage(enum.IntEnum):
-    """Where a step is; from PERTURBED on the weights are perturbed."""
+    """The stage of a step; in PERTURBED and IN_STEP the weights are perturbed."""
 
     IDLE = 0  # no perturbed pass since the last step
-    READY = 1  # a perturbed pass has ended: what comes is step()
+    READY = 1  # a perturbed pass has ended; step() is next
     PERTURBED = 2
-    IN_STEP = 3  # step(closure) has perturbed them for its only evaluation; perturbed() in the closure joins that pass
+    IN_STEP = 3  # step(closure) has perturbed the weights for its only pass; perturbed() in the closure joins it
 
 
 @dataclass
 class Run:
-    """Run-time state, in one mutable object: Lightning's proxies copy an optimizer's attributes, not what they refer to."""
+    """One mutable object, because Lightning's proxies copy an optimizer's attributes, by reference."""
 
     stage: Stage = Stage.IDLE
-    before: Stage = Stage.IDLE  # the stage to go back to when a pass is broken off
+    before: Stage = Stage.IDLE  # the stage before the perturbed pass
     passes_in_step: bool = True  # step(closure) runs the passes
     warned: bool = False
-    given: bool = False  # all that it was given are nn.Parameters
-    agreed: bool = False  # all processes have the same optimizer
-    default_seed: bool = False  # nobody has given one
+    given: bool = False  # the optimizer was built from nn.Parameters only
+    agreed: bool = False  # all processes have been checked to have the same optimizer
+    default_seed: bool = False  # the user has given no seed
     weights: Weights = field(default_factory=Weights)
-    finite: Tensor | None = None  # whether SAM's first pass was, until a gradient of the second one carries it
+    finite: Tensor | None = None  # whether SAM's first norm was; None once a gradient of the second pass carries it
     hooks: list[Any] = field(default_factory=list)
-    skipped: list[Tensor] = field(default_factory=list)  # need no gradient in SSAM's first pass
+    skipped: list[Tensor] = field(default_factory=list)  # parameters without a gradient in SSAM's first pass
 
     @property
     def in_pass(self) -> bool:
-        """Whether a perturbed pass is under way."""
+        """Whether a perturbed pass is running."""
         return self.stage >= Stage.PERTURBED
 
     @property

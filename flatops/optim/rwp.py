@@ -22,34 +22,35 @@ from flatops.weights import check_regenerate
 
 
 class RWP(KeepsFisher):
-    """RWP: the gradient at randomly perturbed weights, the step at the weights themselves.
+    """RWP: the gradient at randomly perturbed weights, the step at the clean weights.
 
-    eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (a slice along dim 0). Complex weights are pairs of real ones.
+    eps_f ~ N(0, (sigma ||w_f||_2)^2 I) for every filter f (slice along dim 0). Complex weights are pairs of real ones.
+
     m-RWP (lam < 1): the gradient is lam g(w + eps; B2) + (1 - lam) g(w; B1), on two different batches.
-    ARWP (eta > 0): eps_f is divided by sqrt(1 + eta F_f), where F <- beta F + g^2 from the gradient at the perturbed weights;
-    one number a filter is kept. With lam = 1 that is the gradient that steps, clipped if it is clipped.
+    ARWP (eta > 0): eps_f is divided by sqrt(1 + eta F_f), F <- beta F + g^2 with the perturbed gradient, one number per
+    filter. With lam = 1, F is updated in the step, from the gradient after clipping.
 
-    Parallel m-RWP (`parallel`): part of the replicas take the perturbed gradient, the others, the first among them, the clean
-    one, and the all-reduce that data-parallel training does anyway mixes the two, in the time of plain training.
+    Parallel m-RWP (`parallel`): some replicas compute the perturbed gradient, the others (rank 0 among them) the clean
+    one, and the usual all-reduce mixes the two, in the time of plain training.
 
     Args:
         params: parameters or groups, which may set their own sigma, eta and beta.
-        base: the optimizer class that steps, such as torch.optim.SGD.
-        sigma: noise as a share of the filter's norm, >= 0; default 0.01 (CIFAR), 0.005 for ImageNet. A number, or a tensor
-            of one on the parameters' device, which a captured CUDA graph reads anew at every replay.
+        base: the optimizer class, such as torch.optim.SGD.
+        sigma: noise relative to the filter's norm, >= 0; default 0.01 (CIFAR), 0.005 for ImageNet. A number, or a
+            one-element tensor on the parameters' device, which a captured CUDA graph reads at every replay.
         lam: weight of the perturbed gradient, in [0, 1]; default 1 (RWP), 0.5 for m-RWP.
         eta: strength of the adaptation, >= 0; default 0 (off), typically 0.1 to 1.
         beta: decay of F, in [0, 1]; default 0.99.
-        seed: of the noise, in [0, 2**64). A number, or an int64 tensor of one. Default: it follows `torch.manual_seed`, another
-            for each optimizer made since; of several processes all take the first one's. It stands in `param_groups` and in
-            checkpoints.
-        stream: replicas of one seed draw different noise, each its own stream; default: the replica's number, 0 where there is
-            one. Under DistributedDataParallel each process is a replica, under FSDP2 all shards together are.
-        parallel: parallel m-RWP, for two replicas or more, of which the last half perturb (of 2 n + 1 the last n); default
-            False. What takes its F from g(w + eps), ARWP, takes it from the mixed gradient then.
-        restore: 'exact' (default) keeps a copy of the weights during the perturbed pass; 'regenerate' keeps one number a
-            filter, drifts by about 1.5e-8 sqrt(steps) and is refused for bfloat16 and float16, and for replicas of which each
-            draws its own noise, since they would drift apart.
+        seed: of the noise, in [0, 2**64). A number, or a one-element int64 tensor. Default: derived from
+            `torch.manual_seed`, another for each optimizer, the same (rank 0's) on all processes. It is in
+            `param_groups` and checkpoints.
+        stream: selects the noise of this replica; default: the replica's number. Under DistributedDataParallel each
+            process is a replica, under FSDP2 all shards together are one.
+        parallel: parallel m-RWP, for two replicas or more; the last half perturb (of 2 n + 1 the last n); default
+            False. ARWP then updates F from the mixed gradient.
+        restore: 'exact' (default) keeps a backup of the weights during the perturbed pass; 'regenerate' keeps one
+            number per filter, and drifts by about 1.5e-8 sqrt(steps). It is refused for bfloat16 and float16, and for
+            replicas with different noise, which would drift apart.
         **kwargs: for the base optimizer.
 
     Raises:
@@ -61,13 +62,13 @@ class RWP(KeepsFisher):
         ...     loss_fn(model(x), y).backward()
         >>> optimizer.step(); optimizer.zero_grad()
 
-        m-RWP mixes by the weights of the losses:
+        m-RWP, where the two losses are weighted:
 
         >>> (optimizer.clean_weight * loss_fn(model(x1), y1)).backward()
         >>> with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
         ...     (optimizer.perturbed_weight * loss_fn(model(x2), y2)).backward()
 
-        and parallel m-RWP does so on every replica, where perturbed() perturbs on half of them:
+        Parallel m-RWP, the same code on every replica:
 
         >>> with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model, optimizer.is_perturbed):
         ...     (optimizer.perturbed_weight * loss_fn(model(x), y)).backward()
@@ -93,7 +94,7 @@ class RWP(KeepsFisher):
         **kwargs: Any,
     ):
         self.aside: list[tuple[Tensor, Tensor]] = []  # clean gradients set aside during the perturbed pass
-        self.weighing: list[Any] = []  # hooks
+        self.weighing: list[Any] = []  # hooks that weight gradients
         self.loss_scale: float | Tensor | None = None
         self.parallel = parallel
         self.stream = plain(stream)
@@ -116,16 +117,12 @@ class RWP(KeepsFisher):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_groups()
-            if group["lam"] != (first := self.param_groups[0]["lam"]):
-                raise ValueError(f"lam weighs the whole loss: {group['lam']} in a group and {first} in another")
-        except (TypeError, ValueError):
+        group, first = self.param_groups[-1], self.param_groups[0]
+        if group["lam"] != first["lam"]:
             del self.param_groups[-1]
-            raise
-        # The draw lives on the device and is advanced there, so that no step waits for the host; state_dict() reads it.
-        draw = self.param_groups[0]["draw"]
+            raise ValueError(f"lam must be the same in all groups, not {first['lam']} and {group['lam']}")
+        # The draw is on the device and is incremented there, without a host sync.
+        draw = first["draw"]
         device = group["params"][0].device if group["params"] else "cpu"
         if isinstance(draw, Tensor):
             group["draw"] = draw.to(device, torch.int64, copy=True)
@@ -139,7 +136,7 @@ class RWP(KeepsFisher):
                 check_regenerate(group["params"])
 
     def _replica(self) -> tuple[int, int]:
-        """Which replica this is, of how many; told by the parameters, sharded ones first."""
+        """This process's replica and their number, from the layout of a parameter, a sharded one if there is any."""
         if distributed.world()[1] == 1:
             return 0, 1
         params = self._all_params()
@@ -148,7 +145,7 @@ class RWP(KeepsFisher):
 
     @property
     def perturbs(self) -> bool:
-        """Whether `perturbed()` changes the weights of this process: always, unless it is a clean one of parallel m-RWP."""
+        """Whether `perturbed()` changes the weights of this process: False only on clean replicas of parallel m-RWP."""
         if not self._takes_roles():
             return True
         replica, replicas = self._replica()
@@ -164,10 +161,10 @@ class RWP(KeepsFisher):
 
     @property
     def perturbed_weight(self) -> float:
-        """What to multiply the loss inside `perturbed()` by: lam.
+        """The factor for the loss inside `perturbed()`: lam.
 
-        In parallel m-RWP this replica's weight, for gradients that are averaged over the R replicas, n of which perturb:
-        R lam / n or R (1 - lam) / (R - n).
+        In parallel m-RWP, for gradients averaged over R replicas, n of which perturb: R lam / n where this one does,
+        R (1 - lam) / (R - n) where it does not.
         """
         lam = self.param_groups[0]["lam"]
         if not self._takes_roles():
@@ -178,18 +175,16 @@ class RWP(KeepsFisher):
 
     @property
     def clean_weight(self) -> float:
-        """What to multiply the clean pass's loss by: 1 - lam, or 0 in parallel m-RWP, which has none."""
+        """The factor for the loss of the clean pass: 1 - lam; 0 in parallel m-RWP, which has no clean pass."""
         return 0.0 if self.parallel else 1.0 - self.param_groups[0]["lam"]
 
     @property
     def has_clean_pass(self) -> bool:  # type: ignore[override]
-        """Whether a step takes a gradient at the weights themselves before the perturbed pass: m-RWP does, unless parallel."""
+        """Whether a step has a clean pass before the perturbed pass: that of m-RWP has, unless it is parallel."""
         return self.clean_weight > 0
 
     def role_group(self) -> Any:
-        """The process group of the replicas of this one's role in parallel m-RWP: for SyncBatchNorm, which would mix roles.
-
-        Collective: all processes call it, once.
+        """The process group of the replicas with this one's role in parallel m-RWP, for SyncBatchNorm. Collective.
 
         Example:
             >>> nn.SyncBatchNorm.convert_sync_batchnorm(model, optimizer.role_group())
@@ -204,14 +199,14 @@ class RWP(KeepsFisher):
 
     @outside_graphs
     def perturbed(self, loss_scale: float | Tensor | None = None) -> Pass:
-        """Adds the noise in place for the forward and backward within; it is gone at the end, bit for bit, whatever happens.
+        """Context manager that adds the noise in place; on exit, also by an exception, it restores every bit.
 
         Args:
-            loss_scale: what the loss within is multiplied by; needed by ARWP with lam < 1 under a GradScaler, as
-                `scaler.get_scale() * optimizer.perturbed_weight`. Default: `perturbed_weight`.
+            loss_scale: factor of the loss inside, default `perturbed_weight`; ARWP with lam < 1 under a GradScaler
+                needs `scaler.get_scale() * optimizer.perturbed_weight`.
 
         Raises:
-            RuntimeError: inside itself.
+            RuntimeError: on entry, if the weights are already perturbed.
             ValueError: for a loss_scale that is not positive.
         """
         if isinstance(loss_scale, (int, float)) and not loss_scale > 0:
@@ -223,19 +218,19 @@ class RWP(KeepsFisher):
         if began:
             self.loss_scale = loss_scale
         else:
-            remove(self.weighing)  # the closure knows the explicit form, and so its weight
+            remove(self.weighing)  # a closure that calls perturbed() weights its loss itself
         return began
 
     def _check_world(self) -> None:
         if self._takes_roles() and self._replica()[1] < 2:
             raise ValueError(
-                "parallel m-RWP needs two replicas or more, and there is one: leave parallel out, and give both passes half a "
-                "batch, which takes the same time"
+                "parallel m-RWP needs two replicas or more, and there is one: leave parallel out, and give both passes "
+                "half a batch, which takes the same time"
             )
         if self._regenerates() and (self.stream is None or self.mixes_fisher()) and self._replica()[1] > 1:
             raise ValueError(
-                "restore='regenerate' drifts a little with the noise, so replicas with noise of their own would drift apart: use "
-                "'exact', or give them all the same stream and no mixed ARWP, whose F may differ between steps"
+                "restore='regenerate' drifts with the noise, so replicas with different noise would drift apart: use "
+                "'exact', or the same stream on all and no mixed ARWP (lam < 1), whose F may differ between steps"
             )
 
     def _regenerates(self) -> bool:
@@ -248,16 +243,15 @@ class RWP(KeepsFisher):
     def _perturb(self) -> None:
         if not self.perturbs:
             return
-        if self.mixes_fisher():  # F is of the perturbed gradient alone, so what is there steps aside
+        if self.mixes_fisher():  # F needs the perturbed gradient alone, so the clean one is set aside
             self._check_reduced("ARWP with lam < 1")
             self._add_aside()
             params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.aside += [(p, own(p.grad)) for p in params]
             for p in params:
                 p.grad = None
-        for (device, sigma, eta, seed, how), (params, index) in self._trainable(
-            ("sigma", "eta", "seed", "restore")
-        ).items():
+        parts = self._trainable(("sigma", "eta", "seed", "restore"))
+        for (device, sigma, eta, seed, how), (params, index) in parts.items():
             if not isinstance(sigma, Tensor) and sigma == 0:
                 continue
             noise = {"seed": on(device, seed), "draw": self._draw_on(device), "stream": self._stream()}
@@ -269,7 +263,7 @@ class RWP(KeepsFisher):
         return self._replica()[0] if self.stream is None else self.stream
 
     def _draw_on(self, device: torch.device) -> Tensor:
-        """The draw, which is the same in every group, as it lies on a device."""
+        """The draw, which is equal in all groups, on a device."""
         draws = [group["draw"] for group in self.param_groups]
         return on(device, next((draw for draw in draws if draw.device == device), draws[0]))
 
@@ -303,31 +297,30 @@ class RWP(KeepsFisher):
         row = p.detach()
         while row.dim() > 1:
             row = row.select(1, 0)
-        return torch.zeros_like(row, dtype=torch.float32)  # sharded as p is, where p is
+        return torch.zeros_like(row, dtype=torch.float32)  # sharded as p is
 
     def mixes_fisher(self) -> bool:
-        """Whether F is to be told apart from the clean gradient, and so needs to know the loss scale."""
+        """Whether p.grad mixes clean and perturbed gradients: then F is updated, with the loss scale, in between."""
         lam = self.param_groups[0]["lam"]
         return 0 < lam < 1 and not self.parallel and any(group["eta"] > 0 for group in self.param_groups)
 
     def _before_step(self) -> None:
         if not any(map(self._keeps_fisher, self.param_groups)):
             return
-        # With lam = 1 the gradient that steps is the perturbed one, by now unscaled. A fused base unscales it later itself.
-        # In parallel m-RWP no other is left.
+        # With lam = 1, p.grad is the perturbed gradient; in parallel m-RWP only the mixed one is left.
         if self.run.is_ready and (self.parallel or self.param_groups[0]["lam"] == 1):
             scale: Any = 1.0
-            if getattr(self, "grad_scale", None) is not None:
+            if getattr(self, "grad_scale", None) is not None:  # a fused base has yet to unscale it
                 scale = self.grad_scale.double().reciprocal()
             if getattr(self, "found_inf", None) is not None:
-                scale = torch.where(self.found_inf > 0, torch.nan, scale).double()  # F stays as it was
+                scale = torch.where(self.found_inf > 0, torch.nan, scale).double()  # NaN leaves F unchanged
             self._update_fisher(scale)
         elif self.mixes_fisher() and self._replica()[1] > 1:
             self._average_fisher()
 
     @torch.no_grad()
     def _average_fisher(self) -> None:
-        """Makes F the same on all replicas: under no_sync each has had the gradients of its own micro-batches."""
+        """Makes F the same on all replicas: under no_sync each has updated it with its own micro-batches."""
         for (_, eta), (params, _) in self._trainable(("eta",)).items():
             fisher = [self._fisher(p) for p in params if eta > 0 and not distributed.is_distributed(p)]
             if fisher:
@@ -349,7 +342,7 @@ class RWP(KeepsFisher):
                 self.run.stage = Stage.IN_STEP
                 return closure()
         loss = closure()
-        if self.run.is_ready:  # the closure went through perturbed() itself
+        if self.run.is_ready:  # the closure has run perturbed() itself
             return loss
         params = self._all_params()
         clean = {p: own(p.grad) for p in params if p.grad is not None}
@@ -368,28 +361,18 @@ class RWP(KeepsFisher):
     def _passes(self, model: nn.Module | None, loss_scale: Any) -> Iterator[contextlib.AbstractContextManager[None]]:
         if self.has_clean_pass:
             yield self.weighted(self.clean_weight)
-        # The statistics come from the clean pass; in parallel m-RWP from the processes that have it.
-        elsewhere = self.has_clean_pass or (self.parallel and self.perturbs)
-        frozen = [freeze_batchnorm_stats(model)] if model is not None and elsewhere else []
+        # Running statistics come from the clean pass; in parallel m-RWP from the clean replicas.
+        freeze = self.has_clean_pass or (self.parallel and self.perturbs)
+        frozen = [freeze_batchnorm_stats(model)] if model is not None and freeze else []
         weight, scale = self.perturbed_weight, None
         if self.mixes_fisher():
             scale = weight * (loss_scale() if callable(loss_scale) else loss_scale)
         yield Pass(self, self.weighted(weight), *frozen, loss_scale=scale)
 
     def weighted(self, weight: float) -> contextlib.AbstractContextManager[None]:
-        """Multiplies what arrives in p.grad by a weight, before any all-reduce, where the loss is not multiplied by it.
-
-        Raises:
-            RuntimeError: for sharded parameters, and at the end where a gradient came without a backward.
-        """
+        """Context manager that weights gradients, for losses that are not weighted; see `weighted_gradients`."""
         return weighted_gradients([p for p in self._all_params() if p.requires_grad], weight, self.weighing)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {
-            "stream": self.stream,
-            "parallel": self.parallel,
-            "aside": self.aside,
-            "loss_scale": None,
-            "weighing": [],
-        }
-        return {**super().__getstate__(), **ours}
+        kept = {"stream": self.stream, "parallel": self.parallel, "aside": self.aside}
+        return {**super().__getstate__(), **kept, "loss_scale": None, "weighing": []}

@@ -18,22 +18,22 @@ from flatops.optim.base import Flat
 from flatops.optim.batchnorm import freeze_batchnorm_stats
 from flatops.restore import Pass
 from flatops.scalars import check_range, check_tensor, on
-from flatops.weights import norm
+from flatops.weights import norm as global_norm
 
 
 class SAM(Flat):
-    """SAM: the gradient at the worst weights nearby, the step at the weights themselves.
+    """SAM: the gradient at the worst weights nearby, the step at the clean weights.
 
-    e = rho g / ||g||_2 over all parameters that climb, the gradient taken at w + e, the base optimizer's step at w.
-    ASAM (`adaptive`): e = rho w^2 g / ||w g||_2. With the base's `maximize` e has the other sign. Complex weights climb as pairs of
-    real ones.
+    e = rho g / ||g||_2 over all parameters together, the gradient taken at w + e, the base optimizer's step at w.
+    ASAM (`adaptive`): e = rho w^2 g / ||w g||_2.
+    With the base's `maximize`, e has the other sign. Complex weights are pairs of real ones.
 
     Args:
         params: parameters or groups, which may set their own rho and adaptive.
-        base: the optimizer class that steps, such as torch.optim.SGD.
-        rho: the radius, >= 0; default 0.05, typically 0.05 to 0.2, ten times that with `adaptive`. A number, or a tensor of
-            one on the parameters' device, which a captured CUDA graph reads anew at every replay. Where groups have radii of
-            their own, those of 0 are left out of the norm; a tensor never is, for nobody waits for its value.
+        base: the optimizer class, such as torch.optim.SGD.
+        rho: the radius, >= 0; default 0.05, typically 0.05 to 0.2, ten times that with `adaptive`. A number, or a
+            one-element tensor on the parameters' device, which a captured CUDA graph reads at every replay. Groups
+            whose rho is the number 0 are left out of the norm; reading a tensor's value would be a host sync.
         adaptive: ASAM; default False.
         **kwargs: for the base optimizer.
 
@@ -47,8 +47,9 @@ class SAM(Flat):
         ...     loss_fn(model(x), y).backward()
         >>> optimizer.step(); optimizer.zero_grad()
 
-    Under a GradScaler scale both losses and leave the first gradient scaled: its length does not matter. A first pass that
-    overflows ascends nowhere, and makes the second pass's gradient NaN, so that the scaler skips the step and backs off.
+    Under a GradScaler scale both losses and leave the first gradient scaled, since it is divided by its norm. If the
+    first pass overflows, there is no ascent and the second gradient becomes NaN, so that the scaler skips the step and
+    backs off.
 
     References:
         Foret et al.: Sharpness-Aware Minimization for Efficiently Improving Generalization. arXiv 2010.01412.
@@ -73,11 +74,11 @@ class SAM(Flat):
 
     @outside_graphs
     def perturbed(self) -> Pass:
-        """Climbs to w + e along p.grad and zeroes the gradients; the weights come back bit for bit, whatever happens.
+        """Context manager that moves the weights to w + e and zeroes the gradients; on exit it restores every bit.
 
         Raises:
-            RuntimeError: inside itself, or without a gradient from a first pass.
-            TypeError: for a sparse gradient.
+            RuntimeError: on entry, if the weights are already perturbed, or without a gradient from a first pass.
+            TypeError: on entry, for a sparse gradient.
         """
         return super().perturbed()
 
@@ -88,54 +89,52 @@ class SAM(Flat):
         return began
 
     def _direction(self, params: list[Tensor]) -> list[Tensor | None]:
-        """What to climb along, for each of these parameters; those that have None stay where they are."""
+        """The ascent direction of each of these parameters; those with None do not move."""
         return [p.grad for p in params]
 
     def _perturb(self) -> None:
         self._check_reduced(self.flat.__name__)
-        climbing: dict[Any, tuple[list[Tensor], list[int], list[Tensor]]] = {}
+        parts: dict[Any, tuple[list[Tensor], list[int], list[Tensor]]] = {}
         for key, (params, index) in self._trainable(("rho", "adaptive", "maximize")).items():
             directions = self._direction(params)
             if some := [(p, i, d) for p, i, d in zip(params, index, directions) if d is not None]:
-                climbing[key] = [p for p, _, _ in some], [i for _, i, _ in some], [d for _, _, d in some]
-        if not climbing:
-            raise RuntimeError(
-                "no parameter has a gradient: run a backward at the weights themselves before perturbed()"
-            )
-        for d in itertools.chain(*(directions for _, _, directions in climbing.values())):
-            if d.layout != torch.strided:  # before any is taken apart, which sparse ones do not allow
+                parts[key] = [p for p, _, _ in some], [i for _, i, _ in some], [d for _, _, d in some]
+        if not parts:
+            raise RuntimeError("no parameter has a gradient: run a backward at the clean weights before perturbed()")
+        for d in itertools.chain(*(directions for _, _, directions in parts.values())):
+            if d.layout != torch.strided:  # before all_local, which fails for sparse ones
                 raise TypeError(f"a gradient of shape {tuple(d.shape)} is {d.layout}: SAM needs dense gradients")
-        reached = [p for params, _, _ in climbing.values() for p in params]
-        # A group with rho = 0 has no part in the norm, unless no other is left.
-        climbing = {key: part for key, part in climbing.items() if isinstance(key[1], Tensor) or key[1] > 0} or climbing
-        climbing = {key: (params, index, all_local(along)) for key, (params, index, along) in climbing.items()}
-        length = self._norm([(params, along, key[2]) for key, (params, _, along) in climbing.items()])
-        self._before_ascent(length)
-        for (device, rho, adaptive, maximize), (params, index, along) in climbing.items():
+        reached = [p for params, _, _ in parts.values() for p in params]
+        # Groups with rho = 0 are left out of the norm, unless all are.
+        parts = {key: part for key, part in parts.items() if isinstance(key[1], Tensor) or key[1] > 0} or parts
+        parts = {key: (params, index, all_local(along)) for key, (params, index, along) in parts.items()}
+        norm = self._norm([(params, along, key[2]) for key, (params, _, along) in parts.items()])
+        self._before_ascent(norm)
+        for (device, rho, adaptive, maximize), (params, index, along) in parts.items():
             if isinstance(rho, Tensor) or rho > 0:
                 radius = on(device, -rho if maximize else rho)
-                self._ascend(params, index, along, radius, norm=on(device, length), adaptive=adaptive)
-        self._taint(reached, length)
+                self._ascend(params, index, along, radius, norm=on(device, norm), adaptive=adaptive)
+        self._pass_overflow_on(reached, norm)
 
     def _norm(self, lists: list[tuple[list[Tensor], list[Tensor], bool]]) -> Tensor:
-        """What the directions are divided by."""
-        return norm(lists)
+        """The norm that directions are divided by; `flatops.weights.norm` of them."""
+        return global_norm(lists)
 
     def _before_ascent(self, norm: Tensor) -> None:
-        """With the gradients of the first pass in p.grad and their norm known, before any weight changes."""
+        """Called with the gradients of the first pass in p.grad, before any weight changes."""
 
     def _ascend(
         self, params: list[Tensor], index: list[int], along: list[Tensor], rho: float | Tensor, **how: Any
     ) -> None:
-        self.run.weights.climb(params, along, rho, backup=self.run.weights.backup(params, index), **how)
+        self.run.weights.ascend(params, along, rho, backup=self.run.weights.backup(params, index), **how)
 
-    def _taint(self, params: list[Tensor], norm: Tensor) -> None:
-        """Carries an overflow of the first pass into the second one's gradient, before any all-reduce.
+    def _pass_overflow_on(self, params: list[Tensor], norm: Tensor) -> None:
+        """Makes the second gradient NaN, before any all-reduce, if the first overflowed.
 
-        The first gradient to be made is enough: a GradScaler skips the step for one NaN. Where no hook runs, for sharded
-        gradients or those that torch.func makes, `_end` does it.
+        One parameter's gradient is enough for a GradScaler to skip the step. Where no hook runs (sharded parameters,
+        torch.func), `_end` does it.
         """
-        self.run.finite = finite = norm < math.inf  # one operation, where isfinite() is four
+        self.run.finite = finite = norm < math.inf  # one kernel launch; isfinite() takes four
 
         def hook(grad: Tensor) -> Tensor | None:
             if self.run.finite is None:
@@ -159,10 +158,10 @@ class SAM(Flat):
     @outside_graphs
     @contextlib.contextmanager
     def ascent_pass(self, model: nn.Module | None = None) -> Iterator[None]:
-        """Around the first forward and backward: with a DistributedDataParallel model every process climbs by its own gradient.
+        """Context manager for the first forward and backward: local ascent under DistributedDataParallel.
 
-        That is the m-sharpness of the SAM paper, and saves one of the two all-reduces. Without `model`, or with one that is not
-        distributed, it does nothing.
+        Every process ascends along its own gradient (the SAM paper's m-sharpness), which saves one of the two
+        all-reduces. Without `model`, or with one that is not distributed, it does nothing.
 
         Example:
             >>> with optimizer.ascent_pass(model):
@@ -172,60 +171,58 @@ class SAM(Flat):
 
         Raises:
             RuntimeError: inside perturbed().
-            ValueError: for a model under fully_shard, whose processes have no gradient of their own, or with static_graph=True.
+            ValueError: for a model under fully_shard, where no process has its own gradient, or with static_graph=True.
         """
         self._not_while_perturbed("ascent_pass()")
         model = distributed.undecorated(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             if model.static_graph:
                 raise ValueError(
-                    "static_graph=True fixes what the first pass does, so it cannot leave out the all-reduce: build the model "
-                    "without it, or climb by the shared gradient with ascent_pass() and no model"
+                    "with static_graph=True the first pass cannot skip the all-reduce: build the model without it, or "
+                    "use ascent_pass() without the model"
                 )
             with model.no_sync():
                 yield
             return
         if model is not None and distributed.is_sharded_module(model):
-            raise ValueError(
-                "under fully_shard no process has a gradient of its own to climb by: use ascent_pass() without the model"
-            )
+            raise ValueError("under fully_shard no process has its own gradient: use ascent_pass() without the model")
         yield
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         loss = closure()
-        if not self.run.is_ready:  # unless the closure went through perturbed() itself
+        if not self.run.is_ready:  # unless the closure has run perturbed() itself
             with self.perturbed():
                 closure()
             if all(p.grad is None for p in self._all_params()):
                 raise RuntimeError(
-                    "the closure made no gradient in the perturbed pass, so that no step would ever move a weight: it has to run "
-                    "the backward itself (in Lightning's manual optimization run perturbed() before optimizer.step())"
+                    "the closure made no gradient in the perturbed pass: it must run the backward itself (in "
+                    "Lightning's manual optimization run perturbed() before optimizer.step())"
                 )
         return loss
 
     def _passes(self, model: nn.Module | None, loss_scale: Any) -> Iterator[contextlib.AbstractContextManager[None]]:
-        earlier: dict[Tensor, Tensor] = {}  # gradients of earlier micro-batches: the climb is along this one's alone
-        yield self._apart(earlier)
+        earlier: dict[Tensor, Tensor] = {}  # gradients of earlier micro-batches: the ascent is along this one's alone
+        yield self._without(earlier)
         frozen = [] if model is None else [freeze_batchnorm_stats(model)]
-        yield Pass(self, self._together(earlier), *frozen)
+        yield Pass(self, self._with(earlier), *frozen)
 
     @contextlib.contextmanager
-    def _apart(self, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
-        """A clean pass whose gradient stands alone in p.grad."""
+    def _without(self, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
+        """A clean pass with the earlier gradients moved from p.grad to `earlier`."""
         for p in self._all_params():
             if p.grad is not None:
                 earlier[p], p.grad = distributed.own(p.grad), None
         try:
             with self.ascent_pass():
                 yield
-        except BaseException:  # the micro-batch is lost, and nothing else
+        except BaseException:  # only this micro-batch is lost
             for p, g in earlier.items():
                 p.grad = g
             raise
 
     @contextlib.contextmanager
-    def _together(self, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
-        """A perturbed pass that adds to the earlier gradients, so that DistributedDataParallel reduces all of it."""
+    def _with(self, earlier: dict[Tensor, Tensor]) -> Iterator[None]:
+        """A perturbed pass that adds to the earlier gradients, so that DistributedDataParallel reduces their sum."""
         for p, g in earlier.items():
             p.grad = g
         yield

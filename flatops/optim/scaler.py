@@ -1,4 +1,4 @@
-"""GradScalers, of which an optimizer is told nothing: which have unscaled its gradients too early, or not at all."""
+"""Finds the GradScalers that use an optimizer, to tell whether they have unscaled its gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch.amp.grad_scaler import GradScaler, OptState
 
 _found: list[weakref.ref[GradScaler]] = []
-_references = 0  # to the classes, when their instances were looked for
+_references = 0  # to the classes, at the last search for instances
 
 
 def _classes(cls: type) -> list[type]:
@@ -21,12 +21,14 @@ def _classes(cls: type) -> list[type]:
 
 
 def _scalers() -> Iterator[GradScaler]:
-    """Every enabled GradScaler in this process. Looking through all objects takes 0.1 s, so that is done only where there may
-    be new ones: an instance holds a reference to its class."""
+    """Every enabled GradScaler in this process.
+
+    The search takes 0.1 s, so it is repeated only when the classes' reference counts, to which instances add, change.
+    """
     global _found, _references
     classes = _classes(GradScaler)
     if (references := sum(map(sys.getrefcount, classes))) != _references:
-        # Many things refer to a class. isinstance would ask them what they are, and a proxy may answer with an error.
+        # Not isinstance, which reads __class__: a proxy among the referrers may raise an error.
         _found = [weakref.ref(o) for o in gc.get_referrers(*classes) if issubclass(type(o), GradScaler)]
         _references = references
     for reference in _found:
@@ -41,10 +43,10 @@ def has_unscaled(optimizer: Any) -> bool:
 
 
 def has_left_scaled(optimizer: Any) -> bool:
-    """Whether the caller has a GradScaler in use that has not unscaled the gradients of this optimizer.
+    """Whether the caller uses a GradScaler that has not unscaled the gradients of this optimizer.
 
-    Who it belongs to is told by the variables of the calling functions and the attributes of what they hold: a scaler that
-    something else in this process uses does not count.
+    A scaler counts if it is a variable of a calling function, or an attribute of such a variable: others in this
+    process belong to other training loops.
     """
     scalers = [s for s in _scalers() if s._scale is not None and _stage(s, optimizer) is not OptState.UNSCALED]
     frame = sys._getframe() if scalers else None
@@ -58,7 +60,7 @@ def has_left_scaled(optimizer: Any) -> bool:
 
 
 def forget(optimizer: Any) -> None:
-    """Drops what scalers know of an optimizer that is gone and was where this new one is: they know them by address."""
+    """Drops the state that scalers keep for a deleted optimizer at this new one's address, which is their key."""
     for scaler in _scalers():
         scaler._per_optimizer_states.pop(id(optimizer), None)
 

@@ -1,4 +1,4 @@
-"""Sparse sharpness-aware minimisation: SAM whose ascent a mask confines to a part of the weights."""
+"""Sparse sharpness-aware minimisation: SAM whose ascent is limited to the weights selected by a mask."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ from flatops.optim.sam import SAM
 from flatops.optim.state import KeepsFisher
 from flatops.scalars import on, plain
 
-PER_GROUP = {"rho", "adaptive", "updates", "passes", "mask_bits"}  # the other options are the whole optimizer's
+PER_GROUP = {"rho", "adaptive", "updates", "passes", "mask_bits"}  # the other options must be equal in all groups
 
 
 class SSAM(KeepsFisher, SAM):
-    """SSAM: SAM that climbs with some of the weights only, those that a 0/1 mask lets through.
+    """SSAM: SAM that perturbs only the weights selected by a 0/1 mask.
 
-    e = rho m g / ||g||_2, the norm that of the full gradient, with exactly k = N - ceil(sparsity N) ones in the mask m over the
-    N trainable weights. It is driven as SAM is; `update_mask` makes the mask, every few epochs anew.
+    e = rho m g / ||g||_2, with the norm of the full gradient and exactly k = N - ceil(sparsity N) ones in the mask m
+    over the N trainable weights. Use it like SAM, and call `update_mask` for a new mask every few epochs.
 
-    SSAM-F (`mask="fisher"`): the k largest of the empirical Fisher, the sum of g^2 over single samples. Until the first
-    update_mask() it is SAM, all weights climbing.
-    SSAM-D (`mask="dynamic"`): random at first, drawn by the first perturbed pass; then update_mask() drops the round(d k) live
-    weights of the lowest score and grows as many dead ones, d = drop_rate (1 + cos(pi t / total_updates)) / 2 at the t-th update,
-    counted from 0.
+    SSAM-F (`mask="fisher"`): the k largest of the empirical Fisher, the sum of g^2 over single samples. Before the
+    first update_mask() it is SAM.
+    SSAM-D (`mask="dynamic"`): the first perturbed pass draws a random mask; then update_mask() drops the round(d k)
+    selected weights of the lowest score and grows as many others; at update t, counted from 0,
+    d = drop_rate (1 + cos(pi t / total_updates)) / 2.
 
-    Patterns (which weights k counts, and what is chosen together):
-        'global': the whole model at once.
+    Patterns:
+        'global': k weights of the whole model.
         'layer': n - ceil(sparsity n) weights of every tensor of n.
-        'filter': whole filters, slices along dim 0, by their mean score; F - ceil(sparsity F) of the model's F filters, so that
-            k is not exact. A tensor of one dimension or none is one filter.
-        'n:m', such as '2:4': of every m consecutive elements of a filter in storage order the n largest, ties to the first; of
-            r left over, ceil(r n / m). It fixes the sparsity at 1 - n/m.
+        'filter': whole filters (slices along dim 0) by their mean score, F - ceil(sparsity F) of the model's F filters,
+            so that k is not exact. A tensor with at most one dimension is one filter.
+        'n:m', such as '2:4': the n largest of every m consecutive elements of a filter in storage order, ties to the
+            first; ceil(r n / m) of a remainder of r. Sparsity is 1 - n/m.
 
     Args:
         params: parameters or groups, which may set their own rho and adaptive.
-        base: the optimizer class that steps, such as torch.optim.SGD.
-        rho: the radius, >= 0; default 0.05. A number, or a tensor of one on the parameters' device.
-        sparsity: share of the weights that do not climb, in [0, 1); default 0.5, for n:m 1 - n/m. Written to param_groups, it
-            takes effect with the next mask; of a dynamic mask the number of ones never changes.
+        base: the optimizer class, such as torch.optim.SGD.
+        rho: the radius, >= 0; default 0.05. A number, or a one-element tensor on the parameters' device.
+        sparsity: share of the weights that are not perturbed, in [0, 1); default 0.5, for n:m 1 - n/m. A change in
+            param_groups takes effect with the next mask; a dynamic mask never changes its number of ones.
         mask: 'fisher' (default) or 'dynamic'.
-        pattern: 'global' (default), 'layer', 'filter' or 'n:m'; dynamic masks know the first two.
+        pattern: 'global' (default), 'layer', 'filter' or 'n:m'; for dynamic masks 'global' or 'layer'.
         adaptive: ASAM's ascent; default False.
-        fisher: whence the Fisher comes: 'samples' (default), which update_mask() is given; or 'minibatch', the squares of the
-            first passes' gradients since the last update, each over its norm, so that a loss scale does not matter. That costs
-            no pass, but 4 bytes a weight.
+        fisher: 'samples' (default): F from the samples given to update_mask(). 'minibatch': F = the sum of (g /
+            ||g||)^2 over the first passes since the last update, whatever the loss scale; no extra passes, but 4 bytes
+            per weight.
         drop_rate: d at the start, in [0, 1]; default 0.5.
-        drop, grow: scores of a dynamic mask, 'gradient', 'weight' or 'random'; default to drop by gradient, to grow at random.
+        drop, grow: scores of a dynamic mask, 'gradient', 'weight' or 'random'; default drop='gradient', grow='random'.
             A missing gradient counts as 0.
-        total_updates: T of the cosine, after which nothing moves; default 0: d stays drop_rate.
-        update_every: perturbed passes between updates, made on entering the next one; default 0: update_mask() alone. For
-            what needs no samples, dynamic masks and fisher='minibatch'. A pass that overflows puts the update off.
-        skip_masked: spare the first pass the gradients of tensors of which nothing climbs; `ascent_pass` tells how. The norm is
-            then over the other tensors' gradients alone: not the papers' algorithm. Default False.
-        seed: of what is random, in [0, 2**64). Default: it follows `torch.manual_seed`, as RWP's does.
+        total_updates: updates until d reaches 0; default 0: d stays drop_rate.
+        update_every: perturbed passes between updates, made on entering the next one; default 0: only by update_mask().
+            For dynamic masks and fisher='minibatch'. A pass that overflows postpones the update.
+        skip_masked: compute no gradients in the first pass for tensors without a selected weight; see `ascent_pass`.
+            The norm is then over the other tensors only, unlike in the papers. Default False.
+        seed: of random masks, in [0, 2**64). Default: derived from `torch.manual_seed`, as for RWP.
         **kwargs: for the base optimizer.
 
     Raises:
@@ -80,13 +80,14 @@ class SSAM(KeepsFisher, SAM):
         ...             loss_fn(model(x), y).backward()
         ...         optimizer.step(); optimizer.zero_grad()
 
-    The weights that climb alone are backed up. Parameters that were frozen or absent when the mask was made do not climb until
-    the next; where they changed, a dynamic mask is drawn anew. Lists of gradients that vary from step to step cost an unpacking
-    of the mask whenever one is new. The mask is in checkpoints as text in `param_groups`, the same on all processes.
+    Only selected weights are backed up. Parameters that were frozen or absent when the mask was made are not perturbed
+    until the next one; when the list of parameters changes, a dynamic mask is drawn anew. Every new set of parameters
+    with gradients costs an unpacking of the mask. Checkpoints hold the mask as text in `param_groups`, the same on all
+    processes.
 
     References:
         Mi et al.: Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach. arXiv 2210.05177.
-        Mi et al.: Systematic Investigation of Sparse Perturbed Sharpness-Aware Minimization Optimizer. arXiv 2306.17504.
+        Mi et al.: Systematic Investigation of Sparse Perturbed Sharpness-Aware Minimization Optimizer. arXiv 2306.17504
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class SSAM(KeepsFisher, SAM):
         self.masks: Masks = {}
         n_of_m = masks.n_of_m(pattern)
         if n_of_m and sparsity is not None:
-            raise ValueError(f"sparsity follows from pattern {pattern!r}: leave it out")
+            raise ValueError(f"sparsity is fixed by pattern {pattern!r}: leave it out")
         options = {
             "rho": rho,
             "adaptive": adaptive,
@@ -127,9 +128,9 @@ class SSAM(KeepsFisher, SAM):
             "update_every": update_every,
             "skip_masked": skip_masked,
             "seed": seed,
-            "updates": 0,  # of the mask so far
-            "passes": 0,  # perturbed ones since the last
-            "mask_bits": "",  # where checkpoints hold the mask
+            "updates": 0,  # of the mask
+            "passes": 0,  # perturbed passes since the last update
+            "mask_bits": "",  # the mask, in checkpoints only
         }
         self._construct(params, options, kwargs)
 
@@ -143,20 +144,13 @@ class SSAM(KeepsFisher, SAM):
         for group in others:
             for name in self.options.keys() - PER_GROUP:
                 if group[name] != first[name]:
-                    raise ValueError(
-                        f"{name} is for the whole model: {group[name]!r} in a group and {first[name]!r} in another"
-                    )
+                    raise ValueError(f"{name} is for the whole model: it cannot be {first[name]!r} and {group[name]!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        try:
-            self._check_groups()
-        except ValueError:
-            del self.param_groups[-1]
-            raise
         self.param_groups[-1].update({name: self.param_groups[0][name] for name in ("updates", "passes")})
 
-    # --- making masks ------------------------------------------------------------------------------------------------------
+    # --- making masks -------------------------------------------------------------------------------------------------
 
     @outside_graphs
     def update_mask(
@@ -171,60 +165,58 @@ class SSAM(KeepsFisher, SAM):
     ) -> None:
         """Makes the next mask, between steps.
 
-        For mask='fisher' from samples: F = sum over single samples of g^2, at the weights as they are, the model in evaluation
-        mode. Buffers such as BatchNorm's statistics, gradients, torch's generators and modes are left as they were. Mixed
-        precision is the caller's: without a loss scale, leave float16 autocast off.
-        For mask='dynamic' and fisher='minibatch', without arguments: from p.grad, and from what the passes gathered.
+        With fisher='samples': from F = sum of g^2 over single samples, at the clean weights, the model in evaluation
+        mode. Buffers such as running statistics, gradients, torch's generators and modes do not change. There is no
+        loss scale, so leave float16 autocast off.
+        With mask='dynamic' or fisher='minibatch', without arguments: from p.grad, or from the F of the last passes.
 
-        Under torch.distributed F is summed over all processes, each with its own samples, and all get the first one's mask.
-        Under FSDP2 all processes give the same samples; the scores are gathered in the first one's memory, 4 bytes a weight.
+        Under torch.distributed F is summed over all processes, each with its own samples, and all get rank 0's mask.
+        Under FSDP2 all processes pass the same samples; scores are gathered in rank 0's memory, 4 bytes per weight.
 
         Args:
             model: whose parameters the optimizer has.
             loss_fn: called as loss_fn(model(inputs), targets).
-            batches: a loader, or any iterable of pairs (inputs, targets): tensors, or nested lists and dicts of them, with the
-                samples along their first dimension. It may be longer than needed.
-            samples: how many, >= 1; default 128, in the paper 16 to 1024.
-            vectorize: all samples of a batch at once by torch.func, where the model lets itself be vmapped: faster, for as
-                many times the memory of the gradients as a batch has samples; default False.
-            progress: show a bar on a terminal when it takes long; default True.
+            batches: a loader, or any iterable of pairs (inputs, targets): tensors, or nested lists and dicts of them,
+                with the samples along their first dimension. It may be longer than needed.
+            samples: how many, >= 1; default 128; the paper uses 16 to 1024.
+            vectorize: all samples of a batch at once by torch.func.vmap, if the model supports it: faster, but holds
+                the gradients of all samples of a batch in memory; default False.
+            progress: show a progress bar on a terminal if it takes long; default True.
 
         Raises:
-            ValueError: for no or too few samples, arguments that are missing or not needed, gradients that are NaN.
-            TypeError: for batches that are no pairs of tensors.
-            RuntimeError: inside perturbed(), or without a gradient where one is needed. The mask is as it was after any.
+            ValueError: for no or too few samples, arguments that are missing or not needed, or NaN gradients.
+            TypeError: for batches that are not pairs of tensors.
+            RuntimeError: inside perturbed(), or without a gradient if one is needed. After an error the mask is
+                unchanged.
         """
         self._not_while_perturbed("update_mask()")
         self._check_groups()
         first = self.param_groups[0]
         if first["mask"] == "dynamic" or first["fisher"] == "minibatch":
             if not (model is None and loss_fn is None and batches is None):
-                raise ValueError("update_mask() takes no arguments here: it needs no samples")
+                raise ValueError("update_mask() takes no arguments with mask='dynamic' or fisher='minibatch'")
             fisher = None
         elif model is None or loss_fn is None or batches is None:
             raise ValueError("mask='fisher' needs update_mask(model, loss_fn, batches)")
         elif not (isinstance(samples := plain(samples), int) and samples >= 1):
             raise ValueError(f"samples must be an integer >= 1, not {samples!r}")
         else:
-            parts = self._masker().parts.values()
+            parts = [params for params, _ in self._masker().parts.values()]
             with distributed.together():
-                fisher = sample_fisher(
-                    [params for params, _ in parts], model, loss_fn, batches, samples, vectorize, progress
-                )
+                fisher = sample_fisher(parts, model, loss_fn, batches, samples, vectorize, progress)
         with torch.inference_mode(False), torch.no_grad():
             self._update(fisher)
 
     def _check_world(self) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        if self.param_groups[0]["skip_masked"] and distributed.any_distributed(params):
-            raise ValueError("skip_masked does not go with fully_shard, where each process sees its own shards alone")
+        if self.param_groups[0]["skip_masked"] and distributed.any_distributed(self._all_params()):
+            raise ValueError("skip_masked does not work with fully_shard, where each process sees only its own shards")
 
     def _masker(self) -> Masker:
         return Masker({device: part for (device,), part in self._trainable(()).items()}, self.param_groups[0])
 
     def _update(self, fisher: dict[Tensor, Tensor] | None = None) -> None:
-        """The next mask, from a Fisher or from what is at hand."""
-        self._follow()
+        """Makes the next mask from this Fisher, or from gradients and the minibatch Fisher."""
+        self._move_masks()
         first, masker = self.param_groups[0], self._masker()
         if first["mask"] == "dynamic":
             if "gradient" in (first["drop"], first["grow"]) and all(p.grad is None for p in masker.params):
@@ -235,9 +227,9 @@ class SSAM(KeepsFisher, SAM):
         else:
             if fisher is None:
                 if first["passes"] == 0:
-                    raise RuntimeError("no perturbed pass since the last mask: there is nothing to make one from")
+                    raise RuntimeError("no perturbed pass since the last mask, so nothing to make one from: run a step")
                 fisher = {p: local(self._fisher(p)) for p in masker.params}
-            if not masker.sharded:  # shards have the sum already
+            if not masker.sharded:  # the gradients of shards are already reduced over processes
                 all_reduce(fisher.values())
             self._install(masker.largest(fisher))
             for f in self.fisher.values():
@@ -245,7 +237,7 @@ class SSAM(KeepsFisher, SAM):
         self._write(updates=first["updates"] + 1, passes=0)
 
     def _install(self, new: Masks, shared: bool = True) -> None:
-        """Puts masks in place, the first process's; in the memory of those that there are, where they are over the same."""
+        """Replaces the masks, in place if they are over the same parameters; if `shared`, with those of rank 0."""
         if shared and not self._masker().sharded:
             broadcast(mask.bits for mask in new.values())
         for device in self.masks.keys() - new.keys():
@@ -261,25 +253,19 @@ class SSAM(KeepsFisher, SAM):
         for group in self.param_groups:
             group.update(values)
 
-    # --- the first pass ----------------------------------------------------------------------------------------------------
+    # --- the first pass -----------------------------------------------------------------------------------------------
 
     @outside_graphs
     @contextlib.contextmanager
     def ascent_pass(self, model: nn.Module | None = None) -> Iterator[None]:
-        """As SAM's; with `skip_masked` tensors of which nothing climbs get no gradient besides.
+        """As `SAM.ascent_pass`; with `skip_masked`, tensors without a selected weight also get no gradient.
 
-        Autograd then neither makes their gradients nor goes below the lowest tensor of which something climbs. That pays with
-        structured masks, pattern='filter' most of all. step(closure) does it by itself. Under DistributedDataParallel it
-        needs `model`: an all-reduce would wait for what is skipped.
-
-        Example:
-            >>> with optimizer.ascent_pass():
-            ...     loss_fn(model(x), y).backward()
-            >>> with optimizer.perturbed():
-            ...     loss_fn(model(x), y).backward()
+        Autograd then computes nothing for them, and stops at the lowest tensor with a selected weight: a gain with
+        structured masks, above all pattern='filter'. step(closure) does this itself. Under DistributedDataParallel it
+        needs `model`: an all-reduce would wait for the skipped gradients.
         """
         with super().ascent_pass(model):
-            self.run.skipped += [p for p in self._dead() if p.requires_grad]
+            self.run.skipped += [p for p in self._skippable() if p.requires_grad]
             for p in self.run.skipped:
                 p.requires_grad_(False)
             try:
@@ -292,18 +278,17 @@ class SSAM(KeepsFisher, SAM):
             self.run.skipped[-1].requires_grad_(True)
             self.run.skipped.pop()
 
-    def _dead(self) -> list[Tensor]:
-        """What `skip_masked` passes by; nothing if that were all there is."""
+    def _skippable(self) -> list[Tensor]:
+        """The parameters that `skip_masked` skips; none if that were all."""
         if not self.param_groups[0]["skip_masked"]:
             return []
-        dead = [p for mask in self.masks.values() for p in mask.dead()]
-        return dead if len(dead) < sum(len(mask.params) for mask in self.masks.values()) else []
+        skipped = [p for mask in self.masks.values() for p in mask.unselected()]
+        return skipped if len(skipped) < sum(len(mask.params) for mask in self.masks.values()) else []
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         if self.param_groups[0]["skip_masked"] and distributed.world()[1] > 1:
             raise RuntimeError(
-                "step(closure) with skip_masked does not know the model whose all-reduce to leave out: write "
-                "ascent_pass(model) and perturbed() out"
+                "step(closure) with skip_masked cannot skip the all-reduce: use ascent_pass(model) and perturbed()"
             )
 
         def evaluate() -> Any:
@@ -313,19 +298,19 @@ class SSAM(KeepsFisher, SAM):
         return super()._evaluate(evaluate)
 
     def _norm(self, lists: list[tuple[list[Tensor], list[Tensor], bool]]) -> Tensor:
-        dead = set(self._dead())
+        skipped = set(self._skippable())
         kept = []
-        for params, along, adaptive in lists if dead else ():
-            if live := [(p, g) for p, g in zip(params, along) if p not in dead]:
-                kept.append((*map(list, zip(*live)), adaptive))
+        for params, along, adaptive in lists if skipped else ():
+            if pairs := [(p, g) for p, g in zip(params, along) if p not in skipped]:
+                kept.append((*map(list, zip(*pairs)), adaptive))
         return super()._norm(kept or lists)  # type: ignore[arg-type]
 
-    # --- the ascent --------------------------------------------------------------------------------------------------------
+    # --- the ascent ---------------------------------------------------------------------------------------------------
 
     def _perturb(self) -> None:
-        self._unskip()  # where a closure begins the perturbed pass itself
+        self._unskip()  # if a closure began the perturbed pass inside ascent_pass()
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor has no version
-            self._follow()
+            self._move_masks()
         super()._perturb()
 
     def _before_ascent(self, norm: Tensor) -> None:
@@ -335,20 +320,20 @@ class SSAM(KeepsFisher, SAM):
                 self._install(self._masker().random())
             if 0 < first["update_every"] <= first["passes"]:
                 overflows = (~norm.isfinite()).int()
-                all_reduce([overflows])  # all processes update, or none
+                all_reduce([overflows])  # so that all processes update, or none
                 if not overflows:
                     self._update()
             if self._keeps_fisher(first):
-                self._gather(norm)
+                self._add_squares(norm)
         if not self.masks and first["passes"] == 1 and first["sparsity"] > 0 and not first["update_every"]:
             warnings.warn(
-                f"{type(self).__name__} has no mask yet and climbs with all weights, as SAM does: call update_mask()",
+                f"{type(self).__name__} has no mask yet and perturbs all weights, as SAM does: call update_mask()",
                 stacklevel=user_frame(),
             )
         self._write(passes=first["passes"] + 1)
 
-    def _follow(self) -> None:
-        """Takes the masks to where the parameters are now."""
+    def _move_masks(self) -> None:
+        """Moves the masks to the parameters' devices, if these have changed."""
         if any(p.device != device for device, mask in self.masks.items() for p in mask.params):
             live: dict[Tensor, Tensor] = {}
             for mask in self.masks.values():
@@ -357,8 +342,8 @@ class SSAM(KeepsFisher, SAM):
             self.masks.clear()
             self._install(self._masker().of(live), shared=False)
 
-    def _gather(self, norm: Tensor) -> None:
-        """F <- F + (g / norm)^2, unless the norm is not finite."""
+    def _add_squares(self, norm: Tensor) -> None:
+        """F <- F + (g / norm)^2, if the norm is finite and not 0."""
         scale = torch.where(norm.isfinite() & (norm > 0), norm.reciprocal(), 0.0)
         for (device,), (params, _) in self._trainable((), with_grad=True).items():
             scale = on(device, scale)
@@ -374,9 +359,9 @@ class SSAM(KeepsFisher, SAM):
             part = mask.part(params)
             if part.params:
                 along = [g for p, g in zip(params, along) if p in mask.place]
-                self.run.weights.climb(part.params, along, rho, backup=part.backup, mask=part.mask, **how)
+                self.run.weights.ascend(part.params, along, rho, backup=part.backup, mask=part.mask, **how)
 
-    # --- checkpoints and copies --------------------------------------------------------------------------------------------
+    # --- checkpoints and copies ---------------------------------------------------------------------------------------
 
     def _keeps_fisher(self, group: dict[str, Any]) -> bool:
         return group["fisher"] == "minibatch"
@@ -386,17 +371,15 @@ class SSAM(KeepsFisher, SAM):
         return torch.zeros_like(like, dtype=torch.float32, requires_grad=False)  # sharded as p is
 
     def state_dict(self) -> dict[str, Any]:
-        """As SAM's, with the mask as text in `param_groups`. Under FSDP2 all processes call it together: shards of the mask are gathered."""
-        self._follow()
+        """As SAM's, with the mask as text in `param_groups`. Collective under FSDP2, to gather the mask."""
+        self._move_masks()
         packed = super().state_dict()
         live = {p: distributed.whole(p, l) for mask in self.masks.values() for p, l in mask.live().items()}
         for group, ours in zip(packed["param_groups"], self.param_groups if live else []):
-            group["mask_bits"] = masks.encode(
-                [
-                    live[p] if p in live else torch.zeros(real_shape(p), dtype=torch.bool, device="cpu")
-                    for p in ours["params"]
-                ]
-            )
+            for p in ours["params"]:
+                if p not in live:
+                    live[p] = torch.zeros(real_shape(p), dtype=torch.bool, device="cpu")
+            group["mask_bits"] = masks.encode([live[p] for p in ours["params"]])
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

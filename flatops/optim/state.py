@@ -1,4 +1,4 @@
-"""A number or tensor of ours for each parameter, in `optimizer.state`: ARWP's F, and SSAM's."""
+"""A tensor of our own for each parameter in `optimizer.state`: the Fisher F of ARWP and SSAM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatops.optim.groups import without
 
 
 class KeepsFisher(Flat):
-    """An optimizer with a running F for each parameter, which checkpoints hold among the base optimizer's state."""
+    """An optimizer with a running F for each parameter, which checkpoints hold in the base optimizer's state."""
 
     def _construct(self, params: Any, options: dict[str, Any], base_kwargs: dict[str, Any]) -> None:
         self.fisher: dict[Tensor, Tensor] = {}
@@ -26,7 +26,7 @@ class KeepsFisher(Flat):
 
     @abc.abstractmethod
     def _new_fisher(self, p: Tensor) -> Tensor:
-        """A parameter's F at the start."""
+        """A parameter's initial F."""
 
     def _fisher(self, p: Tensor) -> Tensor:
         if p not in self.fisher:
@@ -37,13 +37,16 @@ class KeepsFisher(Flat):
         self._keep_fisher()
 
     def _keep_fisher(self) -> None:
-        """Puts F into `state`, where checkpoints look: beside what the base keeps there, for an entry of ours alone would
-        pass for its own, already made; or alone where the base keeps nothing at all."""
-        keeps_nothing = not any(map(_of_the_base, self.state.values()))
+        """Puts F into `state`, for checkpoints.
+
+        Only into entries that the base has made, because it would take an entry with only F for its own; into all if
+        the base keeps no state.
+        """
+        stateless = not any(map(_of_the_base, self.state.values()))
         for group in self.param_groups:
             for p in group["params"] if self._keeps_fisher(group) else []:
                 entry = self.state.get(p)
-                if p.requires_grad and (keeps_nothing or entry) and isinstance(entry, dict | None):
+                if p.requires_grad and (stateless or entry) and isinstance(entry, dict | None):
                     self.state[p]["fisher"] = self._fisher(p)
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,11 +59,11 @@ class KeepsFisher(Flat):
         return {**packed, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # F comes out before the base sees it, which would cast it to the parameter's dtype.
+        # Without F, which the base would cast to the parameter's dtype.
         saved = state_dict["state"]
         fisher = {i: entry["fisher"] for i, entry in saved.items() if isinstance(entry, dict) and "fisher" in entry}
         super().load_state_dict({**state_dict, "state": {i: without(entry, "fisher") for i, entry in saved.items()}})
-        # In place: a captured graph goes on reading it there. What is loaded may be what is here: only the others become 0.
+        # In place, because captured CUDA graphs read it there. The loaded F may be this very tensor: zero only others.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for i, p in zip(saved["params"], group["params"]):
                 if i in fisher:
@@ -75,5 +78,5 @@ class KeepsFisher(Flat):
 
 
 def _of_the_base(entry: Any) -> bool:
-    """Whether there is more than our F in an entry of `state`."""
+    """Whether an entry of `state` holds more than our F."""
     return not isinstance(entry, dict) or bool(entry.keys() - {"fisher"})

@@ -1,4 +1,4 @@
-"""The weights of m-RWP's two gradients, where the losses are not multiplied by them."""
+"""Applies m-RWP's weights to gradients, for losses that are not weighted."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from flatops import distributed
 
 @contextlib.contextmanager
 def weighted_gradients(params: list[Tensor], weight: float, hooks: list[Any]) -> Iterator[None]:
-    """Multiplies what arrives in p.grad by a weight, before any all-reduce; `hooks` holds what does so meanwhile.
+    """Context manager that multiplies new gradients by a weight, before any all-reduce; `hooks` holds its hooks.
 
     Raises:
-        RuntimeError: for sharded parameters, and at the end where a gradient came without a backward.
+        RuntimeError: for sharded parameters; on exit, if p.grad was written to without a backward.
     """
     if weight == 1:
         yield
         return
     if distributed.any_distributed(params):
         raise RuntimeError(
-            "the gradients of shards cannot be weighed: write perturbed() out and multiply the loss by perturbed_weight"
+            "gradients of sharded parameters cannot be weighted: use perturbed() and multiply the losses by "
+            "clean_weight and perturbed_weight"
         )
     before = [None if p.grad is None else (p.grad, p.grad._version) for p in params]
-    weighed: set[int] = set()
+    weighted: set[int] = set()
 
     def weigh(i: int, grad: Tensor) -> Tensor:
-        weighed.add(i)
+        weighted.add(i)
         return grad * weight
 
     hooks += [p.register_hook(functools.partial(weigh, i)) for i, p in enumerate(params)]
@@ -38,17 +39,17 @@ def weighted_gradients(params: list[Tensor], weight: float, hooks: list[Any]) ->
         yield
         for i, (p, old) in enumerate(zip(params, before)) if hooks else ():
             new = p.grad
-            if i not in weighed and new is not None and not (old and old[0] is new and old[1] == new._version):
+            if i not in weighted and new is not None and not (old and old[0] is new and old[1] == new._version):
                 raise RuntimeError(
-                    f"a gradient of shape {tuple(p.shape)} was written to p.grad without a backward, so that m-RWP's weight "
-                    "is not in it: call torch.autograd.backward or grad on the parameters themselves, or write perturbed() "
-                    "out and multiply the gradients by optimizer.clean_weight and optimizer.perturbed_weight"
+                    f"a gradient of shape {tuple(p.shape)} was written to p.grad without a backward, so m-RWP's weight "
+                    "is not applied: call torch.autograd.backward or grad on the parameters themselves, or use "
+                    "perturbed() and multiply the gradients by optimizer.clean_weight and optimizer.perturbed_weight"
                 )
     finally:
         remove(hooks)
 
 
 def remove(hooks: list[Any]) -> None:
-    """Removes hooks, and empties the list."""
+    """Removes hooks and empties the list."""
     while hooks:
         hooks.pop().remove()
