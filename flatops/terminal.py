@@ -49,7 +49,7 @@ def console(**options: Any) -> Console:
 
 
 def say(console: Console, *items: Any, style: str | None = None) -> None:
-    """Print text and rich renderables, each on a new line. Text is literal, and not wrapped so that paths can be copied."""
+    """Print text and rich renderables, each on a new line; text literally, and not wrapped: paths can be copied."""
     for item in items:
         is_text = isinstance(item, str)
         console.print(item, style=style, soft_wrap=is_text, markup=False, emoji=False, highlight=False)
