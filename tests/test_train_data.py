@@ -221,7 +221,7 @@ def test_twelve_bits_are_scaled_by_their_range():
     "file, kind",
     [
         (encoded(Image.fromarray(ramp().astype(np.float32)), "TIFF"), "floats"),
-        (encoded(Image.fromarray(ramp().astype(np.int32)), "TIFF"), "32 bits"),
+        (encoded(Image.fromarray(ramp().astype(np.int32)), "TIFF"), "32-bit"),
         (tiff(ramp(), 16, kind=2), "signed"),
     ],
     ids=["float", "int32", "signed"],
@@ -229,7 +229,7 @@ def test_twelve_bits_are_scaled_by_their_range():
 def test_numbers_without_a_range_are_bad_images(own_tree, file, kind):
     (own_tree / "train" / "ant" / "002.jpg").write_bytes(file)
     [(name, reason)] = loaded(own_tree).images[CLEAN, 0, 2][2]
-    assert name.endswith("ant/002.jpg") and kind in reason and "8 or 16 bits a channel" in reason
+    assert name.endswith("ant/002.jpg") and kind in reason and "8 or 16 bits per channel" in reason
 
 
 @pytest.mark.parametrize("orientation", STORED)
