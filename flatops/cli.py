@@ -1,4 +1,4 @@
-"""The command `flatops`: each part loads what it needs, and a mistake costs one line, not a traceback."""
+"""The command `flatops`. Each sub-command imports only what it needs; a user error prints one line, not a traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flatops import distributed, terminal
 from flatops.methods import METHODS
 
 C = TypeVar("C")
-# Which of pip's extras has what may be missing.
+# The extra of this package that installs each optional dependency.
 EXTRA = dict.fromkeys(
     ("matplotlib", "numpy", "PIL", "rich", "sklearn", "timm", "tomli", "torchvision", "tyro"), "train"
 ) | {"plotly": "landscape", "tensorboard": "tensorboard", "pytorch_optimizer": "test"}
@@ -23,29 +23,23 @@ EXTRA = dict.fromkeys(
 
 @dataclass
 class InfoConfig:
-    """Show the versions, what was built, the SIMD level, threads, devices and the backend of each."""
+    """Show versions, the compiled core, the SIMD level, threads, and each device with its backend."""
 
     json: bool = False
     """Print JSON."""
 
 
 def parse(config_type: type[C], command: str, arguments: list[str], default: C | None = None) -> C:
-    """A configuration from the command line; what is left out comes from `default`."""
+    """Parse a configuration; options that are not given come from `default`."""
     import tyro
 
     style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(
-        config_type,
-        prog=f"flatops {command}",
-        args=arguments,
-        default=default,
-        config=style,
-        console_outputs=distributed.launched()[0] == 0,
-    )
+    prog, first = f"flatops {command}", distributed.launched()[0] == 0
+    return tyro.cli(config_type, prog=prog, args=arguments, default=default, config=style, console_outputs=first)
 
 
 def info(arguments: list[str]) -> int:
-    """show what was built and what runs where"""
+    """show versions, what was compiled, and the backend of each device"""
     from flatops import info
 
     config = parse(InfoConfig, "info", arguments)
@@ -61,15 +55,15 @@ def train(arguments: list[str]) -> int:
     from flatops.train import TrainCommand, TrainConfig, checkpoint, presets, profile, train
     from flatops.train.config import with_method
 
-    default = TrainConfig()  # where options come from that the command line does not give
+    default = TrainConfig()  # values of the options that are not given
     resume, preset, method = (given(arguments, name) for name in ("resume", "preset", "method"))
     if resume and preset:
-        raise ValueError("a run that is resumed has its options: leave out preset")
+        raise ValueError("resume continues with the options of its run: leave out preset")
     if resume:
         default = checkpoint.unpack_config(checkpoint.read(Path(resume)), Path(resume))
     elif preset:
         default = presets.recipe(preset)
-        if method in METHODS:  # options of the preset's own method may not apply to another
+        if method in METHODS:  # some options of the preset's own method may not apply to this one
             default = with_method(default, method)
     command = parse(TrainCommand, "train", arguments, TrainCommand(**vars(default)))
     config = TrainConfig(**{name: getattr(command, name) for name in vars(default)})
@@ -82,7 +76,7 @@ train.__doc__ = f"train a network with {', '.join(_labels)} or {_last}"
 
 
 def given(arguments: list[str], option: str) -> str | None:
-    """The value of one option, before the others can be understood."""
+    """The value of one option, needed before the others can be parsed."""
     parser = argparse.ArgumentParser(prog="flatops train", add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{option}")
     return getattr(parser.parse_known_args(arguments)[0], option)
@@ -97,36 +91,30 @@ def compare(arguments: list[str]) -> int:
 
 
 def landscape(arguments: list[str]) -> int:
-    """draw the loss around trained networks: curves, surfaces, sharpness, top eigenvalue"""
+    """plot the loss landscape of trained networks: curves, surfaces, sharpness, top eigenvalue"""
     from flatops.landscape.config import LandscapeConfig
 
     config = parse(LandscapeConfig, "landscape", arguments)
-    from flatops.landscape.run import landscape  # needs plotly, which --help does not
+    from flatops.landscape.run import landscape  # imports plotly, which --help does not need
 
     landscape(config)
     return 0
 
 
 def bench(arguments: list[str]) -> int:
-    """measure the kernels on this machine"""
+    """benchmark the kernels on this machine"""
     from flatops.benchmarks import bench, command
 
     return command.main(parse(bench.Config, "bench", arguments))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "info": info,
-    "train": train,
-    "compare": compare,
-    "landscape": landscape,
-    "bench": bench,
-}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {f.__name__: f for f in (info, train, compare, landscape, bench)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sub-command and return its exit status: 0, 2 after a user's mistake, 130 after Ctrl-C."""
-    terminal.take_any_text()
-    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's backend may not be installed here
+    """Run a sub-command and return its exit status: 0, 2 after a user error, 130 after Ctrl-C."""
+    terminal.replace_unencodable()
+    os.environ["MPLBACKEND"] = "agg"  # plots go to files; a notebook may have set a backend that is not installed
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
@@ -152,6 +140,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The sub-commands and what they do."""
+    """The text of `flatops --help`."""
     lines = [f"  {name:<11}{command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: flatops COMMAND [OPTIONS]", "", *lines, "", "flatops COMMAND --help lists its options."])

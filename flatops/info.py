@@ -1,4 +1,4 @@
-"""What was built, and what runs where."""
+"""`flatops info`: versions, what was compiled, and the backend of each device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flatops.backend import _C, BACKENDS, WHY_NOT_COMPILED, choose
 
 
 def cpu_name() -> str:
-    """The processor's model."""
+    """The CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -30,7 +30,7 @@ def _version(package: str) -> str | None:
 
 
 def report() -> dict[str, Any]:
-    """Versions, the compiled core, threads, and every device with the backend that its tensors get."""
+    """Versions, the compiled core, threads, and every device with the backend of its tensors."""
     devices = {"cpu": cpu_name()}
     devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     core: dict[str, Any] = {"built": _C is not None}
@@ -55,12 +55,12 @@ def report() -> dict[str, Any]:
         "core": core,
         "threads": torch.get_num_threads(),
         "backends": list(BACKENDS),
-        "devices": {name: {"name": what, "backend": choose(torch.device(name))} for name, what in devices.items()},
+        "devices": {key: {"name": name, "backend": choose(torch.device(key))} for key, name in devices.items()},
     }
 
 
 def show(report: dict[str, Any]) -> None:
-    """Prints a report as a table."""
+    """Print a report as a table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -75,13 +75,9 @@ def show(report: dict[str, Any]) -> None:
     if core["built"]:
         table.add_row("core", f"compiled by {core['compiler']} for torch {core['torch']}")
         levels = ", ".join(core["simd_levels"])
-        table.add_row("SIMD", Text.assemble(core["simd"], (f"  (this machine runs {levels})", "dim")))
-        table.add_row(
-            "CUDA",
-            f"{core['cuda']} for {' '.join(core['cuda_archs'])}"
-            if core["cuda"]
-            else "not compiled: there was no usable nvcc",
-        )
+        table.add_row("SIMD", Text.assemble(core["simd"], (f"  (supported by this CPU: {levels})", "dim")))
+        built_for = f"{core['cuda']} for {' '.join(core['cuda_archs'])}"
+        table.add_row("CUDA", built_for if core["cuda"] else "not compiled: no usable nvcc was found")
     else:
         table.add_row("core", Text.assemble(("not compiled", "red"), f": {core['why']}"))
     table.add_row("threads", str(report["threads"]))

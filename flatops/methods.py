@@ -1,4 +1,4 @@
-"""The methods by name: what each is made of, and how tables, plots and programs show it. A new method is a row here."""
+"""The table of methods: each one's optimizer and options, and its looks in tables and plots. A method is a row here."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Method:
     """One row of METHODS.
 
     Args:
-        label: its name in tables and plots.
-        colour: its colour in plots.
-        summary: what it is, in `flatops train --help`, which lists neighbours with the same summary together.
-        optimizer: its class; None for the base optimizer alone.
-        options: its hyper-parameters, with the defaults of the training program, which were chosen on digits.
+        label: name in tables and plots.
+        colour: colour in plots.
+        summary: description in `flatops train --help`, which groups neighbours with the same summary.
+        optimizer: optimizer class; None for the base optimizer alone.
+        options: hyperparameters, with the defaults of `flatops train`, which were chosen on digits.
         fixed: arguments of the class that make it this method.
-        timm: defaults in timm's registry that differ from the class's; None keeps it out of the registry.
-        ascends: whether a step begins with a pass for the gradient that the weights are moved along.
-        batches: batches in a step, each from its own shuffle of the data; 2 for a clean and a perturbed pass.
+        timm: defaults in timm's registry that differ from the class's; None: not in the registry.
+        ascends: whether a step begins with a clean pass, whose gradient the weights ascend along.
+        batches: batches per step, each from its own shuffle of the data; 2 for a clean and a perturbed pass.
     """
 
     label: str
@@ -36,13 +36,13 @@ class Method:
 
     @property
     def accepts(self) -> tuple[str, ...]:
-        """The options of the training program that apply to it: its own, and the values that sigma and rho end at."""
+        """The options of `flatops train` that apply to it: its own, sigma_end and rho_end."""
         return (*self.options, *(f"{name}_end" for name in ("sigma", "rho") if name in self.options))
 
 
-_MIXED, _ADAPTED = "mixed with the clean gradient", "adapted to the Fisher information"
+_MIXED, _ADAPTED = "RWP mixed with the clean gradient", "RWP with noise adapted to the Fisher information"
 _SPARSE = {"rho": 0.2, "sparsity": 0.5, "mask": "fisher", "pattern": "global", "fisher_samples": 128}
-METHODS = {  # in the order of tables and plots; the colours differ for the colour-blind too
+METHODS = {  # in the order of tables and plots; the colours are colour-blind safe
     "sgd": Method("SGD", "#7f7f7f"),
     "rwp": Method("RWP", "#56b4e9", "random weight perturbation", RWP, {"sigma": 0.03}, timm={}),
     "mrwp": Method("m-RWP", "#0072b2", _MIXED, RWP, {"sigma": 0.05, "lam": 0.5}, timm={"lam": 0.5}, batches=2),
@@ -54,7 +54,7 @@ METHODS = {  # in the order of tables and plots; the colours differ for the colo
     "asam": Method(
         "ASAM", "#e69f00", "adaptive SAM", SAM, {"rho": 1.0}, fixed={"adaptive": True}, timm={"rho": 0.5}, ascends=True
     ),
-    # timm's training script calls no update_mask(), so the mask moves by itself there.
+    # timm's training script does not call update_mask(): the dynamic mask updates itself.
     "ssam": Method(
         "SSAM", "#009e73", "sparse SAM", SSAM, _SPARSE, timm={"mask": "dynamic", "update_every": 1000}, ascends=True
     ),
@@ -63,11 +63,7 @@ OPTIONS = tuple(dict.fromkeys(name for method in METHODS.values() for name in me
 
 
 def find(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The method of that name, or ValueError."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
     return METHODS[name]

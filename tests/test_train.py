@@ -323,7 +323,7 @@ def test_an_option_missing_in_an_old_checkpoint_has_its_default():
     state = Trainer(TrainConfig()).state_dict()
     del state["config"]["validation"]
     Trainer(TrainConfig()).load_state_dict(state)
-    with pytest.raises(ValueError, match="validation 0.0 .asked for: 0.5."):
+    with pytest.raises(ValueError, match="validation 0.0 .now 0.5."):
         Trainer(TrainConfig(validation=0.5)).load_state_dict(state)
 
 

@@ -221,7 +221,7 @@ def test_twelve_bits_are_scaled_by_their_range():
     "file, kind",
     [
         (encoded(Image.fromarray(ramp().astype(np.float32)), "TIFF"), "floats"),
-        (encoded(Image.fromarray(ramp().astype(np.int32)), "TIFF"), "32 bits"),
+        (encoded(Image.fromarray(ramp().astype(np.int32)), "TIFF"), "32-bit"),
         (tiff(ramp(), 16, kind=2), "signed"),
     ],
     ids=["float", "int32", "signed"],
@@ -229,7 +229,7 @@ def test_twelve_bits_are_scaled_by_their_range():
 def test_numbers_without_a_range_are_bad_images(own_tree, file, kind):
     (own_tree / "train" / "ant" / "002.jpg").write_bytes(file)
     [(name, reason)] = loaded(own_tree).images[CLEAN, 0, 2][2]
-    assert name.endswith("ant/002.jpg") and kind in reason and "8 or 16 bits a channel" in reason
+    assert name.endswith("ant/002.jpg") and kind in reason and "8 or 16 bits per channel" in reason
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -288,7 +288,7 @@ def test_links_are_followed_but_not_in_circles(own_tree, tmp_path):
     ours = [name.removeprefix("ant/") for name in names if name.startswith("ant/") and not name[4:7].isdigit()]
     assert ours == ["linked.jpg", "lost.jpg", "more/knot.jpg", "more/moved.jpg"]
     assert len(names) == 23 + 4 + 4 * 24  # bees in cat and cats in bee, once
-    assert loaded(own_tree).left_out == {"links to a folder around them": 6}
+    assert loaded(own_tree).left_out == {"links to a parent folder": 6}
 
 
 def test_ignored_file_types_are_reported_once(own_tree, tmp_path):
@@ -299,7 +299,7 @@ def test_ignored_file_types_are_reported_once(own_tree, tmp_path):
     (own_tree / "val" / "bee" / "b.HEIC").touch()
     console = Console(file=StringIO(), width=200)
     train(config(own_tree, epochs=1, output=tmp_path / "run"), console)
-    assert console.file.getvalue().count("ignored: .heic (3), .txt (1), no ending (1)") == 1
+    assert console.file.getvalue().count("ignored: .heic (3), .txt (1), no extension (1)") == 1
     assert len(found(own_tree)) == 72
 
 
@@ -390,15 +390,15 @@ def test_a_folder_of_unreadable_images_is_refused(tmp_path):
         with pytest.raises(ValueError, match="^6 training images in a row cannot be read, the first .*/train/"):
             list(loaded(root, bad_images="skip", batch_size=2, workers=workers).batches(2, stream=CLEAN, **WHERE))
         stopping = loaded(root, batch_size=2, workers=workers)
-        assert len(stopping.images[CLEAN, 0, 2][2]) == 1  # it did not try all of them
-        with pytest.raises(ValueError, match="cannot read .*; bad_images skip would"):
+        assert len(stopping.images[CLEAN, 0, 2][2]) == 1  # it has not tried all of them
+        with pytest.raises(ValueError, match="cannot read .*; use bad_images skip"):
             list(stopping.batches(2, stream=CLEAN, **WHERE))
 
 
 def test_unreadable_test_images_are_refused(own_tree, capsys):
     for path in (own_tree / "val").rglob("*.*"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="not one of the test images"):
+    with pytest.raises(ValueError, match="none of the test images"):
         Trainer(config(own_tree, bad_images="skip")).run_epoch()
 
 
@@ -436,7 +436,7 @@ def test_a_reader_that_is_killed_is_named(tree, tmp_path, capsys):
             "2",
         ]
         assert cli.main(["train", "--data", "folder", *arguments, "--output", str(tmp_path / "run")]) == 2
-    assert "a process that reads images was killed" in capsys.readouterr().err
+    assert "a worker process was killed" in capsys.readouterr().err
 
 
 # Failures of worker processes
@@ -540,12 +540,12 @@ def one_class(root):
     "damage, options, message",
     [
         (without_val, {}, "no folder .*val: data_dir needs train/ and val/"),
-        (empty_class, {}, r"class folder .*bee has no images.*; there is \.txt \(1\)"),
-        (another_class, {}, "3 classes in train/ and 4 in val/: not in both are dog"),
+        (empty_class, {}, r"class folder .*bee has no images.*; it has \.txt \(1\)"),
+        (another_class, {}, "3 classes in train/ and 4 in val/; only in one: dog"),
         (one_class, {}, "train has 1 class folders"),
-        (None, {"classes": 1000}, "has 3 classes, and classes 1000 is asked for"),
+        (None, {"classes": 1000}, "classes is 1000, but folder has 3"),
         (None, {"batch_size": 100}, "exceeds the 72 training images"),
-        (None, {"randaugment": "much"}, "randaugment 'much' is none that timm knows"),
+        (None, {"randaugment": "much"}, "timm does not know randaugment 'much'"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -566,7 +566,7 @@ def test_other_images_are_refused_on_resume(own_tree):
     moved = own_tree.rename(own_tree.with_name("moved"))
     Trainer(config(moved)).load_state_dict(state)  # the same in another place
     (moved / "train" / "ant" / "000.jpg").unlink()
-    with pytest.raises(ValueError, match="run has 72 images of 3 classes.*here are 71 images"):
+    with pytest.raises(ValueError, match="trained on 72 images of 3 classes.*has 71 images"):
         Trainer(config(moved)).load_state_dict(state)
 
 
@@ -756,8 +756,8 @@ def test_a_validation_share_out_of_range(share):
         TrainConfig(validation=share)
 
 
-def test_data_that_cannot_be_held_out(tree):
-    with pytest.raises(ValueError, match="validation holds out images in memory.*put them in val/ yourself"):
+def test_what_cannot_be_held_out(tree):
+    with pytest.raises(ValueError, match="validation needs images in memory.*move images into val/"):
         data.load(config(tree, validation=0.2))
-    with pytest.raises(ValueError, match="of 1347 training images is none: raise it"):
+    with pytest.raises(ValueError, match="of 1347 training images selects none: raise it"):
         data.load(TrainConfig(validation=1e-4))

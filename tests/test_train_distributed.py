@@ -165,8 +165,8 @@ def test_processes_divide_every_batch():
 @pytest.mark.parametrize(
     "processes, options, message",
     [
-        (2, {"batch_size": 63}, "batch_size 63 cannot be shared out evenly over 2 processes"),
-        (1, {"method": "mrwp", "rwp_parallel": True, "batch_size": 63}, "batch_size 63 .* over 2 halves"),
+        (2, {"batch_size": 63}, "batch_size 63 cannot be divided evenly among 2 processes"),
+        (1, {"method": "mrwp", "rwp_parallel": True, "batch_size": 63}, "batch_size 63 .* among 2 halves"),
         (2, {"method": "sam", "rwp_parallel": True}, "sam has no option rwp_parallel"),
         (2, {"method": "mrwp", "ascent": "local"}, "mrwp has no option ascent"),
         (2, {"device": "cuda:1"}, "device cuda:1 is for one process"),

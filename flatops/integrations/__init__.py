@@ -1,1 +1,1 @@
-"""Where users already are: Lightning, Hugging Face's Trainer, timm. Nothing here is imported before it is asked for."""
+"""Integrations with Lightning, Hugging Face's Trainer and timm; import the submodule that you need."""

@@ -1,8 +1,8 @@
-"""Lightning: one callback, or a mixin that brings it, that gives flatops optimizers their passes.
+"""Lightning: a callback, or a mixin that adds it, that runs the passes of flatops optimizers.
 
-Without it Lightning's automatic optimization is right in the simplest case alone: under a GradScaler it calls the closure once,
-outside of step(), so that SAM is its base optimizer; with accumulation only the last micro-batch is perturbed; and the loss it
-logs is the perturbed one.
+Without it, Lightning's automatic optimization is wrong in most cases: under a GradScaler it calls the closure once and
+outside of step(), which reduces SAM to its base optimizer; under gradient accumulation only the last micro-batch is
+perturbed; and the logged loss is the perturbed one.
 """
 
 from __future__ import annotations
@@ -18,25 +18,24 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from flatops.optim.base import Flat
 from flatops.optim.passes import passes, unwrap
 
-# Their parameters are no longer the model's: filters are flattened away, or the backward is not PyTorch's.
+# They flatten parameters, which loses the filters, or replace PyTorch's backward.
 REFUSED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy", "XLAFSDPStrategy")
 
 
 class FlatMinima(Callback):
-    """Gives the flatops optimizer of a LightningModule its perturbed passes.
+    """Runs the perturbed passes of a LightningModule's flatops optimizer.
 
-    In automatic optimization every micro-batch is a step's worth of passes: RWP runs `training_step` at the perturbed weights;
-    SAM, SSAM and m-RWP run it a second time, with `self.log` muted and BatchNorm's statistics frozen. What Lightning logs,
-    shows and returns to callbacks is the clean pass's (RWP has no other than the perturbed one). Mixed precision with or
-    without a GradScaler, `accumulate_grad_batches` and `gradient_clip_val` mean what they always mean: gradients are unscaled
-    and clipped once, before the step; under accumulation SAM climbs for every micro-batch by itself (m-sharpness).
+    In automatic optimization every micro-batch gets all passes: RWP runs `training_step` at the perturbed weights; SAM,
+    SSAM and m-RWP run it a second time, with `self.log` muted and BatchNorm's running statistics frozen. The loss that
+    Lightning logs and passes to callbacks is the clean pass's (RWP only has a perturbed one). Mixed precision, with or
+    without a GradScaler, `accumulate_grad_batches` and `gradient_clip_val` work as usual: gradients are unscaled and
+    clipped once, before the step. Under accumulation SAM ascends for each micro-batch separately (m-sharpness).
 
-    RWP's pass is open from `training_step` to the end of the backward: hooks between see perturbed weights, and no others do. The
-    callback moves to the front of `trainer.callbacks`: when an exception breaks a pass off, it restores the weights before any
-    other's `on_exception`, which may save them.
+    RWP's pass lasts from `training_step` to the end of the backward: hooks in between see perturbed weights, no others.
+    The callback moves to the front of `trainer.callbacks`: when an exception interrupts a pass, it restores the weights
+    before another callback's `on_exception` can save them.
 
-    In manual optimization the passes are yours, by `flatops.passes` or `perturbed()`; the callback sees to it that no step is
-    made without.
+    In manual optimization you run the passes, with `flatops.passes` or `perturbed()`; a step without them is an error.
 
     Example:
         >>> class Net(LightningModule):
@@ -45,50 +44,45 @@ class FlatMinima(Callback):
         >>> Trainer(callbacks=[FlatMinima()], precision="16-mixed", accumulate_grad_batches=2).fit(net, loader)
 
     Raises:
-        TypeError: when training starts with another optimizer.
-        ValueError: for a strategy that flattens parameters (FSDP of the first kind, DeepSpeed, XLA), or a training_step that
-            takes dataloader_iter, whose batch cannot be seen twice.
-        RuntimeError: in manual optimization, for a step without a perturbed pass.
+        TypeError: training starts with another optimizer.
+        ValueError: a strategy that flattens parameters (FSDP1, DeepSpeed, XLA), more than one FlatMinima, or a
+            training_step that takes dataloader_iter, which cannot repeat a batch.
+        RuntimeError: in manual optimization, a step without a perturbed pass.
     """
 
     def __init__(self) -> None:
-        self.open = contextlib.ExitStack()  # the pass that is under way, or about to begin
+        self.open = contextlib.ExitStack()  # the current pass, or the next
         self.rest: Iterator[Any] = iter(())  # the passes after it
         self.batch: tuple[Any, ...] = ()
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Goes to the front: what others do in on_exception and on_after_backward comes after the pass has ended."""
+        """Move to the front: the pass ends before other callbacks' on_exception and on_after_backward."""
         trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if {kind.__name__ for kind in type(trainer.strategy).__mro__} & set(REFUSED):
-            raise ValueError(
-                f"FlatMinima does not go with {type(trainer.strategy).__name__}: use DDPStrategy, or ModelParallelStrategy (FSDP2)"
-            )
+            strategy = type(trainer.strategy).__name__
+            raise ValueError(f"strategy {strategy} is not supported: use DDPStrategy or ModelParallelStrategy (FSDP2)")
         if sum(isinstance(callback, FlatMinima) for callback in trainer.callbacks) > 1:
-            raise ValueError("callbacks has more than one FlatMinima: each would run the passes")
+            raise ValueError("callbacks has more than one FlatMinima: keep one")
         if not module.automatic_optimization:
             return
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            raise ValueError(
-                "training_step takes dataloader_iter, and a second pass needs the same batch: let it take batch"
-            )
+            raise ValueError("training_step takes dataloader_iter, but both passes need the same batch: take batch")
         try:
             unwrap(trainer.optimizers[0]).passes_in_step = False
         except TypeError as error:
-            message = (
-                "FlatMinima is for flatops optimizers: let configure_optimizers return flatops.SAM(...) or another"
-            )
+            message = "FlatMinima is for flatops optimizers: return one from configure_optimizers"
             raise TypeError(f"{message}; {error}") from None
 
-    # --- the passes over a micro-batch --------------------------------------------------------------------------------------
+    # --- the passes over a micro-batch ----------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not module.automatic_optimization:
             return
         flat = unwrap(trainer.optimizers[0])
         if trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward:
-            return  # StochasticWeightAveraging computes BatchNorm's statistics, without a backward
+            return  # StochasticWeightAveraging updates BatchNorm's running statistics, without a backward
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         self.batch = (batch, batch_idx) if takes_index else (batch,)
         scaler, parts = _scaler(trainer), trainer.accumulate_grad_batches
@@ -97,7 +91,7 @@ class FlatMinima(Callback):
             self._begin_with_forward(trainer.strategy)
 
     def _begin_with_forward(self, strategy: Any) -> None:
-        """Begins RWP's pass when training_step is called, after the last hook of on_train_batch_start."""
+        """Begin RWP's pass when training_step is called, after all on_train_batch_start hooks."""
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self.open.close()
@@ -108,7 +102,7 @@ class FlatMinima(Callback):
         strategy.training_step = training_step
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: torch.Tensor) -> None:
-        # Not earlier: Lightning zeroes gradients between forward and backward.
+        # Not earlier: Lightning zeroes gradients between the forward and the backward.
         if module.automatic_optimization and unwrap(trainer.optimizers[0]).has_clean_pass:
             self.open.enter_context(next(self.rest))
 
@@ -118,28 +112,27 @@ class FlatMinima(Callback):
         self.open.close()
         for second in self.rest:
             with second, _muted(module):
-                # The strategy's, so that autocast and DistributedDataParallel are as they were; the module's own backward,
-                # so that no hook runs twice.
+                # The strategy's training_step, for autocast and DDP; the module's backward, so that hooks run once.
                 output = trainer.strategy.training_step(*self.batch)
                 loss = output["loss"] if isinstance(output, Mapping) else output
                 if loss is None:
                     raise RuntimeError(
-                        "training_step returned None in the perturbed pass and a loss in the clean one: let it return the loss, "
-                        "and a GradScaler skip what is not finite"
+                        "training_step returned a loss in the clean pass, but None in the perturbed one: always return "
+                        "the loss, and let a GradScaler skip steps that are not finite"
                     )
                 loss = loss / trainer.accumulate_grad_batches
                 scaler = _scaler(trainer)
                 module.backward(loss if scaler is None else scaler.scale(loss))
 
-    # --- other ways out: training_step returned None, on_train_batch_start returned -1, an exception -----------------------
+    # --- other exits: training_step returned None, on_train_batch_start returned -1, an exception -----------
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         self.open.close()
         flat = _flat(optimizer)
         if flat is not None and not (module.automatic_optimization or flat.run.is_ready):
             raise RuntimeError(
-                f"{type(flat).__name__}.step() without a perturbed pass would be a plain step: in manual optimization run "
-                "`for one_pass in flatops.passes(optimizer, self)` or `flatops.unwrap(optimizer).perturbed()` before it"
+                f"{type(flat).__name__}.step() was called without a perturbed pass: in manual optimization, run "
+                "`for one_pass in flatops.passes(optimizer, self)` or `flatops.unwrap(optimizer).perturbed()` first"
             )
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
@@ -158,12 +151,12 @@ class FlatMinima(Callback):
             self.open.__exit__(type(exception), exception, exception.__traceback__)
         finally:
             for flat in filter(None, map(_flat, trainer.optimizers)):
-                flat.restore()  # an interrupt may have come before the pass was noted
+                flat.restore()  # Ctrl-C may come before `open` has the pass
                 flat.passes_in_step = True
 
 
 class FlatMinimaMixin:
-    """Mixed into a LightningModule, brings FlatMinima along, so that no Trainer has to be told.
+    """Makes a LightningModule add FlatMinima itself, whatever the Trainer.
 
     Example:
         >>> class Net(FlatMinimaMixin, LightningModule):
@@ -173,7 +166,7 @@ class FlatMinimaMixin:
     """
 
     def configure_callbacks(self) -> list[Callback]:
-        """The module's own callbacks, and FlatMinima, which takes the place of one that the Trainer has."""
+        """The module's other callbacks, and FlatMinima, which replaces the Trainer's."""
         others = super().configure_callbacks()
         return [*(others if isinstance(others, Sequence) else [others]), FlatMinima()]
 
@@ -191,7 +184,7 @@ def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
 
 @contextlib.contextmanager
 def _muted(module: LightningModule) -> Iterator[None]:
-    """self.log and self.log_dict do nothing: they have logged the clean pass."""
+    """Make self.log and self.log_dict do nothing: the clean pass is already logged."""
     module.log = module.log_dict = lambda *args, **kwargs: None
     try:
         yield

@@ -1,4 +1,4 @@
-"""timm: flatops optimizers by name in its registry, and a loss scaler for its training script."""
+"""timm: flatops optimizers in its registry, and a loss scaler for its training script."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from flatops.optim.passes import passes
 
 
 def register(*bases: str) -> list[str]:
-    """Puts flatops optimizers into timm's registry, for `timm.optim.create_optimizer_v2` and its scripts' `--opt`.
+    """Register flatops optimizers with timm, for `timm.optim.create_optimizer_v2` and its scripts' `--opt`.
 
-    The names are method + base, such as 'samsgd', 'rwpadamw', 'ssamsgd' (a dynamic mask, moved every 1000 steps). They
-    have no underscore, because timm reads what stands before one as the name of a wrapper.
+    Names are method + base, such as 'samsgd', 'rwpadamw' or 'ssamsgd' (dynamic mask, updated every 1000 steps), without
+    an underscore, because timm takes the part before one as the name of a wrapper.
 
     Args:
-        *bases: names of optimizers that timm knows; default 'sgd', 'momentum' and 'adamw'.
+        *bases: names of optimizers in timm's registry; default 'sgd', 'momentum' and 'adamw'.
 
     Returns:
         The names.
 
     Raises:
-        ValueError: for a base that timm does not know.
+        ValueError: a base that timm does not know.
 
     Example:
         >>> flatops.integrations.timm.register()
@@ -56,22 +56,22 @@ def register(*bases: str) -> list[str]:
 
 
 class FlatScaler(NativeScaler):
-    """timm's NativeScaler, given the forward instead of its loss: runs all passes of a micro-batch, and the step if it is due.
+    """timm's NativeScaler with the forward in place of the loss: runs all passes of a micro-batch, and the step if due.
 
-    For every method and precision: with `enabled=False` it scales nothing, as bfloat16 and float32 want it. Its checkpoints are
-    NativeScaler's; a run that goes on in float16 begins with a fresh scale if there was none.
+    It works with every method and precision; for bfloat16 and float32, `enabled=False` turns scaling off. Checkpoints
+    are NativeScaler's; a run resumed in float16 from one without a scale starts with a new scale.
 
     Args:
-        model: whose BatchNorm statistics are to come from the clean pass alone.
-        device: of the GradScaler; default 'cuda'.
-        enabled: whether to scale; default True.
-        accum_steps: what `forward` divides the loss by; only ARWP with lam < 1 has to know. Default 1.
+        model: the model, whose BatchNorm statistics are frozen in perturbed passes.
+        device: device of the GradScaler; default 'cuda'.
+        enabled: whether to scale the loss; default True.
+        accum_steps: the divisor of the loss in `forward`; only ARWP with lam < 1 needs it. Default 1.
 
     Example:
-        >>> loss_scaler = FlatScaler(model, device.type, enabled=loss_scaler is not None)  # where the script would scale
-        >>> loss, result = loss_scaler(_forward, optimizer, clip_grad=args.clip_grad, parameters=params, need_update=need_update)
+        >>> loss_scaler = FlatScaler(model, device.type, enabled=loss_scaler is not None)
+        >>> loss, result = loss_scaler(_forward, optimizer, clip_grad=1.0, parameters=params, need_update=need_update)
 
-        in the place of `loss, result = _forward(); loss_scaler(loss, optimizer, ...)`.
+        in place of `loss, result = _forward(); loss_scaler(loss, optimizer, ...)`.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class FlatScaler(NativeScaler):
         self._scaler = torch.amp.GradScaler(device, enabled=enabled)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scale; that of a scaler about to begin where this one is disabled: the empty one of torch is taken by none."""
+        """The scale; a new scaler's if this one is disabled, because GradScaler refuses to load an empty state."""
         return super().state_dict() or torch.amp.GradScaler("cpu").state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`; from an empty one, a disabled GradScaler's, with the scale that there is."""
+        """Load a state dict; an empty one, a disabled GradScaler's, leaves the scale as it is."""
         if state_dict:
             super().load_state_dict(state_dict)
 
@@ -99,21 +99,19 @@ class FlatScaler(NativeScaler):
         create_graph: bool = False,
         need_update: bool = True,
     ) -> Any:
-        """Runs `forward` and its backward once a pass; returns what the first pass's returned.
+        """Run `forward` and its backward once per pass; return the first pass's output.
 
         Args:
-            forward: computes the loss, divided by the number of accumulated micro-batches if there are more than one; returns it,
-                or a tuple in which it is the first.
+            forward: computes the loss, divided by the number of micro-batches if gradients are accumulated; returns it
+                or a tuple that begins with it.
             optimizer: a flatops optimizer.
-            clip_grad, clip_mode, parameters, create_graph, need_update: as NativeScaler's.
+            clip_grad, clip_mode, parameters, create_graph, need_update: as for NativeScaler.
 
         Raises:
-            TypeError: for a loss in the place of `forward`: it is there once, and SAM needs two.
+            TypeError: `forward` is a loss instead of a function, or clip_grad comes without parameters.
         """
         if not callable(forward):
-            raise TypeError(
-                "FlatScaler takes the function that computes the loss, not the loss: SAM has to call it twice"
-            )
+            raise TypeError("forward must be the function that computes the loss, not the loss: SAM calls it twice")
         first = None
         for one_pass in passes(optimizer, self.model, loss_scale=lambda: self._scaler.get_scale() / self.accum_steps):
             with one_pass:
@@ -124,7 +122,7 @@ class FlatScaler(NativeScaler):
         if need_update:
             if clip_grad is not None:
                 if parameters is None:
-                    raise TypeError("clip_grad needs parameters to clip the gradients of")
+                    raise TypeError("clip_grad needs parameters, whose gradients it clips")
                 self._scaler.unscale_(optimizer)
                 dispatch_clip_grad(parameters, clip_grad, mode=clip_mode)
             self._scaler.step(optimizer)

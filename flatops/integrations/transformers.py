@@ -1,6 +1,7 @@
-"""Hugging Face's Trainer: one mixin that gives flatops optimizers their passes. accelerate's own loop needs `flatops.passes` alone.
+"""Hugging Face's Trainer: a mixin that runs the passes of flatops optimizers. accelerate only needs `flatops.passes`.
 
-Without it the Trainer runs one backward a step and calls step() without a closure: every flatops optimizer is its base, with one warning.
+Without it the Trainer runs one backward per step and calls step() without a closure, which reduces every flatops
+optimizer to its base optimizer, with one warning.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedTy
 
 
 class FlatMinimaMixin:
-    """Mixed into a Trainer, gives its flatops optimizer the perturbed passes.
+    """Makes a Trainer run the perturbed passes of its flatops optimizer.
 
-    Every call of `training_step`, one micro-batch, runs RWP's one pass at the perturbed weights, or both passes of SAM, SSAM and
-    m-RWP. The loss that the Trainer logs is the clean pass's (RWP has no other than the perturbed one). Mixed precision with or
-    without a GradScaler, `gradient_accumulation_steps`, `max_grad_norm`, and resuming from a checkpoint, in mid-epoch too, mean
-    what they always mean; under accumulation SAM climbs for every micro-batch by itself (m-sharpness).
+    `training_step`, called for every micro-batch, runs RWP's perturbed pass, or both passes of SAM, SSAM and m-RWP. The
+    loss that the Trainer logs is the clean pass's (RWP only has a perturbed one). Mixed precision, with or without a
+    GradScaler, `gradient_accumulation_steps`, `max_grad_norm`, and resuming from a checkpoint, also in mid-epoch, work
+    as usual. Under gradient accumulation SAM ascends for each micro-batch separately (m-sharpness).
 
     Example:
         >>> class FlatTrainer(FlatMinimaMixin, transformers.Trainer):
@@ -29,29 +30,27 @@ class FlatMinimaMixin:
         >>> optimizer = flatops.SAM(model.parameters(), torch.optim.AdamW, rho=0.05, lr=1e-4)
         >>> FlatTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
 
-        or, with the Trainer's groups for the weight decay,
+        or, with the Trainer's parameter groups for weight decay,
 
         >>> options = {"base": torch.optim.AdamW, "rho": 0.05, "lr": 1e-4}
         >>> FlatTrainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(flatops.SAM, options)).train()
 
     Raises:
-        TypeError: when training starts with another optimizer.
-        ValueError: under DeepSpeed, Megatron or XLA, whose weights and backwards are their own.
+        TypeError: training starts with another optimizer.
+        ValueError: DeepSpeed, Megatron or XLA, which replace the weights or the backward.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         before = cls.__mro__[: cls.__mro__.index(FlatMinimaMixin)]
         if any("training_step" in vars(kind) and not issubclass(kind, FlatMinimaMixin) for kind in before):
-            raise TypeError(f"{cls.__name__}: FlatMinimaMixin has to come before the Trainer that it is mixed into")
+            raise TypeError(f"{cls.__name__}: FlatMinimaMixin must come before the Trainer among the base classes")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The passes over one micro-batch; returns the first one's loss."""
+        """Run the passes over one micro-batch; return the first one's loss."""
         accelerator = self.accelerator
         if accelerator.distributed_type in REFUSED:
-            raise ValueError(
-                f"FlatMinimaMixin does not go with {accelerator.distributed_type.value}: use DDP, or FSDP2"
-            )
+            raise ValueError(f"{accelerator.distributed_type.value} is not supported: use DDP or FSDP2")
         try:
             flat = unwrap(self.optimizer)
         except TypeError as error:

@@ -1,4 +1,4 @@
-"""Seeing flatness: loss surfaces along random directions, sharpness on average and at worst, the Hessian's top eigenvalues.
+"""Loss landscapes: surfaces along random directions, average- and worst-case sharpness, top Hessian eigenvalues.
 
 from flatops import landscape
 surface = landscape.surface(model, loss_fn, batches)

@@ -1,4 +1,4 @@
-"""Every option of `flatops landscape`; a field is a flag of the command line, its docstring the help."""
+"""Every option of `flatops landscape`: a field is a flag, its docstring the help."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from .surface import check_grid
 
 @dataclass(kw_only=True)
 class LandscapeConfig:
-    """Draw the loss around trained networks, side by side: curves, surfaces, sharpness and the Hessian's top eigenvalue."""
+    """Plot the loss landscapes of trained networks: curves, surfaces, sharpness and the Hessian's top eigenvalue."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of `flatops train`, for their last checkpoint, or checkpoints; all of the same data."""
+    """Checkpoints, or folders of `flatops train` for their last checkpoint; all trained on the same data."""
     output: Path = Path("runs/landscape")
-    """Folder of landscape.json, landscape.png and landscape.html; those of an earlier call are replaced."""
+    """Folder for landscape.json, landscape.png and landscape.html, which replace those of an earlier call."""
     ema: bool = False
-    """Draw the averaged weights, which `flatops train --ema` keeps beside the trained ones."""
+    """Plot the averaged weights that `flatops train --ema` keeps."""
     points: int = 25
-    """Points along each direction, odd: a surface takes points × points losses of each network."""
+    """Points along each direction, an odd number; a surface takes points × points losses per network."""
     radius: float = 1.0
-    """How far the grid reaches, as a share of every filter's norm."""
+    """Largest distance along a direction, relative to every filter's norm."""
     all_parameters: bool = False
-    """Also move biases and the weights of normalisation along the directions, which the paper leaves alone."""
+    """Also move biases and normalisation weights along the directions; the paper keeps them fixed."""
     sigmas: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)
-    """Average-case sharpness: standard deviations of RWP's noise over the norm of its filter."""
+    """Average-case sharpness: standard deviations of RWP's noise relative to its filter's norm."""
     draws: int = 8
-    """Average-case sharpness: draws of the noise."""
+    """Average-case sharpness: number of draws of the noise."""
     rhos: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     """Worst-case sharpness: lengths of SAM's ascent, over all weights together."""
     eigenvalues: int = 1
-    """How many of the Hessian's largest eigenvalues."""
+    """Number of the Hessian's largest eigenvalues."""
     iterations: int = 100
-    """Most steps of the power iteration for each; a step takes as long as four losses or more."""
+    """Most power iterations per eigenvalue; each takes as long as four losses or more."""
     batches: int = 4
-    """Batches of training images, and of test images, that every loss is the mean over."""
+    """Every loss is the mean over this many batches, of training and of test images."""
     batch_size: int = 256
-    """Images in a batch; a smaller one takes less memory."""
+    """Images in a batch; fewer take less memory."""
     seed: int = 0
-    """Seed of the directions, of the noise, and of the choice of training images."""
+    """Seed of the directions, the noise, and the choice of training images."""
     device: str = "auto"
-    """Where to compute: auto (a CUDA device if there is one), cpu, cuda, cuda:1 …"""
+    """Where to compute: auto (CUDA if available), cpu, cuda, cuda:1 …"""
 
     def __post_init__(self) -> None:
         check(len(self.runs) > 0, "runs must name at least one checkpoint or folder of flatops train")

@@ -17,12 +17,12 @@ from .probe import LossFn, Pairs, Probe
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """An eigenvalue and how well it is known.
+    """An eigenvalue and its precision.
 
     Args:
         value: the Rayleigh quotient v.Hv of the last vector.
         residual: ||Hv - value v|| / |value|; an eigenvalue lies within residual |value| of `value`.
-        iterations: Hessian-vector products that it took.
+        iterations: number of Hessian-vector products.
     """
 
     value: float
@@ -41,18 +41,18 @@ def top_eigenvalues(
     seed: int = 0,
     on_pass: Callable[[], None] = lambda: None,
 ) -> list[Eigenvalue]:
-    """The eigenvalues of the mean loss's Hessian of the largest magnitude, in the order found.
+    """The Hessian's eigenvalues of largest magnitude, of the mean loss, in the order found.
 
-    v <- Hv / ||Hv||, with what belongs to eigenvectors already found taken out, over all parameters that require a gradient.
+    v <- Hv / ||Hv||, orthogonal to the eigenvectors already found, over all parameters that require a gradient.
 
     Args:
-        model: on one device; in evaluation mode meanwhile, so that BatchNorm uses its running statistics.
+        model: on one device; it is evaluated in evaluation mode, where BatchNorm uses its running statistics.
         loss_fn: called as loss_fn(model(inputs), targets); a mean over the samples; twice differentiable.
         batches: pairs (inputs, targets) on the model's device.
-        count: how many eigenvalues; default 1. Each keeps a vector of the weights' size.
-        iterations: at most, for each; default 100.
-        tolerance: the residual at which one is good enough; default 1e-3.
-        seed: of the first vector; default 0.
+        count: number of eigenvalues; default 1. Each needs a vector of the weights' size.
+        iterations: the most for each eigenvalue; default 100.
+        tolerance: the residual at which to stop; default 1e-3.
+        seed: seed of the initial vectors; default 0.
         on_pass: called after every product.
 
     Raises:
@@ -68,7 +68,7 @@ def top_eigenvalues(
     with Probe(model, loss_fn, batches, on_pass) as probe:
         params = probe.trainable
         if any(p.is_complex() for p in params):
-            raise TypeError("model has complex parameters: eigenvalues are those of real ones")
+            raise TypeError("model has complex parameters: eigenvalues are computed for real ones only")
         size, device = sum(p.numel() for p in params), params[0].device
         dtype = functools.reduce(torch.promote_types, (p.dtype for p in params), torch.float32)
         for draw in range(min(count, size)):
@@ -82,11 +82,11 @@ def top_eigenvalues(
 def power_iteration(
     probe: Probe, start: Tensor, others: list[Tensor], iterations: int, tolerance: float
 ) -> tuple[Eigenvalue, Tensor]:
-    """The largest eigenvalue on the complement of `others`, and its eigenvector, a flat vector of norm 1."""
-    product, residual, done = without(start, others), math.inf, 0
+    """The largest eigenvalue orthogonal to `others`, and its eigenvector, a flat vector of norm 1."""
+    product, residual, done = orthogonal(start, others), math.inf, 0
     while residual > tolerance and done < iterations:  # NaN ends it
-        vector = unit(product)
-        product = without(flat_product(probe, vector), others)
+        vector = product / product.norm()
+        product = orthogonal(flat_product(probe, vector), others)
         value = float(vector @ product)
         error = float((product - value * vector).norm())
         residual, done = error / abs(value) if value else error, done + 1
@@ -94,20 +94,15 @@ def power_iteration(
 
 
 def flat_product(probe: Probe, vector: Tensor) -> Tensor:
-    """The Hessian times a flat vector; computed in each parameter's own dtype."""
+    """The Hessian times a flat vector, computed in each parameter's dtype."""
     params = probe.trainable
     parts = vector.split([p.numel() for p in params])
     product = probe.hessian_times([part.view(p.shape).to(p.dtype) for part, p in zip(parts, params)])
     return torch.cat([part.reshape(-1).to(vector.dtype) for part in product])
 
 
-def without(vector: Tensor, others: list[Tensor]) -> Tensor:
-    """What is left of a vector without its parts along orthonormal others."""
+def orthogonal(vector: Tensor, others: list[Tensor]) -> Tensor:
+    """Project a vector onto the complement of orthonormal others."""
     for other in others:
         vector = vector - (other @ vector) * other
     return vector
-
-
-def unit(vector: Tensor) -> Tensor:
-    """A vector of norm 1 in its direction."""
-    return vector / vector.norm()

@@ -1,4 +1,4 @@
-"""The surfaces as a page to turn around, in a file that opens offline."""
+"""An HTML page of surfaces that can be rotated, also offline."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from plotly import graph_objects, subplots
 
 from .plots import COLUMNS, caption, limits, round_values
 
-LEGEND = "height and colour: training loss; directions: share of each filter's norm; drag one surface to turn all"
+LEGEND = "height and colour: training loss; directions: relative to each filter's norm; drag one surface to rotate all"
 HOVER = "loss %{z:.4g}<br>direction 1: %{x:.2f}<br>direction 2: %{y:.2f}<extra></extra>"
-CAMERA = {"eye": {"x": 1.6, "y": 1.6, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.15}}  # the whole box is in sight
-LIGHT = {"ambient": 0.9, "diffuse": 0.3, "specular": 0, "fresnel": 0}  # colour is loss first, and shade second
-TOGETHER = """
+CAMERA = {"eye": {"x": 1.6, "y": 1.6, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.15}}  # shows the whole box
+LIGHT = {"ambient": 0.9, "diffuse": 0.3, "specular": 0, "fresnel": 0}  # colours show the loss: little shading
+ROTATE_TOGETHER = """
 const page = document.getElementById("{plot_id}");
 const scenes = Object.keys(page._fullLayout).filter(name => /^scene\\d*$/.test(name));
 page.on("plotly_relayout", change => {
@@ -28,10 +28,10 @@ page.on("plotly_relayout", change => {
 
 
 def write(result: dict[str, Any], path: Path | str) -> None:
-    """Write a page with one surface for each network, on one scale of height and colour; they turn together.
+    """Write a page with a surface per network, on a common scale of height and colour; they rotate together.
 
     Args:
-        result: what landscape.json holds.
+        result: the content of landscape.json.
         path: HTML to write.
     """
     networks = result["networks"]
@@ -66,4 +66,4 @@ def write(result: dict[str, Any], path: Path | str) -> None:
     }
     figure.update_scenes(xaxis_title="direction 1", yaxis_title="direction 2", zaxis=height, camera=CAMERA)
     figure.update_layout(title=f"{escape(result['title'])}<br><sup>{LEGEND}</sup>", margin={"l": 0, "r": 0, "b": 0})
-    figure.write_html(path, include_plotlyjs=True, post_script=TOGETHER, default_height=f"{50 * max(2, rows)}vh")
+    figure.write_html(path, include_plotlyjs=True, post_script=ROTATE_TOGETHER, default_height=f"{50 * max(2, rows)}vh")

@@ -1,4 +1,4 @@
-"""Pictures of surfaces, and of all that `flatops landscape` measures."""
+"""Plots of surfaces, and of everything that `flatops landscape` measures."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ import numpy as np
 
 from .surface import Surface
 
-if TYPE_CHECKING:  # matplotlib is loaded by what draws
+if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart by the colour-blind too.
+# Okabe and Ito's colours, which are colour-blind safe.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 STYLES = {"training": "-", "test": "--"}
 COLUMNS = 3  # panels in a row
-AXIS = "direction {} (share of each filter's norm)"
+AXIS = "direction {} (relative to each filter's norm)"
 
 
 def plot(surfaces: dict[str, Surface], path: Path | str | None = None, title: str = "") -> Figure:
-    """Draw surfaces by name: curves in one panel, planes in panels side by side, on one scale.
+    """Plot surfaces by name: curves in one panel, planes in panels side by side, on one scale.
 
     Args:
-        surfaces: all of one direction or all of two.
+        surfaces: all with one direction or all with two.
         path: PNG to write; None writes nothing.
-        title: over the whole.
+        title: title of the figure.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: nothing to draw, or curves and planes together.
+        ValueError: no surface, or curves and planes together.
         ModuleNotFoundError: matplotlib is missing.
     """
     dimensions = {len(surface.axes) for surface in surfaces.values()}
     if len(dimensions) != 1:
-        raise ValueError("surfaces must be all of one direction or all of two, at least one")
+        raise ValueError("surfaces must have at least one entry, and all one direction or all two")
     drawn = {name: asdict(surface) for name, surface in surfaces.items()}
     if dimensions == {2}:
         figure, panels = new_figure(title, len(drawn))
@@ -57,10 +57,10 @@ def plot(surfaces: dict[str, Surface], path: Path | str | None = None, title: st
 
 
 def portrait(result: dict[str, Any], path: Path | str) -> None:
-    """Draw every network's plane, the curves, both sharpnesses and the top eigenvalues.
+    """Plot every network's plane, the curves, both kinds of sharpness and the top eigenvalues.
 
     Args:
-        result: what landscape.json holds.
+        result: the content of landscape.json.
         path: PNG to write.
     """
     networks = result["networks"]
@@ -76,7 +76,7 @@ def portrait(result: dict[str, Any], path: Path | str) -> None:
             draw_rises(worst, network["sharpness"][split], "rhos", "worst", **how)
     finish_lines(line, [each for network in networks for each in network["line"].values()])
     line.set_title("along direction 1")
-    average.set(title="average rise under noise", xlabel="σ (noise, share of each filter's norm)")
+    average.set(title="average rise under noise", xlabel="σ (noise, relative to each filter's norm)")
     worst.set(title="worst rise found within a ball", xlabel="ρ (radius, all weights together)")
     finish_rises(average, result["config"]["sigmas"])
     finish_rises(worst, result["config"]["rhos"])
@@ -86,7 +86,7 @@ def portrait(result: dict[str, Any], path: Path | str) -> None:
 
 
 def limits(surfaces: Sequence[dict[str, Any]]) -> tuple[float, float, bool]:
-    """The smallest and the largest finite loss of all, apart from each other, and whether a log scale can show them."""
+    """The smallest and the largest finite loss, made different if equal, and whether a log scale can show them."""
     losses = np.concatenate([np.ravel(np.array(surface["losses"], dtype=float)) for surface in surfaces])
     losses = losses[np.isfinite(losses)]
     if not losses.size:
@@ -100,14 +100,14 @@ def limits(surfaces: Sequence[dict[str, Any]]) -> tuple[float, float, bool]:
 def draw_planes(
     figure: Figure, panels: Sequence[Axes], surfaces: dict[str, dict[str, Any]], label: str = "loss"
 ) -> None:
-    """Contours side by side on one scale of colour; hatched where the loss is not finite."""
+    """Contours side by side with common colours; hatched where the loss is not finite."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
 
     low, high, log = limits(list(surfaces.values()))
     colours = {"norm": (LogNorm if log else Normalize)(low, high), "cmap": "viridis"}
     levels = np.geomspace(low, high, 25) if log else np.linspace(low, high, 25)
-    levels[[0, -1]] = low, high  # which rounding may have moved past a loss
+    levels[[0, -1]] = low, high  # exactly: rounding may have excluded a loss
     ticks = round_values(low, high, log)
     for axes, (name, surface) in zip(panels, surfaces.items()):
         losses = np.ma.masked_invalid(np.array(surface["losses"], dtype=float).T)
@@ -127,7 +127,7 @@ def draw_planes(
 
 
 def round_values(low: float, high: float, log: bool) -> list[float]:
-    """Round numbers between two; the fewer in a decade, the more decades there are."""
+    """Round numbers between two limits; fewer per decade if there are many decades."""
     from matplotlib.ticker import MaxNLocator
 
     if not log or high < 5 * low:
@@ -143,19 +143,19 @@ def draw_line(axes: Axes, line: dict[str, Any], **style: Any) -> None:
 
 
 def finish_lines(axes: Axes, lines: list[dict[str, Any]]) -> None:
-    """Labels, and a log scale where it can show all of them."""
+    """Labels, and a log scale if it can show all curves."""
     axes.set(xlabel=AXIS.format(1), ylabel="loss", yscale="log" if limits(lines)[2] else "linear")
 
 
 def draw_rises(axes: Axes, sharpness: dict[str, Any], radii: str, rises: str, **style: Any) -> None:
-    """A rise of the loss over its radii, with the standard error of an average."""
+    """The rise of the loss over the radii; averages with their standard error."""
     rise = np.array(sharpness[rises], dtype=float)
     error = np.array(sharpness["error"], dtype=float) if rises == "average" else None
     axes.errorbar(sharpness[radii], rise, error, marker="o", ms=4, lw=2, **style)
 
 
 def finish_rises(axes: Axes, radii: Sequence[float]) -> None:
-    """Labels, and log scales; the rise's is linear around 0 where noise also lowers the loss."""
+    """Labels and log scales; the vertical one is linear around 0 if noise also lowers the loss."""
     low, high = axes.dataLim.intervaly
     axes.set(ylabel="rise of the loss", xscale="log")
     if low > 0:
@@ -168,7 +168,7 @@ def finish_rises(axes: Axes, radii: Sequence[float]) -> None:
 
 
 def draw_eigenvalues(axes: Axes, networks: list[dict[str, Any]]) -> None:
-    """A bar for each of a network's largest eigenvalues: on the training images filled, on the test images empty."""
+    """A bar for each of a network's largest eigenvalues, filled for training images and empty for test images."""
     for number, network in enumerate(networks):
         parts = network["eigenvalues"]
         values = np.array([each["value"] for split in STYLES for each in parts[split]], dtype=float)
@@ -192,12 +192,12 @@ def caption(network: dict[str, Any]) -> str:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib draws as it is: between two dollars it would read mathematics."""
+    """Escape dollar signs, between which matplotlib would typeset mathematics."""
     return text.replace("$", r"\$")
 
 
 def legend(figure: Figure, networks: list[dict[str, Any]]) -> None:
-    """What colours and dashes mean, under all panels."""
+    """The legend of colours and dashes, under all panels."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=network["colour"], lw=4, label=literal(network["name"])) for network in networks]

@@ -1,4 +1,4 @@
-"""The loss of a network on fixed batches, wherever its weights are."""
+"""The loss of a network on fixed batches, as a function of its weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ Pairs = Iterable[tuple[Any, Any]]
 
 
 class Probe:
-    """A network in evaluation mode, as a context manager: modes and buffers are as they were afterwards.
+    """A network in evaluation mode, as a context manager that restores modes and buffers.
 
-    BatchNorm normalises by its running statistics, wherever the weights are, and dropout is off: the loss is a function of
-    the weights alone.
+    BatchNorm always uses its running statistics and dropout is off: the loss is a function of the weights alone.
 
     Args:
         model: on one device, not sharded.
@@ -41,9 +40,9 @@ class Probe:
                 "batches must hold pairs (inputs, targets), the samples along the first dimension"
             ) from error
         if not self.samples:
-            raise ValueError("batches holds no sample")
+            raise ValueError("batches has no samples")
         if distributed.any_distributed(list(model.parameters())):
-            raise ValueError("model is sharded: gather its weights first, landscapes are for whole ones")
+            raise ValueError("model is sharded: gather its weights first")
 
     def __enter__(self) -> Probe:
         self.modes = [(module, module.training) for module in self.model.modules()]
@@ -60,11 +59,7 @@ class Probe:
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        """The parameters that have a gradient.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The parameters that require a gradient, or ValueError if there are none."""
         params = [p for p in self.model.parameters() if p.requires_grad]
         if not params:
             raise ValueError("model has no parameter that requires a gradient")
@@ -72,11 +67,11 @@ class Probe:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean over all samples at the weights as they are; not finite where it is not."""
-        return float(sum(self._losses()))  # the device is waited for once
+        """The mean over all samples at the current weights; may be inf or NaN."""
+        return float(sum(self._losses()))  # one host sync
 
     def gradient(self) -> list[Tensor]:
-        """That of the mean loss, one tensor for each of `trainable`; p.grad is left alone."""
+        """The gradient of the mean loss, one tensor for each of `trainable`; p.grad is not touched."""
         params = self.trainable
         total = [torch.zeros_like(p) for p in params]
         with torch.enable_grad():
@@ -88,18 +83,18 @@ class Probe:
         """The Hessian of the mean loss times a vector, both one tensor for each of `trainable`."""
         params = self.trainable
         total = [torch.zeros_like(v) for v in vector]
-        # Fused attention can be differentiated once only.
+        # Fused attention cannot be differentiated twice.
         with torch.enable_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
             for loss in self._losses():
-                slopes = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-                along = sum((slope * v).sum() for slope, v in zip(slopes, vector))
-                if along.requires_grad:  # not where the loss is linear
+                grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+                along = sum((grad * v).sum() for grad, v in zip(grads, vector))
+                if along.requires_grad:  # not if the loss is linear
                     torch._foreach_add_(total, torch.autograd.grad(along, params, materialize_grads=True))
         return total
 
     def _losses(self) -> Iterable[Tensor]:
         """Each batch's share of the mean, in float64."""
-        torch.clear_autocast_cache()  # it holds low-precision copies of weights that have moved
+        torch.clear_autocast_cache()  # it has low-precision copies of the previous weights
         for inputs, targets in self.batches:
             yield self.loss_fn(self.model(inputs), targets).double() * (len(targets) / self.samples)
         self.on_pass()

@@ -1,4 +1,4 @@
-"""`flatops landscape`: networks of `flatops train` side by side, as numbers, a picture and a page."""
+"""`flatops landscape`: networks of `flatops train` side by side, as JSON, a plot and a page."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ STEPS = 5  # of the ascent after SAM's
 def landscape(config: LandscapeConfig, console: Console | None = None) -> dict[str, Any]:
     """Measure the loss around each network and write landscape.json, landscape.png and landscape.html.
 
-    All networks see the same images, undistorted, in float32 and in evaluation mode, along directions of the same seed.
+    All use the same images without augmentation, float32, evaluation mode, and directions from the same seed.
 
     Args:
-        config: which networks, and how far and how finely to look.
+        config: the networks, and the range and resolution of the measurement.
         console: where to print; the terminal by default.
 
     Returns:
-        What landscape.json holds: title, config, machine, and for each of the networks its name, line, plane, sharpness,
-        eigenvalues. `plots.portrait` and `page.write` redraw it.
+        The content of landscape.json: title, config, machine, and for each network its name, line, plane, sharpness and
+        eigenvalues. `plots.portrait` and `page.write` draw it.
 
     Raises:
         ValueError: an option out of range, a damaged checkpoint, or checkpoints of different data.
@@ -68,12 +68,12 @@ def landscape(config: LandscapeConfig, console: Console | None = None) -> dict[s
     config.output.mkdir(parents=True, exist_ok=True)
     with reading(data.load(plain_images(configs[0], config.batch_size))) as images:
         if images.fingerprint != states[0]["data"]:
-            raise ValueError(f"{config.runs[0]} was trained on {states[0]['data']}; here are {images.fingerprint}")
+            raise ValueError(f"{config.runs[0]} was trained on {states[0]['data']}; data has {images.fingerprint}")
         splits = choose_batches(images.to(device, torch.contiguous_format), config)
     networks = describe_networks(config.runs, configs, states)
     with Bar(config, console) as bar:
-        for network, its_config, state in zip(networks, configs, states):
-            model = models.create(its_config.model, images.classes, images.channels, images.size)
+        for network, trained, state in zip(networks, configs, states):
+            model = models.create(trained.model, images.classes, images.channels, images.size)
             load_weights(model, state["model"], network["checkpoint"])
             bar.begin(network["name"])
             network |= measure(model.to(device), splits, config, bar.advance)
@@ -98,32 +98,32 @@ def measure(
     grid = {"points": config.points, "radius": config.radius, "all_parameters": config.all_parameters}
     common = {"seed": config.seed, "on_pass": on_pass}
     radii = {"sigmas": config.sigmas, "draws": config.draws, "rhos": config.rhos, "steps": STEPS}
-    asked = {"count": config.eigenvalues, "iterations": config.iterations}
+    power = {"count": config.eigenvalues, "iterations": config.iterations}
 
-    def of(batches: list[Batch]) -> dict[str, Any]:
-        told = (model, F.cross_entropy, batches)
+    def measure_split(batches: list[Batch]) -> dict[str, Any]:
+        loss = (model, F.cross_entropy, batches)
         return {
-            "line": asdict(surface(*told, draws=[0], **grid, **common)),
-            "sharpness": asdict(sharpness(*told, **radii, **common)),
-            "eigenvalues": [asdict(each) for each in top_eigenvalues(*told, **asked, **common)],
+            "line": asdict(surface(*loss, draws=[0], **grid, **common)),
+            "sharpness": asdict(sharpness(*loss, **radii, **common)),
+            "eigenvalues": [asdict(each) for each in top_eigenvalues(*loss, **power, **common)],
         }
 
-    parts = {split: of(batches) for split, batches in splits.items()}
+    parts = {split: measure_split(batches) for split, batches in splits.items()}
     plane = asdict(surface(model, F.cross_entropy, splits["training"], **grid, **common))
     return {"plane": plane, **{name: {s: part[name] for s, part in parts.items()} for name in parts["test"]}}
 
 
 def passes(config: LandscapeConfig) -> int:
-    """Passes over the batches that `measure` makes, if every power iteration takes all of its steps."""
+    """Passes over the batches in `measure`, if every power iteration takes all of its steps."""
     rises = 1 + config.draws * len(config.sigmas) + (2 + 2 * STEPS) * len(config.rhos)
     return config.points**2 + 2 * (config.points + rises + config.iterations * config.eigenvalues)
 
 
-# --- networks and images -------------------------------------------------------------------------------------------------
+# --- networks and images --------------------------------------------------------------------------------
 
 
 def check_same_data(runs: tuple[Path, ...], states: list[dict[str, Any]]) -> None:
-    """Raise ValueError unless all checkpoints have the training images of the first."""
+    """Raise ValueError unless all checkpoints have the same training images."""
     first, *others = [(s["config"]["data"], s["config"]["image_size"], s["data"]) for s in states]
     for run, other in zip(runs[1:], others):
         if other != first:
@@ -132,7 +132,7 @@ def check_same_data(runs: tuple[Path, ...], states: list[dict[str, Any]]) -> Non
 
 
 def averaged(state: dict[str, Any], run: Path) -> dict[str, Any]:
-    """The checkpoint with the average and its accuracies in the network's place; ValueError where it keeps none."""
+    """The checkpoint with the averaged weights and their accuracies as its network's, or ValueError if it has none."""
     if state["ema"] is None:
         raise ValueError(f"ema: {run} has no averaged weights; flatops train --ema keeps them")
     history = [row | {"test_accuracy": row["ema_accuracy"]} for row in state["history"]]
@@ -146,7 +146,7 @@ def plain_images(config: TrainConfig, batch_size: int) -> TrainConfig:
 
 
 def choose_batches(images: Dataset, config: LandscapeConfig) -> Splits:
-    """The first batches of a shuffle of the training images, and of the test images in their order."""
+    """The first batches of the shuffled training images, and of the test images."""
     training = images.batches(config.batch_size, seed=config.seed, epoch=0, stream=CLEAN)
     count = min(config.batches, ceil(images.test_size / config.batch_size))
     return {
@@ -156,26 +156,26 @@ def choose_batches(images: Dataset, config: LandscapeConfig) -> Splits:
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: str) -> None:
-    """Raise ValueError where a checkpoint's weights are not those of its network."""
+    """Load a checkpoint's weights, or raise ValueError if they are not those of its network."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit the network that it names: {reason}") from error
+        raise ValueError(f"{path} has weights of another network than its model: {reason}") from error
 
 
 def describe_networks(
     runs: tuple[Path, ...], configs: list[TrainConfig], states: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Names, such as `m-RWP σ 0.05`, with the run where two would have the same; colours; what is known of the training."""
+    """Each network's name, such as `m-RWP σ 0.05` (with the run's name if two are equal), colour and checkpoint."""
     labels = [describe_method(config) for config in configs]
-    several = Counter(labels)
+    count = Counter(labels)
     methods = [config.method for config in configs]
-    own = len(set(methods)) == len(methods)  # each method's colour in every plot
+    distinct = len(set(methods)) == len(methods)  # then the methods' usual colours
     return [
         {
-            "name": label if several[label] == 1 else f"{label} ({terminal.readable(run.name)})",
-            "colour": METHODS[config.method].colour if own else plots.PALETTE[number % len(plots.PALETTE)],
+            "name": label if count[label] == 1 else f"{label} ({terminal.readable(run.name)})",
+            "colour": METHODS[config.method].colour if distinct else plots.PALETTE[number % len(plots.PALETTE)],
             "checkpoint": str(run),
             "epoch": state["epoch"],
             "test_accuracy": state["history"][-1]["test_accuracy"] if state["history"] else None,
@@ -192,18 +192,18 @@ def describe_method(config: TrainConfig) -> str:
 
 
 def describe_data(config: TrainConfig, splits: Splits, ema: bool) -> str:
-    """What every loss is the mean over."""
+    """The title: the network, and the images that every loss is the mean over."""
     training, test = (sum(len(labels) for _, labels in batches) for batches in splits.values())
     wrong = f", {100 * config.label_noise:g} % of the training labels wrong" if config.label_noise else ""
     weights = f"the averaged weights of {config.model}" if ema else config.model
     return f"Loss around {weights} on {config.data}{wrong} ({training:,} training and {test:,} test images)"
 
 
-# --- the terminal --------------------------------------------------------------------------------------------------------
+# --- the terminal ---------------------------------------------------------------------------------------
 
 
 class Bar:
-    """How far the measurement is and how long it will take, as a context manager."""
+    """The progress bar, as a context manager."""
 
     def __init__(self, config: LandscapeConfig, console: Console) -> None:
         self.each, self.begun = passes(config), 0
@@ -220,17 +220,17 @@ class Bar:
         self.progress.stop()
 
     def begin(self, name: str) -> None:
-        """A network's turn; power iterations of those before it may have been shorter than counted."""
+        """Start a network; the power iterations of earlier ones may have been shorter than estimated."""
         self.progress.update(self.task, description=name, completed=self.each * self.begun)
         self.begun += 1
 
     def advance(self) -> None:
-        """A pass over the batches is done."""
+        """Count a finished pass over the batches."""
         self.progress.advance(self.task)
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Each network's loss, sharpness at the largest radii, top eigenvalue and its steps, on both splits."""
+    """Each network's loss, sharpness at the largest radii, top eigenvalue and its iterations, on both splits."""
     sigma, rho = (result["config"][radii][-1] for radii in ("sigmas", "rhos"))
     shown = Table(box=box.SIMPLE_HEAD)
     shown.add_column("\nnetwork", overflow="fold")

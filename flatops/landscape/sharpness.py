@@ -1,4 +1,4 @@
-"""How much the loss rises around the weights: on average, and at worst."""
+"""How much the loss rises around the weights: average- and worst-case sharpness."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Sharpness:
     """Rises of the loss, as lists along `sigmas` and `rhos`.
 
     Args:
-        loss: at the weights as they are.
-        sigmas: standard deviations of the noise over the norm of its filter.
+        loss: L(w), at the unperturbed weights.
+        sigmas: standard deviations of the noise relative to its filter's norm.
         average: E[L(w + noise)] - L(w), the mean over the draws.
         error: its standard error; 0 with one draw.
         rhos: lengths of the ascent, over all weights together.
-        sam: L(w + rho g / ||g||) - L(w), one step of sharpness-aware minimisation.
-        worst: the largest rise that the ascent met within rho, that step's included, 0 if there was none; a lower bound.
+        sam: L(w + rho g / ||g||) - L(w), after SAM's ascent step.
+        worst: the largest rise found within rho, by SAM's step or later ones; a lower bound, at least 0.
     """
 
     loss: float
@@ -53,21 +53,22 @@ def sharpness(
     seed: int = 0,
     on_pass: Callable[[], None] = lambda: None,
 ) -> Sharpness:
-    """The rise of the loss under RWP's noise, on average, and under an adversary, at several radii.
+    """The rise of the loss at several radii: on average under RWP's noise, and at worst along an ascent.
 
-    Average: E[L(w + eps)] - L(w), eps_f ~ N(0, (sigma ||w_f||)^2 I), over all parameters. Worst: max L(w + e) - L(w) for
-    ||e|| <= rho, over the parameters that require a gradient, by SAM's step e = rho g / ||g|| and then
-    e <- P(e + rho / 2 g / ||g||) with the gradient there, P the projection onto the ball. The weights come back bit for bit.
+    Average: E[L(w + eps)] - L(w), eps_f ~ N(0, (sigma ||w_f||)^2 I), over all parameters. Worst: max L(w + e) - L(w)
+    over ||e|| <= rho, over the parameters that require a gradient, by SAM's step e = rho g / ||g|| and then
+    e <- P(e + rho / 2 g / ||g||) with the gradient at w + e, where P projects onto the ball. The weights are restored
+    bit for bit.
 
     Args:
-        model: in evaluation mode meanwhile, so that BatchNorm uses its running statistics.
+        model: evaluated in evaluation mode, where BatchNorm uses its running statistics.
         loss_fn: called as loss_fn(model(inputs), targets); a mean over the samples.
         batches: pairs (inputs, targets) on the model's device.
         sigmas: typically 0.005 to 0.1.
-        draws: of the noise, 0, 1, ... draws - 1, the same for every sigma; default 8.
+        draws: number of draws of the noise, 0 to draws - 1, the same for every sigma; default 8.
         rhos: typically 0.05 to 0.5.
-        steps: of the ascent after SAM's; default 5.
-        seed: of the noise, in [0, 2**64); default 0.
+        steps: ascent steps after SAM's; default 5.
+        seed: seed of the noise, in [0, 2**64); default 0.
         on_pass: called after every pass over the batches: 1 + draws |sigmas| + (2 + 2 steps) |rhos| times.
 
     Raises:
@@ -83,15 +84,15 @@ def sharpness(
     with Probe(model, loss_fn, batches, on_pass) as probe:
         loss = probe.loss()
         noisy = [noisy_losses(probe, sigma, draws, seed) for sigma in sigmas]
-        climbed = [climb(probe, rho, steps) for rho in rhos]
+        ascended = [ascend(probe, rho, steps) for rho in rhos]
     return Sharpness(
         loss=loss,
         sigmas=list(sigmas),
         average=[fmean(losses) - loss for losses in noisy],
         error=[deviation(losses) / math.sqrt(draws) for losses in noisy],
         rhos=list(rhos),
-        sam=[losses[0] - loss for losses in climbed],
-        worst=[largest([loss, *losses]) - loss for losses in climbed],
+        sam=[losses[0] - loss for losses in ascended],
+        worst=[largest([loss, *losses]) - loss for losses in ascended],
     )
 
 
@@ -104,15 +105,15 @@ def noisy_losses(probe: Probe, sigma: float, draws: int, seed: int) -> list[floa
     return losses
 
 
-def climb(probe: Probe, rho: float, steps: int) -> list[float]:
-    """The losses that an ascent within a ball of radius rho meets, SAM's step first."""
+def ascend(probe: Probe, rho: float, steps: int) -> list[float]:
+    """The losses along an ascent within a ball of radius rho, after SAM's step and after every later one."""
     kept = Kept(probe.trainable)
     losses = []
     with Pass(kept):
         for length in (rho, *[rho / 2] * steps):
-            slope = distributed.all_local(probe.gradient())
-            # Nothing moves where the gradient is 0 or not finite.
-            ops.ascend_([w for w, _ in kept.pairs], slope, length, norm=ops.grad_norm(slope))
+            grads = distributed.all_local(probe.gradient())
+            # No weight moves if the gradient is 0 or not finite.
+            ops.ascend_([w for w, _ in kept.pairs], grads, length, norm=ops.grad_norm(grads))
             project(kept.pairs, rho)
             losses.append(probe.loss())
     return losses
@@ -120,7 +121,7 @@ def climb(probe: Probe, rho: float, steps: int) -> list[float]:
 
 @torch.no_grad()
 def project(pairs: list[tuple[Tensor, Tensor]], rho: float) -> None:
-    """Brings weights that are further than rho from their backups, all together, back to the ball's surface."""
+    """Project weights whose distance from their backups, over all of them, exceeds rho back onto the ball."""
     distance = math.sqrt(sum((w.double() - clean.double()).square().sum() for w, clean in pairs))
     if distance > rho:
         for w, clean in pairs:
@@ -128,19 +129,19 @@ def project(pairs: list[tuple[Tensor, Tensor]], rho: float) -> None:
 
 
 def deviation(losses: list[float]) -> float:
-    """The standard deviation over the draws; 0 of one, NaN where a loss is not finite."""
+    """The standard deviation over the draws; 0 for a single one, NaN if a loss is not finite."""
     if not all(map(math.isfinite, losses)):
         return math.nan
     return stdev(losses) if len(losses) > 1 else 0.0
 
 
 def largest(losses: list[float]) -> float:
-    """The maximum; NaN counts as more than any number, for the ascent left what can be computed."""
+    """The maximum; NaN counts as the largest, because the ascent has left the range of the dtype."""
     return math.nan if any(map(math.isnan, losses)) else max(losses)
 
 
 def check_radii(**radii: Sequence[float]) -> None:
-    """Raise unless there is a radius of each kind, and all are finite and positive."""
+    """Raise ValueError unless there is a radius of each kind, and all are finite and positive."""
     for name, values in radii.items():
         if not values or not all(0 < value < math.inf for value in values):
             raise ValueError(f"{name} must be finite and positive numbers, at least one, not {list(values)}")

@@ -1,4 +1,4 @@
-"""The loss along filter-normalised random directions, none of which is stored."""
+"""The loss along filter-normalised random directions, which are never stored."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Surface:
     """Losses on a grid.
 
     Args:
-        axes: the places along each direction, as shares of every filter's norm: at 0.5 a filter has moved by half of it.
-        losses: nested lists, `losses[i][j]` at `axes[0][i]` and `axes[1][j]`, or `losses[i]`; what is not finite stays so.
-        seed, draws: the directions, a draw each.
+        axes: positions along each direction, relative to every filter's norm: at 0.5 a filter has moved by half of it.
+        losses: nested lists, `losses[i][j]` at `axes[0][i]` and `axes[1][j]`, or `losses[i]`; may be inf or NaN.
+        seed, draws: the directions, one draw each.
     """
 
     axes: list[list[float]]
@@ -48,19 +48,19 @@ def surface(
     """The loss at w + sum_k a_k d_k for every a on a grid, d_k filter-normalised Gaussian directions.
 
     d_f = ||w_f|| z_f / ||z_f|| for every filter f (a slice along dim 0), z = `ops.normal`: a function of (seed, draw,
-    position of the parameter), drawn anew at every point. One parameter's direction is in memory at a time, and every point is
-    reached from the weights as they were. They come back bit for bit, whatever happens.
+    position of the parameter), regenerated at every point. Only one parameter's direction is in memory at a time. Every
+    point is computed from the original weights, which are restored bit for bit, also after an exception.
 
     Args:
-        model: in evaluation mode meanwhile, so that BatchNorm uses its running statistics.
+        model: evaluated in evaluation mode, where BatchNorm uses its running statistics.
         loss_fn: called as loss_fn(model(inputs), targets); a mean over the samples.
         batches: pairs (inputs, targets) on the model's device.
-        points: along each direction, odd, so that one is the weights as they are; default 25.
-        radius: of the grid, as a share of every filter's norm; default 1.
-        seed: of the directions, in [0, 2**64); default 0.
-        draws: one for each direction; one gives a curve, two a surface; default (0, 1).
-        all_parameters: also move those of less than two dimensions, each one filter: biases and the weights of
-            normalisation, which the paper leaves alone; default False.
+        points: points along each direction, an odd number, so that the middle is the original weights; default 25.
+        radius: half the width of the grid, relative to every filter's norm; default 1.
+        seed: seed of the directions, in [0, 2**64); default 0.
+        draws: one per direction: one gives a curve, two a surface; default (0, 1).
+        all_parameters: also move parameters of fewer than two dimensions, each as one filter: biases and normalisation
+            weights, which the paper keeps fixed; default False.
         on_pass: called after every point.
 
     Raises:
@@ -75,7 +75,7 @@ def surface(
     """
     check_grid(points, radius)
     if len(draws) not in (1, 2) or len(set(draws)) != len(draws):
-        raise ValueError(f"draws must be one or two numbers that differ, not {list(draws)}")
+        raise ValueError(f"draws must be one or two different numbers, not {list(draws)}")
     if not any(all_parameters or p.dim() > 1 for p in model.parameters()):
         kind = "" if all_parameters else " of two or more dimensions: pass all_parameters=True"
         raise ValueError(f"model has no parameter{kind}")
@@ -84,7 +84,7 @@ def surface(
     grid = itertools.product(axis, repeat=len(draws))
     kept = Kept(model)
     with Probe(model, loss_fn, batches, on_pass) as probe, Pass(kept):
-        # The noise is that of the parameter's position among all, whichever of them move.
+        # A parameter's noise depends on its position among all parameters, whichever of them move.
         moving = [(index, w, clean) for index, (w, clean) in enumerate(kept.pairs) if all_parameters or w.dim() > 1]
         losses = []
         for place in grid:
@@ -100,24 +100,24 @@ def direction(weight: Tensor, *, seed: int, draw: int, index: int = 0) -> Tensor
     """A filter-normalised direction at a weight: d_f = ||w_f|| z_f / ||z_f||, z = `ops.normal`.
 
     Args:
-        weight: of any floating dtype and layout; the direction is that of its contiguous form.
-        seed, draw, index: which direction, and the parameter's position in its model.
+        weight: of any floating dtype and memory format, which does not change the direction.
+        seed, draw, index: the direction's seed and draw, and the parameter's position in its model.
 
     Returns:
-        float32 tensor of the weight's shape, contiguous; zero where a filter is.
+        Contiguous float32 tensor of the weight's shape; zero where a filter is zero.
     """
     z = ops.normal(weight.shape, seed=seed, draw=draw, tensor=index, device=weight.device)
     if not z.numel():
         return z
     tiny = torch.finfo(torch.float32).tiny  # a filter of one element may draw 0
-    # Contiguous: a norm is summed in storage order, and the direction is not to depend on the layout.
+    # Contiguous, because norms are summed in storage order and the direction must not depend on it.
     scale = ops.filter_norms([weight.contiguous()]) / ops.filter_norms([z]).clamp_min(tiny)
     return z.mul_(scale.reshape([-1, *[1] * (z.dim() - 1)] if z.dim() else []))
 
 
 @torch.no_grad()
 def move(w: Tensor, clean: Tensor, place: dict[int, float], seed: int, index: int) -> None:
-    """w <- clean + sum_k place[k] d_k, summed in float32 or float64 and rounded once more for shorter dtypes."""
+    """w <- clean + sum_k place[k] d_k, summed in float32 or float64, then rounded to w's dtype."""
     moved = clean.to(torch.promote_types(clean.dtype, torch.float32), copy=True)
     for draw, distance in place.items():
         if distance:
@@ -126,8 +126,8 @@ def move(w: Tensor, clean: Tensor, place: dict[int, float], seed: int, index: in
 
 
 def check_grid(points: int, radius: float) -> None:
-    """Raise unless a grid has a middle and a size."""
+    """Raise ValueError unless a grid has a middle and a size."""
     if points < 3 or points % 2 == 0:
-        raise ValueError(f"points must be an odd number from 3 up, not {points}")
+        raise ValueError(f"points must be an odd number of at least 3, not {points}")
     if not 0 < radius < math.inf:
         raise ValueError(f"radius must be finite and positive, not {radius}")

@@ -1,4 +1,4 @@
-"""The training program: `flatops train` and `flatops compare`, and the same as functions.
+"""The training program, `flatops train` and `flatops compare`, also as functions.
 
 from flatops.train import TrainConfig, train
 history = train(TrainConfig(method="mrwp", label_noise=0.3))

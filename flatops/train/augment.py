@@ -1,7 +1,7 @@
-"""What happens to whole batches on the device: normalisation, random crops and flips, cutout, erasing; and RandAugment.
+"""Augmentation of batches on the device: normalisation, random crops and flips, cutout, erasing; and RandAugment.
 
-Everything random follows from a path of integers such as (seed, stream, epoch, step) and is drawn for the whole batch,
-of which a process takes its share: any number of processes sees the same images.
+Random numbers follow from a path of integers such as (seed, stream, epoch, step) and are drawn for the whole batch, of
+which each process takes its share: the images do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor
 
 from .config import TrainConfig
 
-AUGMENT, MIX, REPLACE = 1001, 1002, 1003  # keep these draws apart from the shuffles'
+AUGMENT, MIX, REPLACE = 1001, 1002, 1003  # make these draws independent of the shuffles
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Batches of images as the network sees them.
+    """Augments and normalises batches of images.
 
     Args:
-        padding: pixels on every side, out of which a random crop of the old size is taken.
-        flip: mirror half of the images.
-        cutout: side in pixels of the square that is erased (DeVries and Taylor, arXiv 1708.04552).
-        cutout_probability: share of the images that have one.
+        padding: pixels added on every side before a random crop of the original size.
+        flip: mirror images with probability 1/2.
+        cutout: side in pixels of the erased square (DeVries and Taylor, arXiv 1708.04552).
+        cutout_probability: probability that an image gets cutout.
         erasing: probability of erasing a rectangle (Zhong et al., arXiv 1708.04896).
-        mean, std: of every channel, in units of uint8; float32 images are normalised already.
+        mean, std: of every channel, in units of uint8; float32 images are already normalised.
     """
 
     padding: int = 0
@@ -46,17 +46,17 @@ class Augment:
 
     @classmethod
     def of(cls, config: TrainConfig, **more: Any) -> Augment:
-        """With cutout and erasing as a run asks for them; `more` are the other arguments."""
+        """With a run's cutout and erasing; `more` are the other arguments."""
         return cls(cutout=config.cutout, cutout_probability=config.cutout_probability, erasing=config.erasing, **more)
 
     def __call__(self, images: Tensor, path: Sequence[int], size: int, share: slice) -> Tensor:
-        """Training images.
+        """Augment training images.
 
         Args:
             images: this process's share of a batch, (B, C, H, W).
-            path: what the random draws follow from.
+            path: the integers that the random numbers follow from.
             size: images in the whole batch.
-            share: which of them these are.
+            share: this process's images in it.
         """
         rng = np.random.default_rng([AUGMENT, *path])
         height, width = images.shape[2:]
@@ -76,7 +76,7 @@ class Augment:
         return images
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images normalised: zero is the mean colour."""
+        """Normalise images: zero is the mean colour."""
         if images.dtype != torch.uint8:
             return images
         mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
@@ -84,7 +84,7 @@ class Augment:
 
 
 def moved(images: Tensor, down: np.ndarray, right: np.ndarray, mirrored: np.ndarray, height: int, width: int) -> Tensor:
-    """The crops of `height` × `width` at (down, right) of each image, mirrored where asked for."""
+    """Crops of `height` × `width` at (down, right) of each image, mirrored where `mirrored` is true."""
     columns = np.arange(width)
     columns = right[:, None] + np.where(mirrored[:, None], columns[::-1], columns)
     rows = down[:, None] + np.arange(height)
@@ -95,7 +95,7 @@ def moved(images: Tensor, down: np.ndarray, right: np.ndarray, mirrored: np.ndar
 
 
 def erased(images: Tensor, low: np.ndarray, high: np.ndarray) -> Tensor:
-    """Images with 0, the mean colour, in the rectangle from `low` (row, column) up to `high`, each (B, 2)."""
+    """Set each image's rectangle from `low` (row, column) up to `high`, both (B, 2), to 0, the mean colour."""
     inside = []
     for axis, length in enumerate(images.shape[2:]):
         at = torch.arange(length, device=images.device)
@@ -107,7 +107,7 @@ def erased(images: Tensor, low: np.ndarray, high: np.ndarray) -> Tensor:
 def rectangles(
     rng: np.random.Generator, probability: float, size: int, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What random erasing erases: the corners of `size` rectangles, empty for images that it leaves alone."""
+    """The corners of random erasing's `size` rectangles, empty for images that it skips."""
     area = rng.uniform(0.02, 1 / 3, size) * height * width * (rng.random(size) < probability)
     ratio = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3), size))
     sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1).round().astype(np.int64)
@@ -118,7 +118,7 @@ def rectangles(
 
 @contextmanager
 def drawing_from(*path: int) -> Iterator[None]:
-    """Seed torch's (CPU), numpy's and Python's generators within, for other libraries' augmentation; then restore them."""
+    """Seed torch (CPU), numpy and Python inside the block, for other libraries' augmentation; then restore them."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     word = int(np.random.SeedSequence(path).generate_state(1)[0])
     torch.random.default_generator.manual_seed(word)
@@ -133,15 +133,15 @@ def drawing_from(*path: int) -> Iterator[None]:
 
 
 def randaugment(config: TrainConfig, size: int, mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """timm's RandAugment of single images.
+    """timm's RandAugment, for single images.
 
     Args:
         config: the run, whose option `randaugment` describes it.
         size: side of an image in pixels.
-        mean: mean colour in units of uint8, which fills what an image is moved away from.
+        mean: mean colour in units of uint8, which fills the area that an image is shifted out of.
 
     Raises:
-        ValueError: timm cannot read the description.
+        ValueError: timm does not know the description.
     """
     from timm.data.auto_augment import rand_augment_transform  # slow to import
 
@@ -149,5 +149,5 @@ def randaugment(config: TrainConfig, size: int, mean: Sequence[float]) -> Callab
     try:
         return rand_augment_transform(config.randaugment, how)
     except (AssertionError, KeyError, ValueError) as error:
-        message = f"randaugment {config.randaugment!r} is none that timm knows, such as rand-m9-mstd0.5"
+        message = f"timm does not know randaugment {config.randaugment!r}; an example is rand-m9-mstd0.5"
         raise ValueError(message) from error

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read with care, checked against the run that resumes; and random states."""
+"""Checkpoints: written atomically, validated when read and when a run resumes; and random states."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAME, BEST = "last.pt", "best.pt"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a state to a file; until it is complete and on disk, the file that was there stays.
+    """Write a state to a file atomically: an existing file is replaced only once the new one is complete and on disk.
 
     Raises:
-        OSError: the file cannot be written; what was there is intact.
+        OSError: the file cannot be written; the existing one is intact.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -33,19 +33,19 @@ def save(path: Path, state: dict[str, Any]) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # On a full disk torch.save fails again when it closes its archive, and hides the first error.
+        # On a full disk torch.save fails again when it closes its archive, which hides the first error.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
-            kept = "; the last one is intact" if path.exists() else ""
+            kept = "; the previous one is intact" if path.exists() else ""
             reason = cause.strerror or str(cause)
             raise OSError(cause.errno, f"cannot save the checkpoint: {reason}{kept}", str(path)) from error
         raise
 
 
 def keep_best(folder: Path) -> None:
-    """Make the last checkpoint of a folder also its best one, by a hard link where the file system has them.
+    """Make a folder's last checkpoint also its best one, by a hard link if the file system supports them.
 
-    Saving replaces the last checkpoint and never writes into it, so the link keeps its content.
+    Saving replaces the last checkpoint's file instead of overwriting it, so the link keeps its content.
     """
     temporary = folder / f".{BEST}.{os.getpid()}"
     try:
@@ -59,11 +59,7 @@ def keep_best(folder: Path) -> None:
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint file that a path names: the file itself, or the one in a run's folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The checkpoint at a path, which is the file itself or a run's folder; FileNotFoundError if there is none."""
     file = path / NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {file}")
@@ -75,7 +71,7 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or not a checkpoint of `flatops train`, or of another version.
+        ValueError: damaged, not a checkpoint of `flatops train`, or of another version.
     """
     file = locate(path)
     with file.open("rb") as opened:
@@ -83,7 +79,7 @@ def read(path: Path) -> dict[str, Any]:
             state = torch.load(opened, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # the zip reader and the unpickler raise many, also OSError
+        except Exception as error:  # the zip reader and the unpickler raise any kind, even OSError
             raise ValueError(f"{file} is damaged or not a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{file} is not a checkpoint of flatops train")
@@ -93,31 +89,31 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def pack_config(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as plain values, for checkpoints and JSON."""
+    """A configuration as a dict of plain values, for checkpoints and JSON."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
 def unpack_config(state: dict[str, Any], resume: Path) -> TrainConfig:
-    """The configuration of a checkpoint, as the one that continues it in its own folder."""
+    """A checkpoint's configuration, set to continue the run in its own folder."""
     config = dict(state["config"])
     if config["data_dir"] is not None:
         config["data_dir"] = Path(config["data_dir"])
     return TrainConfig(**config | {"resume": resume, "output": None})
 
 
-# Options that a resumed run may change. All others decide the weights, to the bit for the same number of processes.
+# Options that a resumed run may change. All others determine the weights, bit for bit at the same world size.
 MAY_DIFFER = {
     *("output", "resume", "checkpoint_every", "device", "threads", "parallel", "timeout", "accumulate"),
     *("data_dir", "workers", "bad_images", "tensorboard"),
 }
 
 
-def check_same_run(saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise ValueError naming every option in which a checkpoint's run and the one asked for differ."""
+def check_same_run(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError naming every option that differs between a checkpoint's run and this one."""
     saved = {**asdict(TrainConfig()), **saved}  # options newer than the checkpoint have their defaults
-    differ = [name for name in asked if name not in MAY_DIFFER and saved[name] != asked[name]]
+    differ = [name for name in ours if name not in MAY_DIFFER and saved[name] != ours[name]]
     if differ:
-        parts = ", ".join(f"{name} {saved[name]} (asked for: {asked[name]})" for name in differ)
+        parts = ", ".join(f"{name} {saved[name]} (now {ours[name]})" for name in differ)
         raise ValueError(f"cannot resume: the checkpoint's run has {parts}")
 
 
@@ -127,7 +123,7 @@ def check_same_weights(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     differ = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
     if differ:
         which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
-        raise ValueError(f"cannot resume: the checkpoint is of another network, with other weights {which}")
+        raise ValueError(f"cannot resume: the checkpoint has another network; its weights differ in {which}")
 
 
 def random_state() -> dict[str, Any]:
@@ -143,7 +139,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what random_state() returned; states of CUDA devices that are not here are ignored."""
+    """Restore what random_state() returned; states of missing CUDA devices are ignored."""
     torch.set_rng_state(state["torch"])
     for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"]):
         torch.cuda.set_rng_state(cuda, device)

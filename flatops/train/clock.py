@@ -1,4 +1,4 @@
-"""Where the time of a step goes: waiting for data, forward and backward passes, flatops, the optimizer."""
+"""Where a step's time goes: waiting for data, forward and backward passes, flatops, the optimizer."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ PARTS = ("data", "passes", "flatops", "optimizer")
 
 
 class Clock:
-    """Adds up the time of each part; one entered inside another stops that one until it is left.
+    """Adds up the time of each part; entering another part inside it pauses the outer one.
 
-    On a GPU it is the GPU's time, by events that nobody waits for: what a step waits for data, the GPU stands idle.
+    On a GPU it measures GPU time, with events and without host syncs: while a step waits for data, the GPU is idle.
 
     Args:
-        device: the one that trains.
+        device: the training device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.lock = threading.Lock()  # the progress bar reads in a thread of its own
+        self.lock = threading.Lock()  # the progress bar reads in its own thread
         self.part: str | None = None
         self.reset()
 
     def reset(self, seconds: dict[str, float] | None = None) -> None:
-        """Begin anew, or from what an earlier one read."""
+        """Restart from zero, or from an earlier clock's seconds."""
         self.seconds = dict.fromkeys(PARTS, 0.0) | (seconds or {})
         self.pending: deque[tuple[str, Any, Any]] = deque()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Count the time within for a part."""
+        """Count the time inside the block for a part."""
         outer = self._switch(part)
         try:
             yield
@@ -44,7 +44,7 @@ class Clock:
             self._switch(outer)
 
     def read(self, wait: bool = False) -> dict[str, float]:
-        """Seconds by part so far; with `wait` also of what the GPU has still to do."""
+        """Seconds by part so far; with `wait`, after a host sync, including all work queued on the GPU."""
         if wait and self.cuda:
             torch.cuda.synchronize()
         with self.lock:

@@ -1,4 +1,4 @@
-"""`flatops compare`: methods side by side over several seeds: a table, a plot, every number in JSON."""
+"""`flatops compare`: methods side by side over several seeds, as a table, a plot, and JSON."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Run = dict[str, Any]  # method, seed and history of one training
 def compare(config: CompareConfig, console: Console | None = None) -> dict[str, Any]:
     """Train each method with each seed and write compare.json and compare.png.
 
-    Accuracies are those of the last epoch. A run equals `flatops train` with its method and seed to the bit.
+    Accuracies are those of the last epoch. A run is bit for bit equal to `flatops train` with its method and seed.
 
     Args:
-        config: what to compare, on what.
+        config: the comparison.
         console: where to print; the terminal by default.
 
     Returns:
-        What compare.json holds: config, machine, summary (a row per method), runs (one per method and seed).
+        The content of compare.json: config, machine, summary (a row per method), runs (one per method and seed).
 
     Raises:
         ValueError: an option out of range, or one that applies to none of the methods; also under torchrun.
@@ -64,7 +64,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
 
 
 def method_config(config: CompareConfig, method: str) -> TrainConfig:
-    """One method's training, with those of the comparison's options that apply to it."""
+    """One method's training configuration, with those of the comparison's options that apply to it."""
     foreign = set(OPTIONS).difference(find(method).accepts)
     shared = {field.name for field in fields(Recipe)} - foreign
     return TrainConfig(method=method, **{name: getattr(config, name) for name in shared})
@@ -96,21 +96,21 @@ def run_all(config: CompareConfig, configs: dict[str, TrainConfig], console: Con
         bars = {m: progress.add_task(METHODS[m].label, total=total, seed=1, accuracy=0.0) for m in configs}
         for seed in range(config.seeds):
 
-            def shown(method: str, row: Row) -> None:
+            def show(method: str, row: Row) -> None:
                 progress.update(bars[method], advance=1, seed=seed + 1, accuracy=row["test_accuracy"])
 
-            runs += run_seed(configs, seed, shown)
+            runs += run_seed(configs, seed, show)
     return runs
 
 
 def run_seed(
     configs: dict[str, TrainConfig], seed: int, on_epoch: Callable[[str, Row], None] = lambda method, row: None
 ) -> list[Run]:
-    """Train every method with a seed; they take turns epoch by epoch, so that their times pair.
+    """Train every method with one seed. They take turns epoch by epoch, so that their times can be paired.
 
     Args:
-        configs: method to its training; a method that trains for fewer epochs leaves the others to it.
-        seed: of all of them.
+        configs: every method's training configuration; their numbers of epochs may differ.
+        seed: seed of all of them.
         on_epoch: called with the method and the row after every epoch.
     """
     trainers = {method: Trainer(replace(config, seed=seed)) for method, config in configs.items()}
@@ -125,10 +125,10 @@ def run_seed(
 
 
 def summarise(method: str, config: TrainConfig, runs: list[Run]) -> dict[str, Any]:
-    """A method's row: its options, its accuracy over the seeds, its time and the time's ratio to SGD's."""
-    own, sgd = (histories(runs, name) for name in (method, "sgd"))
+    """A method's row: options, accuracy over the seeds, time per epoch and its ratio to SGD's."""
+    own, sgd = ([run["history"] for run in runs if run["method"] == name] for name in (method, "sgd"))
     accuracies = [history[-1]["test_accuracy"] for history in own]
-    seconds, sgd_seconds = ([row["seconds"] for history in of for row in history] for of in (own, sgd))
+    seconds, sgd_seconds = ([row["seconds"] for history in group for row in history] for group in (own, sgd))
     return {
         "method": method,
         "options": used_options(config),
@@ -139,23 +139,16 @@ def summarise(method: str, config: TrainConfig, runs: list[Run]) -> dict[str, An
     }
 
 
-def histories(runs: list[Run], method: str) -> list[list[Row]]:
-    """The histories of a method, by seed."""
-    return [run["history"] for run in runs if run["method"] == method]
-
-
 def describe(config: CompareConfig) -> str:
-    """What was compared, in a line."""
+    """The title of the comparison."""
     noise = f" with {config.label_noise:.0%} wrong labels" if config.label_noise else ""
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
-    held_out = (
-        f"{config.validation:.0%} of the training images held out and shown as test, " if config.validation else ""
-    )
+    held_out = f"{config.validation:.0%} of the training images held out for testing, " if config.validation else ""
     return f"{config.data}{noise}: {held_out}{config.model}, {config.epochs} epochs, lr {config.lr:g}, {seeds}"
 
 
 def table(summary: list[dict[str, Any]]) -> Table:
-    """The summary, to print; the best mean accuracy in bold."""
+    """The printed summary, with the best mean accuracy in bold."""
     best = max(row["accuracy_mean"] for row in summary)
     result = Table(box=box.SIMPLE_HEAD)
     for name in ("method", "options"):
@@ -177,14 +170,13 @@ def table(summary: list[dict[str, Any]]) -> Table:
 
 
 def caveat(config: CompareConfig) -> str:
-    """What the table does not show, in words."""
+    """What to keep in mind when reading the table."""
     if config.validation:
-        return "One schedule for all; test stands for held-out training images, by which options may be chosen."
-    text = "One schedule for all; the methods' options were chosen with these test images in view."
+        return "One schedule for all methods; test images are held-out training images, which may be used for tuning."
+    text = "One schedule for all methods, whose options were tuned on these test images."
     if config == replace(CompareConfig(), methods=config.methods, seeds=config.seeds, output=config.output):
         text += (
-            " This one favours the flat-minima methods: trained this long, SGD has time to learn the wrong labels by "
-            "heart. Tuned for itself on held-out images, SGD reaches as much as they do: README.md has that table beside "
-            "this one, and the commands that make both."
+            " The schedule favours the flat-minima methods: it is long enough for SGD to memorise the wrong labels. "
+            "When every method is tuned on held-out images, SGD is as good: see both tables in README.md."
         )
     return text

@@ -1,4 +1,4 @@
-"""Every option of the training program; a field is a flag of the command line, its docstring the help."""
+"""Every option of `flatops train` and `flatops compare`: a field is a flag, its docstring the help."""
 
 from __future__ import annotations
 
@@ -19,118 +19,117 @@ METHOD_HELP = "; ".join(f"{names}: {summary}" for summary, names in _SUMMARIES i
 
 @dataclass(kw_only=True)
 class Recipe:
-    """What `train` and `compare` share: the data, the network, the schedule and the methods' options.
+    """The options that `train` and `compare` share: the data, the network, the schedule and the methods' options.
 
     Raises:
         ValueError: an option outside its range.
     """
 
+    # The help keeps line breaks: a line ends where a sentence does.
     data: str = "digits"
-    """Data set: digits (scikit-learn's handwritten digits, 8×8, nothing to download), cifar10, cifar100, folder (any tree of
-    images by class: ImageNet's train/ and val/), or synthetic (noise, for timing). A wrong name lists them all."""
+    """Dataset: digits (scikit-learn's handwritten digits, 8×8, no download), cifar10, cifar100, folder, or synthetic.
+    folder: any tree of images by class, such as ImageNet's train/ and val/. synthetic: random noise, for timing."""
     data_dir: Path | None = None
-    """folder: the tree that has train/ and val/, each with a folder of images per class. Hidden files and folders are
-    ignored, files that are no images by their names are counted. cifar10, cifar100: where the data is or is downloaded
-    to (left out: data)."""
+    """folder: the tree with train/ and val/, each with one folder of images per class. Hidden files are ignored.
+    cifar10, cifar100: where the data is or is downloaded to (if unset: data)."""
     image_size: int | None = None
-    """Side of the square images that the network sees, of folder (left out: 224) and synthetic (left out: 32)."""
+    """Side in pixels of the network's square inputs, for folder (if unset: 224) and synthetic (if unset: 32)."""
     classes: int | None = None
-    """Classes of synthetic (left out: 10); of every other data set, how many there have to be."""
+    """Number of classes of synthetic (if unset: 10); for other datasets, the number that they must have."""
     model: str = "cnn"
-    """Network: cnn (the built-in four convolutions), any name that timm knows, such as resnet18, or one of torchvision's, such
-    as torchvision:resnet18. A ResNet with _cifar at its end, such as resnet18_cifar, begins with a 3×3 convolution of stride 1
-    and no pooling."""
+    """Network: cnn (built in, four convolutions), a timm name such as resnet18, or one such as torchvision:resnet18.
+    With _cifar appended, as in resnet18_cifar, a ResNet begins with a 3×3 convolution of stride 1 and no pooling."""
 
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 64
-    """Images in a batch, over all processes; m-RWP draws two batches of this size for every step."""
+    """Images in a batch, over all processes. m-RWP takes two batches of this size per step."""
     accumulate: int = 1
-    """Micro-batches into which every process splits its share of a batch: less memory, the same step (but for
-    BatchNorm, which normalises each of them on its own)."""
+    """Gradient accumulation: micro-batches into which every process splits its share of a batch.
+    Needs less memory for the same step, except that BatchNorm normalises each micro-batch separately."""
     base: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer under the method."""
+    """Base optimizer."""
     lr: float = 0.05
-    """Peak learning rate; it falls to 0 along a cosine, step by step."""
+    """Peak learning rate; it decays to 0 along a cosine, step by step."""
     warmup_epochs: float = 0.0
-    """Epochs over which the learning rate first rises linearly (ImageNet: 5)."""
+    """Epochs of linear warm-up of the learning rate (ImageNet: 5)."""
     momentum: float = 0.9
     """SGD's momentum."""
     nesterov: bool = False
-    """Nesterov's form of the momentum."""
+    """Use Nesterov momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty on every parameter (CIFAR: 5e-4, ImageNet: 1e-4); under adamw decoupled from the gradient."""
+    """Weight decay of all parameters (CIFAR: 5e-4, ImageNet: 1e-4): an L2 penalty, with adamw decoupled."""
     clip_norm: float | None = None
-    """Largest norm of the gradient that steps; a longer one is scaled down to it."""
+    """Clip the gradient to this norm before every step."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over the classes, 0 to 1 (ImageNet: 0.1)."""
     label_noise: float = 0.0
-    """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay right."""
+    """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay correct."""
     validation: float = 0.0
-    """Share of the training images, 0 to less than 1, to hold out and evaluate in place of the test images: choose
-    options by these, and look at the test images once. The seed draws them; their labels stay right. Not for folder:
-    put images into its val/ yourself."""
+    """Fraction of the training images, 0 to less than 1, to hold out and evaluate on instead of the test images.
+    Choose options with it, and use the test images once. The seed selects the images; their labels stay correct.
+    Not for folder: move images into its val/ instead."""
 
     augment: Literal["standard", "none"] = "standard"
-    """standard: random flips, and random crops out of 4 pixels of padding (CIFAR) or of 8 to 100 % of the area (folder);
-    nothing for digits and synthetic. none: images are only brought to their size."""
+    """standard: random flips, and random crops with 4 pixels of padding (CIFAR) or of 8 to 100 % of the area (folder).
+    digits and synthetic are not augmented. none: images are only brought to the input size."""
     randaugment: str | None = None
-    """RandAugment for CIFAR and folder, as timm writes it, such as rand-m9-mstd0.5."""
+    """RandAugment for CIFAR and folder, in timm's notation, such as rand-m9-mstd0.5."""
     cutout: int = 0
-    """Side in pixels of a square to erase at a random place of every image (CIFAR: 16)."""
+    """Side in pixels of the square that cutout erases from an image (CIFAR: 16)."""
     cutout_probability: float = 1.0
-    """Share of the images that cutout reaches (in the code of the RWP and SSAM papers: 0.5)."""
+    """Probability that an image gets cutout (code of the RWP and SSAM papers: 0.5)."""
     erasing: float = 0.0
-    """Probability of erasing a random rectangle of 2 to 33 % of an image."""
+    """Probability of random erasing, of a rectangle of 2 to 33 % of an image."""
     mixup: float = 0.0
-    """Parameter of mixup's Beta distribution (ImageNet: 0.2; with cutmix: 0.8). With cutmix, batches get either, by chance."""
+    """mixup's Beta parameter (ImageNet: 0.2; with cutmix: 0.8). With both, each batch gets one of the two at random."""
     cutmix: float = 0.0
-    """Parameter of CutMix's Beta distribution (1.0)."""
+    """CutMix's Beta parameter (1.0)."""
     ema: float | None = None
-    """Also keep and evaluate an exponential moving average of the weights with this decay, such as 0.9999, which grows to it
-    over the first steps."""
+    """Also keep and evaluate an exponential moving average of the weights with this decay, such as 0.9999.
+    The decay grows to this value over the first steps."""
 
     sigma: float | None = None
-    """RWP family: standard deviation of the noise over the norm of its filter (papers: 0.01 on CIFAR,
-    0.005 on ImageNet). Left out: the method's own default."""
+    """RWP family: standard deviation of the noise relative to its filter's norm (papers: CIFAR 0.01, ImageNet 0.005).
+    If this or another option of a method is unset: the method's default."""
     sigma_end: float | None = None
-    """RWP family: sigma at the last step, reached along a cosine. Left out: sigma stays as it is."""
+    """RWP family: sigma at the last step, reached along a cosine. If unset: sigma is constant."""
     lam: float | None = None
     """m-RWP family: weight of the perturbed gradient against the clean one, 0 to 1 (paper: 0.5)."""
     eta: float | None = None
-    """ARWP family: how strongly the Fisher information of a filter shrinks its noise (paper: 0.1 to 1)."""
+    """ARWP family: how strongly a filter's Fisher information reduces its noise (paper: 0.1 to 1)."""
     beta: float | None = None
     """ARWP family: decay of the Fisher information per step, 0 to 1 (paper: 0.99)."""
     rho: float | None = None
     """SAM family: length of the ascent (papers: 0.05 to 0.2 for SAM and SSAM, ten times that for ASAM)."""
     rho_end: float | None = None
-    """SAM family: rho at the last step, reached along a cosine. Left out: rho stays as it is."""
+    """SAM family: rho at the last step, reached along a cosine. If unset: rho is constant."""
     sparsity: float | None = None
-    """SSAM: share of the weights that do not climb, 0 to less than 1 (paper: 0.5)."""
+    """SSAM: share of the weights that are not perturbed, 0 to less than 1 (paper: 0.5)."""
     mask: Literal["fisher", "dynamic"] | None = None
-    """SSAM: fisher climbs with the weights of the largest Fisher information; dynamic with random ones at first, of which
-    those of the smallest gradients make room for others. Made anew every epoch."""
+    """SSAM: how weights are selected, again in every epoch. fisher: those with the largest Fisher information.
+    dynamic: random ones at first; then those with the smallest gradients are replaced by others."""
     pattern: str | None = None
-    """SSAM: what the mask chooses among: global, layer, filter (whole ones), or n:m such as 2:4, which fixes the sparsity."""
+    """SSAM: structure of the mask: global, layer, filter (whole filters), or n:m such as 2:4, which sets sparsity."""
     fisher_samples: int | None = None
     """SSAM with mask fisher: training images that the Fisher information is summed over (paper: 16 to 1024)."""
 
     device: str = "auto"
-    """Where to train: auto (a CUDA device if there is one), cpu, cuda, cuda:1 …"""
+    """Where to train: auto (CUDA if available), cpu, cuda, cuda:1 …"""
     threads: int | None = None
-    """CPU threads. Left out: 1 for the built-in cnn, too small to share out, else PyTorch's choice."""
+    """CPU threads. If unset: 1 for the built-in cnn, which is too small for more, otherwise PyTorch's choice."""
     workers: int | None = None
-    """Worker processes that read images, for each training process; 0 reads between steps. Left out: its share of the
-    CPUs, 16 at most. The number makes no difference to the result."""
+    """Worker processes per training process, to read images; 0 reads between steps. Results do not depend on it.
+    If unset: the process's share of the CPUs, at most 16."""
     decoder: Literal["pil", "dali"] = "pil"
-    """folder: what decodes, crops and resizes the images: PIL in the worker processes, or NVIDIA DALI (nvidia-dali-cuda130), on
-    the GPU where there is one. Their pixels differ by some steps of 255."""
+    """folder: decode, crop and resize with PIL in the workers, or with NVIDIA DALI (nvidia-dali-cuda130), on the GPU.
+    Their pixel values differ by a few 255ths."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read: stop, or name it and use another, drawn by the seed, instead."""
+    """What to do with an unreadable image: stop, or report it and use another one, drawn from the seed."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Run forward passes in bfloat16 or float16 autocast; weights stay float32. fp16 scales the loss."""
     channels_last: bool = False
-    """Keep images and weights in the channels-last layout."""
+    """Use the channels_last memory format for images and weights."""
     compile: bool = False
     """Compile the network with torch.compile."""
 
@@ -148,7 +147,7 @@ class Recipe:
         check(self.warmup_epochs <= self.epochs, f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}")
         check(
             self.image_size is None or self.data in ("folder", "synthetic"),
-            f"image_size is for data folder and synthetic: {self.data} has the size it has",
+            f"image_size is for data folder and synthetic only: leave it out with data {self.data}",
         )
         check(self.classes is None or self.classes >= 2, f"classes must be at least 2, not {self.classes}")
         check(
@@ -156,14 +155,11 @@ class Recipe:
             f"clip_norm must be finite and positive, not {self.clip_norm}",
         )
         check(self.ema is None or 0 < self.ema < 1, f"ema must lie between 0 and 1, not {self.ema}")
-        check(
-            self.base == "sgd" or not self.nesterov,
-            "nesterov is a form of SGD's momentum: leave it out with base adamw",
-        )
+        check(self.base == "sgd" or not self.nesterov, "nesterov is for base sgd: leave it out with base adamw")
         if self.decoder == "dali":
             check(self.data == "folder", f"decoder dali is for data folder, not {self.data}")
-            check(self.randaugment is None, "randaugment distorts PIL's images: leave out decoder dali")
-            check(self.bad_images == "stop", "DALI stops at a bad image: bad_images skip needs decoder pil")
+            check(self.randaugment is None, "randaugment needs images from PIL: leave out decoder dali")
+            check(self.bad_images == "stop", "DALI cannot skip an unreadable image: bad_images skip needs decoder pil")
 
 
 @dataclass(kw_only=True)
@@ -172,26 +168,26 @@ class TrainConfig(Recipe):
 
     method: Annotated[MethodName, tyro.conf.arg(help=METHOD_HELP)] = "sgd"
     seed: int = 0
-    """Seed of the weights, the order of the data, the wrong labels and the noise."""
+    """Seed of the initial weights, the order of the data, the wrong labels and the noise."""
     output: Path | None = None
-    """Folder of the run, new or empty. Left out: runs/<data>-<model>-<method>-<time>."""
+    """Folder for the run, new or empty. If unset: runs/<data>-<model>-<method>-<time>."""
     resume: Path | None = None
-    """Checkpoint, or folder of a run, to continue. Options left out are then those of that run."""
+    """Checkpoint, or folder of a run, to continue. Options that are not given are those of that run."""
     checkpoint_every: int | None = None
-    """Also write the checkpoint every so many steps. Left out: at the end of each epoch."""
+    """Also save a checkpoint every so many steps. If unset: only at the end of each epoch."""
     tensorboard: bool = False
-    """Also write every epoch's figures for TensorBoard, in the run's folder."""
+    """Also write every epoch's metrics for TensorBoard, to the run's folder."""
 
     rwp_parallel: bool = False
-    """m-RWP family: a step takes one batch, not two: about half of the processes perturb, the others do not. The time of
-    plain training. One process halves the batch."""
+    """m-RWP family: take one batch per step instead of two, in the time of plain training.
+    About half of the processes take the perturbed pass, the others the clean one; a single process splits the batch."""
     ascent: Literal["synced", "local"] = "synced"
-    """SAM family: whether processes climb along the gradient of the whole batch or each along that of its own part, which
-    saves an exchange of gradients (m-sharpness)."""
+    """SAM family: ascend along the gradient of the whole batch (synced), or in each process along its share's (local).
+    local saves one all-reduce of the gradients (m-sharpness)."""
     parallel: Literal["ddp", "fsdp"] | None = None
-    """Under torchrun: replicate the network (ddp) or shard it (fsdp). Left out: ddp. No matter to one process."""
+    """Under torchrun: replicate the network (ddp) or shard it (fsdp). If unset: ddp. Ignored by a single process."""
     timeout: float = 600.0
-    """Seconds after which a process that waits gives up: for others under torchrun, for those that read images, for a server."""
+    """Seconds to wait for other processes under torchrun, for worker processes and for a download's server."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,11 +215,11 @@ class TrainCommand(TrainConfig):
     """Train an image classifier with one method."""
 
     preset: str | None = None
-    """Begin with a recipe of the papers, such as imagenet-resnet50-rwp; what else the command line gives goes before it. A wrong
-    name lists them all."""
+    """Start from a paper's recipe, such as imagenet-resnet50-rwp, which other options override.
+    An unknown name prints the list."""
     profile: bool = False
-    """Train nothing: time a step of every method, in turns, show what it spends its time on and its ratio to SGD's step. With
-    the default data and model: synthetic images, and a ResNet-18 at 32×32, or on a GPU a ResNet-50 at 224×224."""
+    """Instead of training, time a step of every method, and show where the time goes and the ratio to SGD's step.
+    With the default data and model: synthetic images and a ResNet-18 at 32×32, or on a GPU a ResNet-50 at 224×224."""
 
 
 @dataclass(kw_only=True)
@@ -231,13 +227,13 @@ class CompareConfig(Recipe):
     """Train several methods over several seeds on one schedule, and compare them."""
 
     label_noise: float = 0.3
-    """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay right."""
+    """Fraction of the training labels replaced by a wrong class, 0 to 1; test labels stay correct."""
     methods: tuple[MethodName, ...] = ("sgd", "rwp", "mrwp", "sam", "ssam")
-    """Methods to compare. Options such as --sigma reach those that know them."""
+    """Methods to compare. Options such as --sigma apply to those that have them."""
     seeds: int = 3
-    """Runs of each method, with seeds 0, 1, 2 …"""
+    """Runs per method, with seeds 0, 1, 2 …"""
     output: Path = Path("runs/compare")
-    """Folder of compare.json and compare.png; those of an earlier comparison are replaced."""
+    """Folder for compare.json and compare.png, which replace those of an earlier comparison."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,11 +242,7 @@ class CompareConfig(Recipe):
 
 
 def used_options(config: TrainConfig) -> dict[str, float | str]:
-    """The options of a run that apply to its method, those left out with the method's defaults.
-
-    Raises:
-        ValueError: unknown method, or an option that does not apply to it.
-    """
+    """The hyperparameters of a run's method, defaults included; ValueError for an option that does not apply to it."""
     method = find(config.method)
     given = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None}
     foreign = sorted(set(given).difference(method.accepts))
@@ -266,7 +258,7 @@ def used_options(config: TrainConfig) -> dict[str, float | str]:
 
 
 def with_method(config: TrainConfig, name: str) -> TrainConfig:
-    """The same run with another method; options that do not apply to that one are left out."""
+    """The same run with another method; options that do not apply to it are unset."""
     method = find(name)
     foreign = set(OPTIONS).difference(method.accepts)
     rwp_parallel = config.rwp_parallel and method.batches == 2
@@ -274,7 +266,7 @@ def with_method(config: TrainConfig, name: str) -> TrainConfig:
     return replace(config, method=name, rwp_parallel=rwp_parallel, ascent=ascent, **dict.fromkeys(foreign))
 
 
-def check(right: bool, message: str) -> None:
-    """Raise ValueError(message) unless `right`."""
-    if not right:
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
         raise ValueError(message)

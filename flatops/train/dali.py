@@ -1,6 +1,6 @@
-"""Folders of images that NVIDIA DALI decodes, crops and resizes, on the GPU where there is one.
+"""Folders of images, decoded, cropped and resized by NVIDIA DALI, on the GPU if there is one.
 
-Worker processes read the files and draw the crops by the keys of `workers`: neither the number of workers nor an
+Worker processes read the files and draw the crops from the keys of `workers`: neither the number of workers nor an
 interruption changes the batches.
 """
 
@@ -24,11 +24,11 @@ from .decode import opened
 from .workers import TEST, FromWorkers, Images, Key, attempt, shared
 
 Encoded = tuple[Tensor, list[int], np.ndarray]  # a batch's files end to end, their lengths, and their Windows (B, 5)
-WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tags of TIFF; the last is one of EXIF too
+WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # TIFF tags; the last is also an EXIF tag
 
 
 def check_installed() -> None:
-    """Raise ValueError unless there is DALI."""
+    """Raise ValueError unless DALI is installed."""
     try:
         importlib.import_module("nvidia.dali")
     except ImportError as error:
@@ -36,10 +36,10 @@ def check_installed() -> None:
 
 
 class Windows(Images):
-    """Single image files by key, not decoded, and the window to cut out of each."""
+    """Encoded image files by key, each with the window to crop."""
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, tuple[int, ...], int, list[tuple[str, str]]]:
-        """The file, its window (top, left, height, width, mirrored), its index, and why it could not be read."""
+        """The file, its window (top, left, height, width, mirrored), its index, and the reason if it is unreadable."""
         stream, epoch, index = key
         source, transform = (self.test if stream == TEST else self.train), self.transforms[stream == TEST]
         bad: list[tuple[str, str]] = []
@@ -52,35 +52,35 @@ class Windows(Images):
 
     @staticmethod
     def collate(items: list[tuple]) -> tuple[Encoded, list[int], list[tuple[str, str]]]:
-        """A batch, whose files travel as one tensor: a tensor for each would use up the file descriptors."""
+        """A batch, with its files in one tensor: one tensor per file would exhaust the file descriptors."""
         files, windows, indices, bad = zip(*items)
         encoded = shared(np.concatenate(files)), [len(file) for file in files], np.array(windows)
         return encoded, list(indices), [entry for some in bad for entry in some]
 
 
 def upright(raw: bytes) -> Image.Image:
-    """An image of the size that DALI decodes it to: DALI follows EXIF.
+    """An image of the size to which DALI, which applies EXIF's orientation, decodes the file.
 
     Raises:
-        ValueError: DALI does not decode it, or not as PIL does.
+        ValueError: DALI cannot decode the file, or decodes it differently from PIL.
     """
     image = opened(raw)
     if image.format == "GIF":
         raise ValueError("DALI does not decode GIF: leave out decoder dali, or store it as PNG")
     orientation, (width, height) = 1, image.size
-    if image.format == "TIFF":  # PIL may have turned it already
+    if image.format == "TIFF":  # PIL may have rotated it already
         orientation, width, height = (image.tag_v2.get(tag, 1) for tag in (ORIENTATION, WIDTH, HEIGHT))
     else:
         with suppress(Exception):  # see decode.decoded
             exif = Image.Exif()
             exif.load(image.info.get("exif", b""))
             orientation = exif.get(ORIENTATION, 1)
-    turned = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
-    return image if turned == image.size else Image.new("1", turned)
+    rotated = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    return image if rotated == image.size else Image.new("1", rotated)
 
 
 def random_window(image: Image.Image) -> tuple[int, ...]:
-    """8 to 100 % of the area with sides of 3:4 to 4:3, mirrored or not."""
+    """8 to 100 % of the area, aspect ratio 3:4 to 4:3, mirrored with probability 1/2."""
     from torchvision.transforms import RandomResizedCrop  # slow to import
 
     window = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
@@ -96,13 +96,13 @@ def central_window(image: Image.Image) -> tuple[int, ...]:
 
 @dataclass
 class FromDali(FromWorkers):
-    """See FromWorkers; `images` are Windows."""
+    """FromWorkers with `images` of type Windows."""
 
     def _read(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
-        planned: deque[list[Key]] = deque()  # batches that are on their way
-        given: deque[Tensor] = deque()  # indices of those that DALI has been given
+        planned: deque[list[Key]] = deque()  # batches that have not been returned yet
+        given: deque[Tensor] = deque()  # indices of those that DALI has received
 
-        def noted() -> Iterator[list[Key]]:
+        def recorded() -> Iterator[list[Key]]:
             for batch in keys:
                 planned.append(batch)
                 yield batch
@@ -116,7 +116,7 @@ class FromDali(FromWorkers):
                     windows[:, 4].astype(np.int32),
                 )
 
-        loaded = self._loaded(noted())
+        loaded = self._loaded(recorded())
         first = next(loaded, None)
         if first is None:
             return
@@ -136,7 +136,7 @@ class FromDali(FromWorkers):
             yield pixels.clone(memory_format=self.layout), given.popleft()
 
     def _pipeline(self, inputs: Iterator[tuple[Any, ...]], batch_size: int) -> Any:
-        """From files, windows and flags to uint8 images (B, size, size, 3)."""
+        """The pipeline from files, windows and flags to uint8 images (B, size, size, 3)."""
         from nvidia.dali import fn, pipeline_def, types  # optional
 
         cuda = self.device.type == "cuda"
@@ -164,9 +164,9 @@ class FromDali(FromWorkers):
         return decoded()
 
     def _unreadable(self, planned: Iterable[list[Key]], error: Exception) -> str:
-        """Which image DALI could not decode: it does not say which, and may be ahead of the batch that is asked for."""
+        """A message that names the image which failed: DALI does not, and may be ahead of the current batch."""
         for stream, _, index in itertools.chain(*planned):
             source, bad = (self.images.test if stream == TEST else self.images.train), []
             if attempt(source.open, source, index, bad) is None:
                 return f"cannot read {': '.join(bad[0])}"
-        return f"DALI failed, with images that decoder pil can read: {error}"
+        return f"DALI failed with images that decoder pil can read: {error}"

@@ -1,4 +1,4 @@
-"""Datasets by name, with the wrong labels that a run asks for."""
+"""Datasets by name, and wrong labels."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .config import TrainConfig
 from .dataset import DATASETS, Dataset
 from .order import LABELS
 
-for _file in pkgutil.iter_modules(datasets.__path__):
-    importlib.import_module(f"{datasets.__name__}.{_file.name}")  # which registers the datasets in it
+for _module in pkgutil.iter_modules(datasets.__path__):
+    importlib.import_module(f"{datasets.__name__}.{_module.name}")  # registers its datasets
 
 
 def load(config: TrainConfig) -> Dataset:
-    """The dataset that a run asks for, with its share of wrong training labels. Collective if it has to be downloaded.
+    """A run's dataset, with its fraction of wrong training labels. Collective for datasets that are downloaded.
 
     Raises:
-        ValueError: no such dataset, one that is not as it should be, or fewer training images than a batch needs.
-        OSError: a download broke off.
+        ValueError: unknown or malformed dataset, or fewer training images than a batch.
+        OSError: the download failed.
     """
     if config.data not in DATASETS:
         raise ValueError(f"unknown data {config.data!r}; choose from {', '.join(DATASETS)}")
@@ -33,7 +33,7 @@ def load(config: TrainConfig) -> Dataset:
         raise ValueError(f"randaugment is for photographs, not for {config.data}")
     dataset = loader(config)
     if config.classes and dataset.classes != config.classes:
-        raise ValueError(f"{config.data} has {dataset.classes} classes, and classes {config.classes} is asked for")
+        raise ValueError(f"classes is {config.classes}, but {config.data} has {dataset.classes}")
     if config.validation:
         dataset = dataset.held_out(config.validation, config.seed)
     if dataset.train_size < config.batch_size:
@@ -46,13 +46,13 @@ def load(config: TrainConfig) -> Dataset:
 
 
 def wrong_labels(labels: Tensor, classes: int, fraction: float, seed: int) -> Tensor:
-    """Labels with round(fraction·N) of them moved to another class, all other classes equally likely.
+    """Replace round(fraction·N) labels by another class, all other classes equally likely.
 
     Args:
         labels: (N,) int64.
         classes: number of classes.
-        fraction: share to replace, 0 to 1.
-        seed: the same seed replaces the same labels by the same classes.
+        fraction: 0 to 1.
+        seed: determines which labels, and the new classes.
     """
     rng = np.random.default_rng([seed, LABELS])
     chosen = rng.permutation(len(labels))[: round(fraction * len(labels))]

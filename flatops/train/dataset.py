@@ -1,6 +1,6 @@
-"""What the trainer asks of a dataset, and the table of datasets by name.
+"""The interface of a dataset, and the table of datasets by name.
 
-A dataset is a file in `datasets/` with a function that `register` names; it returns an `InMemory` or a `FromWorkers`.
+A dataset is a file in `datasets/` with a registered function that returns an `InMemory` or a `FromWorkers`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from .order import Batch, Planned, plan
 
 
 class Dataset(ABC):
-    """Training and test images, and the batches that they are seen in."""
+    """Training and test images, and their batches."""
 
-    train: tuple[Any, Tensor]  # images (N, C, H, W), None where workers read them, and labels (N,) int64
+    train: tuple[Any, Tensor]  # images (N, C, H, W), or None if workers read them, and labels (N,) int64
     test_size: int  # unreadable images included
     classes: int
     channels: int
     size: int  # side of an image in pixels
     names: bytes = b""  # of the training images, if they have any
     wrong: int = 0  # training labels that were replaced by a wrong class
-    order_device: torch.device | str = "cpu"  # where indices of images are kept
+    order_device: torch.device | str = "cpu"  # where the indices of images are
     waiting: bool = False  # whether the trainer is waiting for a batch now
     bad: dict[str, str] = {}  # names of the images that could not be read, and why
-    left_out: Counter[str] = Counter()  # kinds of files that lie among the images and are no images, with counts
+    left_out: Counter[str] = Counter()  # numbers of files that are not images, by extension
 
     @property
     def train_size(self) -> int:
@@ -40,7 +40,7 @@ class Dataset(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Tells these training images from others on resume, by their labels and names."""
+        """Identifies the training images on resume, by their labels and names."""
         digest = hashlib.sha256(self.train[1].cpu().numpy().tobytes() + self.names).hexdigest()[:16]
         return f"{self.train_size} images of {self.classes} classes, {digest}"
 
@@ -48,63 +48,63 @@ class Dataset(ABC):
         """The batches of each step, one per stream.
 
         Args:
-            streams: the shuffles to draw from.
+            streams: the shuffles to take them from.
             size: images in a batch over all processes.
-            which: seed, epoch, start (the first step), rank and world_size, as `order.plan` has them.
+            which: seed, epoch, start, rank and world_size, as for `order.plan`.
         """
         planned = plan(self.train_size, size, streams, device=self.order_device, **which)
         return zip(*[self._batches(planned)] * len(streams))
 
     def batches(self, size: int, *, stream: int, **which: int) -> Iterator[Batch]:
-        """The batches of one stream; arguments as those of `steps`."""
+        """The batches of one stream; arguments as for `steps`."""
         return (batch for (batch,) in self.steps([stream], size, **which))
 
     @abstractmethod
     def _batches(self, planned: Iterator[Planned]) -> Iterator[Batch]:
-        """The planned batches, augmented, on the device that trains."""
+        """The planned batches, augmented, on the training device."""
 
     @abstractmethod
-    def test_batches(self, size: int, which: Sequence[int]) -> Iterator[Batch]:
-        """Batches of the test images by number; the label of an image that cannot be read is IGNORED."""
+    def test_batches(self, size: int, numbers: Sequence[int]) -> Iterator[Batch]:
+        """The test batches of these numbers; the label of an unreadable image is IGNORED."""
 
     @abstractmethod
     def to(self, device: torch.device, memory_format: torch.memory_format) -> Dataset:
-        """The same images, in batches on a device and in a memory format."""
+        """The same dataset with batches on a device, in a memory format."""
 
     def held_out(self, fraction: float, seed: int) -> Dataset:
-        """The same, with a fraction of the training images, which the seed draws, in place of the test images.
+        """The same dataset with a fraction of the training images, drawn from the seed, as its test images.
 
         Raises:
-            ValueError: the images are not in memory, or the fraction is none of them.
+            ValueError: the images are not in memory, or the fraction selects none.
         """
         raise ValueError(
-            "validation holds out images in memory: leave out randaugment, or for data folder put them in val/ yourself"
+            "validation needs images in memory: leave out randaugment; for data folder, move images into val/ instead"
         )
 
     def why_lost(self, error: Exception) -> str | None:
-        """What became of the worker processes and what to do, if they are the cause of an error."""
+        """What happened to the worker processes and what to do, if they caused the error."""
         return None
 
     def close(self) -> None:
-        """End the worker processes, if there are any."""
+        """Stop the worker processes, if there are any."""
 
 
 DATASETS: dict[str, tuple[Callable[[TrainConfig], Dataset], bool]] = {}
 
 
 def register(*names: str, randaugment: bool = False) -> Callable:
-    """Enter a function that loads a Dataset for a TrainConfig into the table.
+    """Register a function that makes a Dataset from a TrainConfig.
 
     Args:
-        names: values of `--data` that it is called for.
-        randaugment: whether it follows the option `randaugment`, which is refused otherwise.
+        names: the values of `--data` that select it.
+        randaugment: whether it supports the option `randaugment`, which is an error otherwise.
     """
 
-    def entered(load: Callable[[TrainConfig], Dataset]) -> Callable[[TrainConfig], Dataset]:
+    def decorator(load: Callable[[TrainConfig], Dataset]) -> Callable[[TrainConfig], Dataset]:
         DATASETS.update(dict.fromkeys(names, (load, randaugment)))
         return load
 
-    return entered
+    return decorator
 
 
 class WorkerError(ConnectionError):
@@ -113,7 +113,7 @@ class WorkerError(ConnectionError):
 
 @contextmanager
 def worker_errors(dataset: Dataset) -> Iterator[None]:
-    """Turn errors that a lost worker causes into a WorkerError: torch raises several, and not only in the loader."""
+    """Turn any error caused by a lost worker into a WorkerError: torch raises several, not only in the loader."""
     try:
         yield
     except WorkerError:
@@ -126,11 +126,7 @@ def worker_errors(dataset: Dataset) -> Iterator[None]:
 
 @contextmanager
 def reading(dataset: Dataset) -> Iterator[Dataset]:
-    """Use a dataset, and close it.
-
-    Raises:
-        WorkerError: a worker process died or hung.
-    """
+    """Use a dataset, then close it; WorkerError if a worker process died or hung."""
     try:
         with worker_errors(dataset):
             yield dataset
@@ -138,7 +134,7 @@ def reading(dataset: Dataset) -> Iterator[Dataset]:
         dataset.close()
 
 
-def listed(counts: Counter[str]) -> str:
-    """Names and counts, the largest first, such as `.gif (4), .txt (2)`."""
+def format_counts(counts: Counter[str]) -> str:
+    """Counts as text, largest first, such as `.gif (4), .txt (2)`."""
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{what} ({count:,})" for what, count in most[:8]) + " ..." * (len(most) > 8)

@@ -1,4 +1,4 @@
-"""Image files as the network sees them: upright, in RGB, 8 bits per channel."""
+"""Decoding image files: upright, in RGB, with 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -7,42 +7,40 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
-# By their names; of an animation the first picture counts. What else lies in a folder is left out, and said to be.
+# Of image files; an animation's first frame is used. Other files in a folder are ignored, and counted in the header.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm"),
     *(".bmp", ".tif", ".tiff", ".webp", ".gif"),
 )
-BITS_PER_SAMPLE = 258  # a tag of TIFF
+BITS_PER_SAMPLE = 258  # a TIFF tag
 
 
 def opened(raw: bytes) -> Image.Image:
-    """An image file of which the header is read.
+    """Open an image file and read its header.
 
     Raises:
-        ValueError: its pixels have no known range: floats, integers of 32 bits, or signed ones.
-        Exception: whatever PIL trips over.
+        ValueError: its pixels have no known range: floats, 32-bit integers, or signed ones.
+        Exception: any error from PIL.
     """
     image = Image.open(io.BytesIO(raw))
-    # PIL has 16 bits in "I" too where the format has no more.
+    # PIL also uses mode "I" for the 16 bits of PNG and PPM.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        kind = "floats" if image.mode == "F" else "integers of 32 bits, or signed ones"
-        raise ValueError(
-            f"its pixels are {kind}: which value is white is not known; store it with 8 or 16 bits a channel"
-        )
+        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
+        raise ValueError(f"its pixels are {kind} of unknown range: store it with 8 or 16 bits per channel")
     return image
 
 
 def decoded(raw: bytes) -> Image.Image:
-    """An image file upright, as EXIF says, in RGB, with 16 bits scaled to 8; errors as those of `opened`."""
+    """Decode an image file, upright according to EXIF, in RGB, with 16 bits scaled to 8; errors as in `opened`."""
     image = opened(raw)
     image.load()
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # EXIF is damaged more often than images are, and PIL has no one error for it
+    except Exception:  # damaged EXIF is more common than damaged images, and PIL raises any kind of error for it
         pass
-    if image.mode.startswith("I"):  # grey, which convert() would cut off at 255
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         [bits] = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, [16])
         image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
     return image.convert("RGB")

@@ -12,14 +12,14 @@ from .world import from_first
 
 
 def torchvision_sets(kind: Callable[..., Any], config: TrainConfig) -> list[Any]:
-    """The training and the test set of a class of torchvision.datasets. Collective: the first process downloads them.
+    """The training and the test set of a torchvision dataset. Collective: the first process downloads them.
 
     Args:
-        kind: the class, called with (root, train=, download=).
+        kind: the dataset's class, called with (root, train=, download=).
         config: the run; its `data_dir` is where they are or go to (default: data).
 
     Raises:
-        OSError: the download broke off, or is damaged.
+        OSError: the download failed, or is damaged.
     """
     root = config.data_dir or Path("data")
 
@@ -30,15 +30,15 @@ def torchvision_sets(kind: Callable[..., Any], config: TrainConfig) -> list[Any]
         try:
             sets()
             return
-        except RuntimeError:  # missing or damaged: torchvision compares checksums
+        except RuntimeError:  # missing or damaged: torchvision verifies checksums
             pass
         before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(config.timeout)  # a server may be silent for so long; urllib has no limit of its own
+        socket.setdefaulttimeout(config.timeout)  # urllib has no timeout of its own
         try:
             sets(download=True)
-        except Exception as error:  # urllib, http.client, socket, tarfile and torchvision have one each
+        except Exception as error:  # urllib, http.client, socket, tarfile and torchvision each raise their own
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            advice = "try again, or give the folder that has it as data_dir"
+            advice = "try again, or set data_dir to a folder that has it"
             raise OSError(f"cannot download {config.data} to {root}: {reason}; {advice}") from error
         finally:
             socket.setdefaulttimeout(before)

@@ -1,4 +1,4 @@
-"""The training loop: one run, from its weights at a seed to its weights at the end."""
+"""The training loop of one run."""
 
 from __future__ import annotations
 
@@ -29,24 +29,22 @@ from .metrics import Metrics
 from .order import CLEAN, FISHER, PERTURBED, Batch
 from .world import World
 
-# One epoch, a line of the log. The training figures are means over its steps and all processes, at the weights of
-# each step's first pass (perturbed ones for RWP) and on the labels as given, wrong ones included.
+# An epoch's line of the log. Training metrics are means over its steps and all processes, at the weights of each step's
+# first pass (RWP: perturbed weights), on the training labels, wrong ones included.
 Row = dict[str, float]
 EVALUATION_BATCH = 512
 
 
 class Trainer:
-    """One run at one point of its training.
+    """A run and its state.
 
-    Everything random follows from the seed, the epoch and the step, so that two runs may take turns in one
-    process and a resumed run equals an uninterrupted one to the bit.
-
-    Of several processes that train one network each has a trainer, takes its share of every batch, and makes the same
-    calls as the others.
+    Everything random follows from seed, epoch and step: runs can take turns in one process, and a resumed run is bit
+    for bit equal to an uninterrupted one. When several processes train one network, each has a trainer, takes its share
+    of every batch, and makes the same calls.
 
     Args:
-        config: what to train, on what, how.
-        world: the processes that train it; by default this one alone.
+        config: the run's options.
+        world: the processes that train it; by default only this one.
 
     Raises:
         ValueError: unknown data, model, method or device, or an option out of range.
@@ -65,7 +63,7 @@ class Trainer:
         self.model.to(self.device, memory_format=self.layout)
         check_takes_images(self.model, self.config.model, self.data, self.device)
         self.average = average_of(self.model, config.ema) if config.ema else None
-        self.network = self.model  # what runs; `model` has the weights and their names
+        self.network = self.model  # runs the forward, perhaps as DDP; `model` has the weights and their names
         self.parallel = (config.parallel or "ddp") if world.size > 1 else None
         if self.parallel:
             self.network = parallel.distribute(self.model, self.parallel, self.device)
@@ -76,12 +74,12 @@ class Trainer:
         self.optimizer = steps.create_optimizer(self.model.parameters(), config, self.steps_per_epoch, world.size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.schedules = self._schedules()
-        if config.amp == "fp16":  # while the loss scale is too large, steps are skipped and schedules go on
+        if config.amp == "fp16":  # schedules also advance in steps skipped because of overflow
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
         if config.compile:
-            self.model.compile()  # in place: the names in the state_dict stay
-        self.bad: dict[str, str] = {}  # images that could not be read on any process, and why
-        self.epoch = 0  # epochs done
+            self.model.compile()  # in place, which keeps the names in the state_dict
+        self.bad: dict[str, str] = {}  # unreadable images of all processes, and why
+        self.epoch = 0  # finished epochs
         self.history: list[Row] = []
         self._begin_epoch()
 
@@ -94,7 +92,7 @@ class Trainer:
         """Train to the end of the epoch, evaluate, and return the epoch's row.
 
         Args:
-            on_step: called after every step; the run may be saved, or abandoned, there.
+            on_step: called after every step; it may save or abandon the run.
         """
         if self.step == 0:
             self._seed()
@@ -107,7 +105,7 @@ class Trainer:
             self.seconds = time.perf_counter() - started
             on_step(self)
         images = self.steps_per_epoch * self.config.batch_size
-        train_loss, train_accuracy = (self._summed() / images).tolist()  # waits for the device
+        train_loss, train_accuracy = (self._summed() / images).tolist()  # host sync
         self.seconds = time.perf_counter() - started
         parts = self.clock.read(wait=True)
         figures = {f"test_{name}": value for name, value in self.evaluate().items()}
@@ -137,13 +135,13 @@ class Trainer:
         """Loss, accuracies and calibration on the test data, with the first process's BatchNorm statistics.
 
         Args:
-            model: the network to evaluate; by default the one that trains.
+            model: the network to evaluate; by default the one in training.
         """
         self.network.eval()
         distributed.broadcast((model or self.model).buffers())
         metrics = Metrics(self.device, self.data.classes)
         count = math.ceil(self.data.test_size / EVALUATION_BATCH)
-        # All take equally many turns, for their forward passes gather each other's shards; surplus ones do not count.
+        # All processes run equally many batches, because forwards under FSDP are collective; surplus ones do not count.
         turns = range(self.world.rank, count + self.world.rank, self.world.size)
         batches = self.data.test_batches(EVALUATION_BATCH, [min(turn, count - 1) for turn in turns])
         for turn, batch in zip(turns, batches):
@@ -153,11 +151,11 @@ class Trainer:
         return metrics.result()
 
     def is_finite(self) -> bool:
-        """Whether the loss was finite in all of this epoch's steps so far. Collective; waits for the device."""
+        """Whether the loss was finite in all of this epoch's steps so far. Collective, with a host sync."""
         return bool(self._summed().isfinite().all())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, in the same form for any number of processes. Collective."""
+        """Everything that the rest of the run depends on, in a form for any number of processes. Collective."""
         return {
             "config": checkpoint.pack_config(self.config),
             "data": self.fingerprint,
@@ -175,17 +173,17 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state_dict() of a run with the same configuration.
+        """Continue from the state_dict() of a run with the same configuration.
 
-        With as many processes as that run had, to the same bits as if it had never stopped. With another number sums
-        are rounded differently, and random states are new, drawn from the seed, the step and the rank.
+        With the same world size the rest is bit for bit as if it had never stopped. With another one, sums are rounded
+        differently and random states are drawn anew from the seed, the step and the rank.
 
         Raises:
-            ValueError: that run's data, model, method or schedule is another; nothing has changed then.
+            ValueError: that run has other data, or another model, method or schedule; nothing has been changed.
         """
         checkpoint.check_same_run(state["config"], checkpoint.pack_config(self.config))
         if state["data"] != self.fingerprint:
-            raise ValueError(f"cannot resume: the checkpoint's run has {state['data']}; here are {self.fingerprint}")
+            raise ValueError(f"cannot resume: the run was trained on {state['data']}; data has {self.fingerprint}")
         checkpoint.check_same_weights(state["model"], self.model.state_dict())
         parallel.load_model(self.model, state["model"])
         if self.average:
@@ -210,7 +208,7 @@ class Trainer:
             self._seed(self.step)
 
     def _schedules(self) -> list[LambdaLR | flatops.CosineRamp]:
-        """The schedules of the learning rate, and of sigma and rho where they change; all step with the optimizer."""
+        """The schedules of the learning rate, and of sigma and rho if they change; all advance with every step."""
         warmup = round(self.config.warmup_epochs * self.steps_per_epoch)
 
         def factor(step: int) -> float:
@@ -226,18 +224,18 @@ class Trainer:
         return schedules
 
     def _begin_epoch(self) -> None:
-        self.step = 0  # steps done in this epoch
-        self.seconds = 0.0  # time they took
+        self.step = 0  # finished steps of this epoch
+        self.seconds = 0.0  # their time
         self.clock.reset()
-        self.sums = torch.zeros(2, device=self.device)  # their summed losses and right answers
+        self.sums = torch.zeros(2, device=self.device)  # their summed loss and number of correct predictions
 
     def _seed(self, *step: int) -> None:
-        """Seed this process for the epoch, or for its rest after a step; the first is seeded as a single process is."""
+        """Seed this process for the epoch, or for the rest of it after a step; rank 0 as a single process would be."""
         process = (self.world.rank, *step) if step or not self.world.first else ()
         seed_everything(self.config.seed, self.epoch, *process)
 
     def _batches(self) -> Iterator[tuple[Batch, ...]]:
-        """This process's batches of each step that is left in the epoch: one from each of the method's shuffles."""
+        """This process's batches for each remaining step of the epoch, one per stream of the method."""
         streams = (CLEAN, PERTURBED)[: self.form.batches]
         which = {"seed": self.config.seed, "epoch": self.epoch, "start": self.step} | self._share()
         loaded = self.data.steps(streams, self.config.batch_size, **which)
@@ -250,34 +248,34 @@ class Trainer:
             yield batches
 
     def _prepared(self, stream: int, number: int, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-        """A batch in its memory format, mixed if the run asks for it."""
+        """A batch in the run's memory format, after mixup and CutMix if they are on."""
         if self.config.channels_last:
             images = images.contiguous(memory_format=self.layout)
         if self.mix:
-            # All processes mix in the same proportion, each within its share of the batch.
+            # All processes draw the same mixing proportion; each mixes within its share of the batch.
             with drawing_from(MIX, self.config.seed, stream, self.epoch, number):
                 images, labels = self.mix(images, labels)
         return images, labels
 
     def _share(self) -> dict[str, int]:
-        """Which share of every batch this process takes."""
+        """The arguments of `order.plan` that select this process's share of every batch."""
         return {"rank": self.world.rank, "world_size": self.world.size}
 
     def update_mask(self) -> None:
-        """Make SSAM's next mask from samples."""
+        """Compute SSAM's next mask from samples."""
         samples, share, processes = self.options["fisher_samples"], {}, self.world.size
-        # Replicas take a share each, which the optimizer sums; shards take every sample together.
+        # Each replica takes a share of the samples, and the optimizer sums over replicas; shards process all together.
         if self.parallel == "ddp":
             least, more = divmod(samples, processes)
             if not least:
-                raise ValueError(f"fisher_samples {samples} is not one for each of {processes} processes")
+                raise ValueError(f"fisher_samples must be at least 1 per process, not {samples} for {processes}")
             samples, share = least + (self.world.rank < more), self._share()
         which = {"stream": FISHER, "seed": self.config.seed, "epoch": self.epoch} | share
         batches = self.data.batches(self.config.batch_size, **which)
         self.optimizer.update_mask(self.model, F.cross_entropy, batches, samples=samples, progress=False)
 
     def _train_step(self, *batches: Batch) -> None:
-        with self.clock("flatops"):  # all but the passes themselves
+        with self.clock("flatops"):  # the passes inside count as "passes"
             output = self.form.take(self.network, self.optimizer, self.gradient, *batches)
         with self.clock("optimizer"):
             scaler = self.gradient.scaler
@@ -303,35 +301,31 @@ class Trainer:
 
 @torch.no_grad()
 def count(sums: torch.Tensor, output: Output, batch: Batch) -> None:
-    """Add a batch's summed loss and right answers to `sums` (2,), without waiting for the device."""
-    labels = batch[1] if batch[1].dim() == 1 else batch[1].argmax(1)  # of mixed images, the larger part's
+    """Add a batch's summed loss and number of correct predictions to `sums` (2,), without a host sync."""
+    labels = batch[1] if batch[1].dim() == 1 else batch[1].argmax(1)  # mixed images count as their larger part's class
     sums += torch.stack([output.loss * len(labels), (output.logits.argmax(1) == labels).sum()])
 
 
 def average_of(model: nn.Module, decay: float) -> nn.Module:
-    """An exponential moving average of a network's weights and BatchNorm statistics; its decay grows over the first steps."""
+    """An exponential moving average of weights and BatchNorm statistics, whose decay grows over the first steps."""
     from timm.utils import ModelEmaV3  # slow to import
 
     return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def mixing(config: TrainConfig, classes: int) -> Callable[..., Batch]:
-    """Mixup (Zhang et al., arXiv 1710.09412), CutMix (Yun et al., arXiv 1905.04899), or either, batch by batch."""
+    """Mixup (Zhang et al., arXiv 1710.09412), CutMix (Yun et al., arXiv 1905.04899), or per batch one of the two."""
     from timm.data import Mixup  # slow to import
 
     return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
 
 
 def choose_device(name: str, world: World = World()) -> torch.device:
-    """The device of that name; auto is CUDA where there is one. Each of several processes has a GPU of its own.
-
-    Raises:
-        ValueError: no such device here.
-    """
+    """The device of that name, or ValueError; auto is CUDA if available. Each of several processes has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if world.size > 1 and name.startswith("cuda:"):
-        raise ValueError(f"device {name} is for one process: give cuda, and each takes its own")
+        raise ValueError(f"device {name} is for one process: use cuda, and each process takes its own GPU")
     if world.size > 1 and name == "cuda":
         name = f"cuda:{world.local_rank}"
     try:
@@ -345,13 +339,13 @@ def choose_device(name: str, world: World = World()) -> torch.device:
 
 
 def set_threads(config: TrainConfig) -> None:
-    """Set PyTorch's CPU threads; more than one would slow the built-in cnn down."""
+    """Set PyTorch's CPU threads; the built-in cnn is fastest with one."""
     if config.threads is not None or config.model == "cnn":
         torch.set_num_threads(config.threads or 1)
 
 
 def seed_everything(seed: int, *path: int) -> None:
-    """Seed the generators of torch, numpy and Python from a run's seed and a path such as the epoch."""
+    """Seed torch, numpy and Python from a run's seed and further integers such as the epoch."""
     word = int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
     torch.manual_seed(word)
     np.random.seed(word)
@@ -360,7 +354,7 @@ def seed_everything(seed: int, *path: int) -> None:
 
 @torch.no_grad()
 def check_takes_images(model: nn.Module, name: str, dataset: Dataset, device: torch.device) -> None:
-    """Raise ValueError if a network cannot take images of that size; networks raise different errors for it."""
+    """Raise ValueError if a network cannot take the dataset's images; networks raise different errors themselves."""
     model.eval()
     try:
         model(torch.zeros(1, dataset.channels, dataset.size, dataset.size, device=device))

@@ -1,4 +1,4 @@
-"""A forward and backward pass with mixed precision, accumulation and several processes: methods are just formulas."""
+"""A forward and backward pass with mixed precision, gradient accumulation and several processes, for all methods."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .order import Batch
 
 
 class Output(NamedTuple):
-    """What a forward pass gives: the loss (scalar) and the logits (B, classes)."""
+    """The loss (scalar) and the logits (B, classes) of a forward pass."""
 
     loss: Tensor
     logits: Tensor
 
 
 class Gradient:
-    """Calling it adds a batch's gradient to `p.grad`, under the loss scale if there is one.
+    """Adds a batch's gradient to `p.grad` when called, times the loss scale if there is one.
 
-    With `accumulate` it splits the batch into so many micro-batches; replicas all-reduce gradients with the last only.
+    `accumulate` is the number of micro-batches per batch; DDP all-reduces gradients only with the last one.
 
     Args:
-        network: what runs in training, such as a DistributedDataParallel.
-        model: what runs in evaluation, with the weights of `network`.
+        network: the module to run in training, such as a DistributedDataParallel.
+        model: the module to run in evaluation, with the same weights.
         device: where both are.
         config: amp, accumulate, label_smoothing.
         clock: measures the time.
@@ -42,13 +42,13 @@ class Gradient:
         self.scaler = GradScaler(device.type, enabled=config.amp == "fp16")
 
     def __call__(self, batch: Batch, weight: float = 1.0) -> Output:
-        """Add the gradient of weight · (mean loss of the batch); the output is the whole batch's, not weighted."""
+        """Add the gradient of weight · (mean loss of the batch); return the whole batch's unweighted output."""
         with self.clock("passes"):
             count = self.config.accumulate
             micro_batches = list(zip(*(tensor.chunk(count) for tensor in batch)))
             outputs = []
             for number, part in enumerate(micro_batches, 1):
-                with self._exchanging(number == len(micro_batches)):
+                with self._sync(number == len(micro_batches)):
                     output = self.forward(part)
                     self.scaler.scale(output.loss * (weight / count)).backward()
                 outputs.append(Output(output.loss.detach(), output.logits.detach()))
@@ -58,24 +58,24 @@ class Gradient:
             return Output(torch.stack(losses).mean(), torch.cat(logits))
 
     def forward(self, batch: Batch, model: nn.Module | None = None) -> Output:
-        """Loss and logits, by another network than the one that trains if `model` is given."""
+        """Loss and logits, of `model` if it is given instead of the network in training."""
         images, labels = batch
-        # DistributedDataParallel would broadcast buffers in every batch, and processes evaluate unequal numbers.
+        # In evaluation DDP would broadcast buffers with every batch, but processes have unequal numbers of batches.
         network = model or (self.network if self.model.training else self.model)
         dtype = torch.float16 if self.config.amp == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none"):
             logits = network(images)
-        # Mixed labels are smoothed already.
+        # Mixup's labels are already smoothed.
         smoothing = self.config.label_smoothing if self.model.training and labels.dim() == 1 else 0.0
         return Output(F.cross_entropy(logits.float(), labels, label_smoothing=smoothing), logits)
 
     def loss_scale(self, weight: float) -> Tensor | None:
-        """The factor of a loss with that weight, for m-ARWP's F; None where it is the weight itself."""
+        """The factor of a loss with this weight under the GradScaler, for m-ARWP's F; None if it is just the weight."""
         if not self.scaler.is_enabled() or weight == 0:
             return None
         return self.scaler.scale(torch.tensor(weight, device=self.device))
 
-    def _exchanging(self, last: bool) -> AbstractContextManager:
+    def _sync(self, last: bool) -> AbstractContextManager:
         if last or not isinstance(self.network, nn.parallel.DistributedDataParallel):
             return nullcontext()
         return self.network.no_sync()

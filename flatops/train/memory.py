@@ -1,4 +1,4 @@
-"""Datasets that fit into the memory of the device that trains."""
+"""Datasets that fit into the training device's memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class InMemory(Dataset):
     """Images and labels as tensors.
 
     Args:
-        train: images (N, C, H, W), float32 ready to use or uint8, and labels (N,) int64 to train on.
-        test: the same to evaluate on.
+        train: images (N, C, H, W), normalised float32 or uint8, and labels (N,) int64.
+        test: the same for evaluation.
         classes: number of classes.
         wrong: number of training labels that were replaced by a wrong class.
-        augment: what happens to batches of training images, None for nothing; makes uint8 images float32.
+        augment: augments training batches and normalises uint8 images to float32; None: nothing.
     """
 
     train: Batch
@@ -41,23 +41,20 @@ class InMemory(Dataset):
             chosen = images[indices]
             yield (self.augment(chosen, *where) if self.augment else chosen), labels[indices]
 
-    def test_batches(self, size: int, which: Sequence[int]) -> Iterator[Batch]:
-        """See Dataset.test_batches."""
+    def test_batches(self, size: int, numbers: Sequence[int]) -> Iterator[Batch]:
         images, labels = (tensor.split(size) for tensor in self.test)
-        for number in which:
+        for number in numbers:
             chosen = images[number]
             yield (self.augment.prepare(chosen) if self.augment else chosen), labels[number]
 
     def held_out(self, fraction: float, seed: int) -> InMemory:
-        """See Dataset.held_out."""
         images, labels = self.train
         order = torch.from_numpy(shuffled(len(labels), seed=seed, epoch=0, stream=VALIDATION))
         held, kept = order.tensor_split([round(fraction * len(order))])
         if not len(held):
-            raise ValueError(f"validation {fraction} of {len(order)} training images is none: raise it")
+            raise ValueError(f"validation {fraction} of {len(order)} training images selects none: raise it")
         return replace(self, train=(images[kept], labels[kept]), test=(images[held], labels[held]))
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> InMemory:
-        """See Dataset.to."""
         train, test = ((x.to(device, memory_format=memory_format), y.to(device)) for x, y in (self.train, self.test))
         return replace(self, train=train, test=test)

@@ -20,17 +20,17 @@ def cnn(classes: int, channels: int) -> nn.Module:
 
 
 def create(name: str, classes: int, channels: int, size: int | None = None) -> nn.Module:
-    """The network of that name with fresh weights.
+    """The network of that name with new weights.
 
     Args:
-        name: cnn; any of timm.list_models(), a ResNet also with _cifar at its end; or torchvision: and any of
-            torchvision.models.list_models().
+        name: cnn; a name from timm.list_models(), for a ResNet also with _cifar appended; or torchvision:NAME with one
+            from torchvision.models.list_models().
         classes: number of outputs.
         channels: channels of an image.
-        size: side of an image, for networks that are made for one.
+        size: side of an image, for networks with a fixed input size.
 
     Raises:
-        ValueError: there is no such name, or it cannot take images of so many channels.
+        ValueError: unknown name, or a network that cannot take this many channels.
     """
     if name == "cnn":
         return cnn(classes, channels)
@@ -48,31 +48,23 @@ def create(name: str, classes: int, channels: int, size: int | None = None) -> n
 
 
 def from_torchvision(name: str, classes: int, channels: int) -> nn.Module:
-    """A network of torchvision with fresh weights.
-
-    Raises:
-        ValueError: there is no such name, or the images are not in colour.
-    """
+    """A torchvision network with new weights; ValueError for an unknown name, or images without 3 channels."""
     from torchvision import models  # slow to import
 
     known = models.list_models(module=models)
     if name not in known:
         raise unknown(f"torchvision:{name}", [f"torchvision:{each}" for each in known], "a name of torchvision.models")
     if channels != 3:
-        raise ValueError(f"torchvision's networks take images of 3 channels, not {channels}: choose one of timm's")
+        raise ValueError(f"torchvision's networks take images with 3 channels, not {channels}: choose one from timm")
     some = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=classes, **some)
 
 
 def for_small_images(model: nn.Module, name: str) -> nn.Module:
-    """A ResNet that begins with a 3×3 convolution of stride 1 and no pooling, as papers have it on CIFAR.
-
-    Raises:
-        ValueError: the network does not begin as a ResNet does.
-    """
+    """A ResNet with a first convolution of 3×3, stride 1, and no pooling, as papers use on CIFAR; else ValueError."""
     first = getattr(model, "conv1", None)
     if not (isinstance(first, nn.Conv2d) and hasattr(model, "maxpool")):
-        raise ValueError(f"model {name!r}: only a plain ResNet has a form for CIFAR, such as resnet18_cifar")
+        raise ValueError(f"model {name!r}: only a plain ResNet has a CIFAR variant, such as resnet18_cifar")
     model.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
@@ -80,7 +72,7 @@ def for_small_images(model: nn.Module, name: str) -> nn.Module:
 
 
 def unknown(name: str, known: list[str], advice: str) -> ValueError:
-    """The error for a name that there is not, with those most like it."""
+    """The error for an unknown name, with the most similar ones."""
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"choose {advice}"
     return ValueError(f"unknown model {name!r}; {hint}")

@@ -1,7 +1,7 @@
 """The order in which a run sees its images, a pure function of (seed, epoch, stream).
 
-Nothing has to be saved to resume it, and two streams of an epoch are two independent shuffles of the same images. What
-augmentation draws depends on (seed, stream, epoch, step), or on the image in place of the step.
+Resuming needs no saved state, and two streams of an epoch are independent shuffles of the same images. Augmentation
+depends on (seed, stream, epoch, step), or on the image in place of the step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64; or (B, classes) float32 after mixup
 
-# Streams: the clean and the perturbed pass, wrong labels, samples for SSAM's masks, images held out for validation.
+# Streams: clean and perturbed pass, wrong labels, samples for SSAM's masks, images held out for validation.
 CLEAN, PERTURBED, LABELS, FISHER, VALIDATION = range(5)
 IGNORED = -100  # the label of a test image that cannot be read; cross-entropy ignores it
 
@@ -26,12 +26,12 @@ def shuffled(count: int, *, seed: int, epoch: int, stream: int) -> np.ndarray:
 
 
 class Planned(NamedTuple):
-    """A process's share of one batch, before its images are there."""
+    """A process's share of one batch, before its images are loaded."""
 
     indices: Tensor  # of the images, int64
-    path: list[int]  # what augmentation draws from: seed, stream, epoch, step
+    path: list[int]  # the seed of augmentation: seed, stream, epoch, step
     size: int  # images in the whole batch
-    share: slice  # which of them are this process's
+    share: slice  # this process's images in the batch
 
 
 def plan(
@@ -46,7 +46,7 @@ def plan(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Planned]:
-    """An epoch's batches from step `start` on, one per stream in every step; leftover images wait for the next."""
+    """An epoch's batches from step `start` on, one per stream and step; an incomplete last batch is dropped."""
     orders = [torch.from_numpy(shuffled(count, seed=seed, epoch=epoch, stream=s)).to(device) for s in streams]
     share = slice(rank * size // world_size, (rank + 1) * size // world_size)
     for step in range(start, count // size):

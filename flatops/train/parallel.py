@@ -1,4 +1,4 @@
-"""One network on several processes, replicated or sharded by PyTorch; its full state, as one process would write it."""
+"""One network on several processes, replicated or sharded by PyTorch, and its full state dict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = dict[str, Any]
 def distribute(model: nn.Module, kind: Literal["ddp", "fsdp"], device: torch.device) -> nn.Module:
     """The network to run: a DistributedDataParallel around `model`, or `model` itself, sharded in place by fully_shard.
 
-    Collective. Make the optimizer afterwards, from the parameters that `model` then has.
+    Collective. Create the optimizer afterwards, from the new parameters.
     """
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
@@ -26,13 +26,13 @@ def distribute(model: nn.Module, kind: Literal["ddp", "fsdp"], device: torch.dev
 
     mesh = init_device_mesh(device.type, (world()[1],))
     for module in [*units(model), model]:
-        # The root reshards too: weights perturbed after an evaluation have to be gathered again.
+        # The root too: weights that are perturbed after an evaluation must be gathered again.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
 
 
 def units(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers that are gathered one at a time: children with a matrix, also those in lists."""
+    """The layers to gather one at a time: children with a matrix, including those in containers."""
     for child in model.children():
         if isinstance(child, (nn.Sequential, nn.ModuleList)):
             yield from units(child)
@@ -41,7 +41,7 @@ def units(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def full_state(state: Any) -> Any:
-    """A state dict with its shards gathered, on the CPU; what is not sharded stays as it is. Collective."""
+    """A state dict with its shards gathered on the CPU; other values are unchanged. Collective."""
     if isinstance(state, dict):
         full = copy.copy(state)  # a module's has attributes
         full.update((key, full_state(value)) for key, value in state.items())
@@ -50,7 +50,7 @@ def full_state(state: Any) -> Any:
 
 
 def sharded(value: Any, like: Tensor) -> Any:
-    """A full tensor of the shape of `like`, sharded as that is; any other value as it is."""
+    """Shard a full tensor like `like`, if that is sharded and of the same shape; other values are unchanged."""
     if not (isinstance(value, Tensor) and is_distributed(like) and value.shape == like.shape):
         return value
     return like_shard(like, shard_of(like, value.to(like.device)).clone(), *value.shape)

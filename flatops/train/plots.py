@@ -18,7 +18,7 @@ from .engine import Row
 
 
 def learning_curves(history: list[Row], title: str, path: Path) -> None:
-    """Draw a run's loss and accuracy over its epochs, on the training and the test data."""
+    """Plot a run's loss and accuracy over its epochs, on the training and the test data."""
     figure, (losses, accuracies) = panels(title)
     epochs = [row["epoch"] for row in history]
     for axes, quantity in ((losses, "loss"), (accuracies, "accuracy")):
@@ -33,12 +33,12 @@ def learning_curves(history: list[Row], title: str, path: Path) -> None:
 
 
 def comparison(runs: list[dict[str, Any]], methods: Sequence[str], title: str, path: Path) -> None:
-    """Draw test accuracy over the epochs (mean and deviation over seeds) and every seed's last value.
+    """Plot test accuracy over the epochs (mean and standard deviation over seeds) and every seed's last value.
 
     Args:
         runs: one entry per run, with its `method`, `seed` and `history`.
-        methods: whose runs to draw, in this order.
-        title: what was compared.
+        methods: methods to plot, in this order.
+        title: title of the figure.
         path: PNG to write.
     """
     figure, (curves, finals) = panels(title, widths=(3, 2))
@@ -50,8 +50,8 @@ def comparison(runs: list[dict[str, Any]], methods: Sequence[str], title: str, p
         mean, deviation = accuracy.mean(0), accuracy.std(0, ddof=1 if seeds > 1 else 0)
         curves.plot(range(1, epochs + 1), mean, color=colour, lw=2, label=label)
         curves.fill_between(range(1, epochs + 1), mean - deviation, mean + deviation, color=colour, alpha=0.18, lw=0)
-        beside = position + np.linspace(-0.12, 0.12, seeds) * (seeds > 1)
-        finals.scatter(beside, accuracy[:, -1], color=colour, alpha=0.6, s=28, lw=0)
+        x = position + np.linspace(-0.12, 0.12, seeds) * (seeds > 1)
+        finals.scatter(x, accuracy[:, -1], color=colour, alpha=0.6, s=28, lw=0)
         finals.hlines(mean[-1], position - 0.28, position + 0.28, color=colour, lw=3)
         ticks.append(f"{label}\n{mean[-1]:.1%}")
     curves.set(xlabel="epoch", ylabel="test accuracy", title="mean and standard deviation over seeds")

@@ -1,4 +1,4 @@
-"""`flatops train --profile`: where a step goes once its images are there, and what each method's step costs beside SGD's."""
+"""`flatops train --profile`: where the time of a step goes, without loading images, and each method's ratio to SGD."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .engine import Trainer, choose_device
 from .run import memory_advice
 
 ROUNDS, WARMUP = 16, 2
-# What is timed where no data and no network are asked for: digits are too small to tell anything.
+# Used instead of the default data and model: digits are too small for a meaningful profile.
 PROFILED = {
     "cpu": {"model": "resnet18", "image_size": 32},
     "cuda": {"model": "resnet50", "image_size": 224, "batch_size": 256, "amp": "bf16", "channels_last": True},
@@ -30,17 +30,17 @@ PROFILED = {
 
 
 def profile(config: TrainConfig, console: Console | None = None, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Time a step of every method on the data and network of a run, in one process, in turns.
+    """Time a step of every method on a run's data and network, in turns, in one process.
 
     Args:
-        config: the run; with the default data and network it is, on synthetic images, a ResNet-18 at 32×32, on a GPU a
-            ResNet-50 at 224×224 in bf16 and batches of 256.
+        config: the run; the default data and model are replaced by synthetic images and a ResNet-18 at 32×32, on a GPU
+            a ResNet-50 at 224×224 in bf16 with batches of 256.
         console: where to print; the terminal by default.
-        rounds: steps of each method that count.
+        rounds: timed steps per method.
 
     Returns:
-        A row per method: `milliseconds` of a step (median over the rounds), `ratio` to SGD's (median of the ratios in each
-        round), and the share of each part.
+        A row per method: `milliseconds` per step (median over rounds), `ratio` to SGD's step (median of each round's
+        ratio), and the share of each part.
 
     Raises:
         ValueError: an option out of range; also under torchrun.
@@ -88,7 +88,7 @@ def profile(config: TrainConfig, console: Console | None = None, rounds: int = R
 
 
 class Contender:
-    """A run of which single steps are timed, always on the same batches: workers would read ahead in others' turns."""
+    """A run of timed steps, always on the same batches: workers would prefetch during the other runs' turns."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.trainer = Trainer(config)
@@ -99,7 +99,7 @@ class Contender:
             self.batches = next(self.trainer._batches())
 
     def step(self) -> float:
-        """Take a step; how long it took."""
+        """Take a step and return its seconds."""
         started = time.perf_counter()
         self.trainer._train_step(*self.batches)
         if self.trainer.device.type == "cuda":
@@ -108,7 +108,7 @@ class Contender:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows, to print."""
+    """The printed rows."""
     result = Table(box=box.SIMPLE_HEAD)
     result.add_column("method")
     parts = [part for part in PARTS if part != "data"]

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a header, a line per epoch, a progress bar; and its log of JSON lines."""
+"""A run's output: a header, a line per epoch, a progress bar, a log of JSON lines, and TensorBoard's."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from flatops import terminal
 from flatops.methods import METHODS
 
 from .config import TrainConfig
-from .dataset import listed
+from .dataset import format_counts
 from .engine import Row, Trainer
 
 AMP = {"none": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast with a loss scale"}
-DISTORTIONS = ("randaugment", "cutout", "erasing", "mixup", "cutmix")
+AUGMENTATIONS = ("randaugment", "cutout", "erasing", "mixup", "cutmix")
 COLUMNS = {  # title: (key of the row, width, format)
     "epoch": ("epoch", 5, "d"),
     "lr": ("lr", 8, ".4f"),
@@ -39,7 +39,7 @@ COLUMNS = {  # title: (key of the row, width, format)
 
 
 def plain(value: Any) -> Any:
-    """A value for JSON: paths become text, numbers that are not finite become null."""
+    """A value for JSON: paths become strings, numbers that are not finite become null."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -52,7 +52,7 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON file."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
-    # A file name that is not UTF-8 has surrogates, and JSON escapes them as Python does.
+    # File names that are not UTF-8 contain surrogates, which JSON and Python escape in the same way.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -60,8 +60,8 @@ class Log:
     """One JSON line per epoch.
 
     Args:
-        path: the file; written anew. None writes nothing.
-        history: rows of epochs already done, which come first.
+        path: the file, overwritten; None writes nothing.
+        history: rows of finished epochs, which come first.
     """
 
     def __init__(self, path: Path | None, history: list[Row]) -> None:
@@ -79,7 +79,7 @@ class Log:
 
 
 class ImagesPerSecond(ProgressColumn):
-    """Training images per second over the last steps."""
+    """Recent training images per second."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class ImagesPerSecond(ProgressColumn):
 
 
 class Shares(ProgressColumn):
-    """The shares of time that the parts of the epoch's steps take."""
+    """Each part's share of the epoch's time."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
@@ -102,14 +102,11 @@ class Shares(ProgressColumn):
 
 
 class Board:
-    """Every epoch's figures for TensorBoard.
+    """Every epoch's metrics for TensorBoard; ModuleNotFoundError where it is not installed.
 
     Args:
         folder: where to write; None writes nothing.
-        history: rows of epochs already done, which come first.
-
-    Raises:
-        ModuleNotFoundError: tensorboard is not installed.
+        history: rows of finished epochs, which come first.
     """
 
     def __init__(self, folder: Path | None, history: list[Row]) -> None:
@@ -117,7 +114,7 @@ class Board:
         if folder:
             from torch.utils.tensorboard import SummaryWriter  # optional
 
-            for old in folder.glob("events.out.tfevents.*"):  # of a run that this one continues; it is in the history
+            for old in folder.glob("events.out.tfevents.*"):  # of the run that this one continues: in `history`
                 old.unlink()
             self.writer = SummaryWriter(str(folder))
         for row in history:
@@ -131,13 +128,13 @@ class Board:
             self.writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Close the event file."""
         if self.writer:
             self.writer.close()
 
 
 class Screen:
-    """The terminal of one run, as a context manager.
+    """A run's terminal output, as a context manager.
 
     Args:
         trainer: the run.
@@ -149,7 +146,7 @@ class Screen:
         shown = {"sigma": "sigma_end" in trainer.options, "rho": "rho_end" in trainer.options}
         shown |= {"top 5": trainer.data.classes > 5 and trainer.config.data != "digits", "ema acc": trainer.average}
         self.columns = {title: c for title, c in COLUMNS.items() if shown.get(title, True)}
-        self.named: set[str] = set()  # images that could not be read
+        self.reported: set[str] = set()  # unreadable images
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}", markup=False),
             BarColumn(bar_width=None),
@@ -176,43 +173,41 @@ class Screen:
         self.progress.stop()
 
     def step(self) -> None:
-        """Show that a step was done."""
+        """Update the progress bar after a step."""
         epoch = f"{self.trainer.epoch + 1}/{self.trainer.config.epochs}"
         self.progress.update(self.bar, completed=self.trainer.steps_done, epoch=epoch)
-        self._name(self.trainer.data.bad)
+        self._report(self.trainer.data.bad)
 
-    def _name(self, bad: dict[str, str]) -> None:
-        """Print images that could not be read, each once."""
-        for name in sorted(bad.keys() - self.named):
-            self.named.add(name)
+    def _report(self, bad: dict[str, str]) -> None:
+        """Print unreadable images, each once."""
+        for name in sorted(bad.keys() - self.reported):
+            self.reported.add(name)
             terminal.say(self.console, f"skipped: cannot read {name}: {bad[name]}", style="yellow")
 
     def epoch(self, row: Row) -> None:
         """Print an epoch's line."""
-        self._name(self.trainer.bad)
+        self._report(self.trainer.bad)
         cells = (f"{format(row[key], form):>{width}}" for key, width, form in self.columns.values())
         terminal.say(self.console, "".join(cells))
 
 
 def header(trainer: Trainer) -> Panel:
-    """The values that the run uses, defaults included."""
+    """The run's settings, defaults included."""
     config, weights = trainer.config, sum(p.numel() for p in trainer.model.parameters())
     threads = torch.get_num_threads()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan")
     grid.add_row("data", describe_data(trainer))
     if trainer.data.left_out:
-        grid.add_row("", f"ignored: {listed(trainer.data.left_out)}")
+        grid.add_row("", f"ignored: {format_counts(trainer.data.left_out)}")
     grid.add_row("model", f"{config.model}, {weights:,} weights, seed {config.seed}")
     grid.add_row("method", describe_method(trainer))
     grid.add_row(config.base, describe_schedule(config))
-    if distortions := describe_options({name: getattr(config, name) for name in DISTORTIONS if getattr(config, name)}):
-        grid.add_row("images", distortions)
-    grid.add_row(
-        "length",
-        f"{config.epochs} epochs of {trainer.steps_per_epoch} steps of {config.batch_size} images"
-        + f", in {config.accumulate} pieces" * (config.accumulate > 1),
-    )
+    if augmentations := {name: getattr(config, name) for name in AUGMENTATIONS if getattr(config, name)}:
+        grid.add_row("augment", describe_options(augmentations))
+    micro_batches = f", in {config.accumulate} micro-batches" * (config.accumulate > 1)
+    steps = f"{trainer.steps_per_epoch} steps of {config.batch_size} images{micro_batches}"
+    grid.add_row("epochs", f"{config.epochs}, each {steps}")
     grid.add_row(
         "device",
         f"{trainer.device}, {threads} thread{'s' * (threads > 1)}, "
@@ -224,7 +219,7 @@ def header(trainer: Trainer) -> Panel:
 
 
 def describe_data(trainer: Trainer) -> str:
-    """The numbers of images, wrong labels and classes."""
+    """The dataset and its numbers of images, wrong labels and classes."""
     data = trainer.data
     wrong = f" ({data.wrong:,} labels wrong)" if data.wrong else ""
     return (
@@ -247,8 +242,8 @@ def describe_options(options: dict[str, float | str]) -> str:
 
 
 def describe_schedule(config: TrainConfig) -> str:
-    """The learning rate's schedule, and the base optimizer's other options."""
-    warmup = f"up over {config.warmup_epochs:g} epochs, then " if config.warmup_epochs else ""
+    """The learning rate schedule, and the base optimizer's other options."""
+    warmup = f"warm-up of {config.warmup_epochs:g} epochs, then " if config.warmup_epochs else ""
     momentum = f"{'Nesterov ' * config.nesterov}momentum {config.momentum:g}, " if config.base == "sgd" else ""
     more = {"clip norm": config.clip_norm, "label smoothing": config.label_smoothing, "ema": config.ema}
     return (

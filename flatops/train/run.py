@@ -1,4 +1,4 @@
-"""`flatops train`: one run in its folder, with checkpoint, log and plot, until it is done or stopped."""
+"""`flatops train`: one run in its folder, with checkpoints, log and plot, until it ends or is stopped."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from .world import from_first, joined, peer_errors
 
 
 def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
-    """Train one network and leave config.json, log.jsonl, last.pt, best.pt and curves.png in the run's folder.
+    """Train one network and write config.json, log.jsonl, last.pt, best.pt and curves.png to the run's folder.
 
-    best.pt is the checkpoint of the epoch of the highest test accuracy, with `ema` of the averaged weights. Both checkpoints hold
-    the network as `model` and its average as `ema`, and `resume` continues from either.
+    best.pt is the checkpoint of the epoch with the highest test accuracy (with `ema`, of the averaged weights). Both
+    checkpoints hold the network as `model` and its average as `ema`, and `resume` continues from either.
 
-    After Ctrl-C or SIGTERM it finishes the step, saves, says how to resume, and stops; after a second one at once.
+    After Ctrl-C or SIGTERM it finishes the step, saves, prints how to resume, and stops; after a second one at once.
 
-    Under torchrun the processes train one network together; the first one prints and writes. A checkpoint resumes with any
-    number of processes: with as many as before to the same bits, otherwise with other rounding and other random states.
+    Under torchrun the processes train one network together; rank 0 prints and writes. A checkpoint resumes with any
+    number of processes: with the same number bit for bit, otherwise with other rounding and other random states.
 
     Args:
-        config: what to train; `config.resume` continues a run, to the same bits as if it had never stopped.
+        config: the run's options; with `config.resume` it continues bit for bit as if it had never stopped.
         console: where to print; the terminal by default.
 
     Returns:
         One row per epoch: losses, accuracies, seconds.
 
     Raises:
-        ValueError: an option out of range, an output folder in use, a checkpoint that does not fit.
-        FileNotFoundError: nothing to resume there.
-        FloatingPointError: the loss is no longer a number.
+        ValueError: an option out of range, an output folder in use, or a checkpoint of another run.
+        FileNotFoundError: no checkpoint to resume.
+        FloatingPointError: the loss is no longer finite.
         KeyboardInterrupt: after Ctrl-C; SystemExit after SIGTERM.
         ConnectionError: another process died, hung, or cannot be reached.
-        MemoryError: a step does not fit.
-        OSError: a checkpoint cannot be written, the disk being full; the last one is intact.
+        MemoryError: out of memory.
+        OSError: a checkpoint cannot be written, for example to a full disk; the previous one is intact.
     """
     with joined(config.timeout) as world:
         console = (console or terminal.console()) if world.first else Console(quiet=True)
@@ -71,22 +71,22 @@ def train(config: TrainConfig, console: Console | None = None) -> list[Row]:
         seconds = sum(row["seconds"] for row in trainer.history)
         terminal.say(
             console,
-            f"test accuracy {trainer.history[-1]['test_accuracy']:.1%} after {config.epochs} epochs, "
-            f"{seconds:.1f} s of training; see {folder}",
+            f"test accuracy {trainer.history[-1]['test_accuracy']:.1%} after epoch {config.epochs} "
+            f"and {seconds:.1f} s of training; see {folder}",
             style="bold",
         )
         return trainer.history
 
 
 def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
-    """Train to the end; show, log and save every epoch; save and stop after a signal."""
+    """Train to the end; print, log and save every epoch; save and stop after a signal."""
     config, world = trainer.config, trainer.world
     log = Log(folder / "log.jsonl" if world.first else None, trainer.history)
     board = Board(folder if world.first and config.tensorboard else None, trainer.history)
     accuracy = "ema_accuracy" if trainer.average else "test_accuracy"
 
     def save() -> None:
-        if not trainer.is_finite():  # on all processes alike
+        if not trainer.is_finite():  # the same on all processes
             raise FloatingPointError("the loss is no longer a finite number: lower lr, sigma or rho")
         state = trainer.state_dict()
         if world.first:
@@ -95,7 +95,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
                 checkpoint.keep_best(folder)
 
     def stop_if_asked() -> None:
-        # Signals reach processes in different steps, or reach only one: so all agree in every step, which costs 0.1 ms.
+        # A signal may reach processes in different steps, or only one of them: all agree in every step (0.1 ms).
         number = world.largest(signals[0] if signals else 0)
         if not number:
             return
@@ -105,7 +105,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
             f"Stopped after {trainer.steps_done} of {trainer.total_steps} steps; continue with\n"
             f"  flatops train --resume {folder}",
         )
-        world.wait()  # if one left now, torchrun would end the first while it writes
+        world.wait()  # if one exited now, torchrun would kill rank 0 while it writes
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def on_step(trainer: Trainer) -> None:
@@ -115,7 +115,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
         stop_if_asked()
 
     def may_interrupt() -> bool:
-        return world.size == 1 and trainer.data.waiting  # several processes agree after a step instead
+        return world.size == 1 and trainer.data.waiting  # several processes agree between steps instead
 
     with Screen(trainer, console) as screen, deferred_signals(may_interrupt) as signals:
         while trainer.epoch < config.epochs:
@@ -129,7 +129,7 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
             screen.epoch(row)
             if trainer.bad and world.first:
                 lines = (f"{name}: {reason}\n" for name, reason in sorted(trainer.bad.items()))
-                # Names that are not UTF-8 are written byte by byte.
+                # Names that are not UTF-8 keep their bytes.
                 (folder / "bad_images.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
             if not math.isfinite(row["train_loss"]):
                 raise FloatingPointError(f"the loss became {row['train_loss']}: lower lr, sigma or rho")
@@ -140,33 +140,30 @@ def run_epochs(trainer: Trainer, folder: Path, console: Console) -> None:
 
 
 def best(history: list[Row], accuracy: str) -> bool:
-    """Whether the last epoch is the best so far."""
+    """Whether the last epoch has the highest accuracy so far."""
     return bool(history) and history[-1][accuracy] >= max(row[accuracy] for row in history)
 
 
 @contextmanager
 def memory_advice(config: TrainConfig, folder: Path | None = None) -> Iterator[None]:
-    """Say which option to change when memory runs out; PyTorch raises one error for the GPU and several for the CPU."""
+    """Turn out-of-memory errors, of which PyTorch raises several kinds, into one that says which option to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         on_cpu = "allocate memory" in str(error) or isinstance(error, MemoryError)
         if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
             raise
-        half = ", or use amp bf16" if config.amp == "none" else ""
-        raise MemoryError(
-            f"out of memory: raise accumulate (now {config.accumulate}) or lower batch_size (now {config.batch_size}){half}"
-            + (
-                f"; continue with: flatops train --resume {folder} --accumulate {2 * config.accumulate}"
-                if folder and (folder / checkpoint.NAME).is_file()
-                else ""
-            )
-        ) from error
+        accumulate = config.accumulate
+        advice = f"raise accumulate (now {accumulate}) or lower batch_size (now {config.batch_size})"
+        advice += ", or use amp bf16" if config.amp == "none" else ""
+        if folder and (folder / checkpoint.NAME).is_file():
+            advice += f"; continue with: flatops train --resume {folder} --accumulate {2 * accumulate}"
+        raise MemoryError(f"out of memory: {advice}") from error
 
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Say how to continue when another process is lost, worker processes included."""
+    """Add how to continue to the error for a lost process, also a worker process."""
     try:
         with peer_errors():
             yield
@@ -177,11 +174,7 @@ def resumable(folder: Path) -> Iterator[None]:
 
 
 def make_folder(config: TrainConfig) -> Path:
-    """The run's folder: the one asked for, that of the run it continues, or a new one under runs/.
-
-    Raises:
-        ValueError: the folder asked for is in use.
-    """
+    """The run's folder: `output` (ValueError if it is in use), that of the resumed run, or a new one under runs/."""
     if config.output:
         folder = config.output
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -189,9 +182,8 @@ def make_folder(config: TrainConfig) -> Path:
     elif config.resume:
         folder = checkpoint.locate(config.resume).parent
     else:
-        return new_folder(
-            Path("runs", f"{config.data}-{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
-        )
+        name = f"{config.data}-{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return new_folder(Path("runs", name))
     folder.mkdir(parents=True, exist_ok=True)
     if config.resume and (source := checkpoint.locate(config.resume).parent) != folder:
         for name in (checkpoint.NAME, checkpoint.BEST):
@@ -201,7 +193,7 @@ def make_folder(config: TrainConfig) -> Path:
 
 
 def new_folder(folder: Path) -> Path:
-    """A new folder of that name, with a number appended where runs start in the same second."""
+    """Make a folder, with a number appended to its name if another run started in the same second."""
     for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         try:
@@ -212,7 +204,7 @@ def new_folder(folder: Path) -> Path:
 
 
 class Interrupted(BaseException):
-    """A signal arrived at a moment when it may interrupt."""
+    """A signal arrived when it was allowed to interrupt."""
 
 
 @contextmanager
@@ -220,10 +212,10 @@ def deferred_signals(may_interrupt: Callable[[], bool] = lambda: False) -> Itera
     """Collect SIGINT and SIGTERM in a list instead of acting on them; the second one acts as usual.
 
     Args:
-        may_interrupt: whether the first one may raise Interrupted now, as while waiting for images that may never come.
+        may_interrupt: whether the first may raise Interrupted now, for example while the trainer waits for images.
     """
     arrived: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
         yield arrived
         return
 

@@ -1,7 +1,7 @@
 """A run's optimizer, and the gradient of one step.
 
-A function that takes a batch leaves the step's gradient in `p.grad`; the engine then calls `optimizer.step()`. Each pass
-is one call of a `Gradient`, which handles mixed precision, accumulation and several processes.
+Functions that take a batch leave the step's gradient in `p.grad`; the engine then calls `optimizer.step()`. Each pass
+is one call of a `Gradient`, which handles mixed precision, gradient accumulation and several processes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .order import Batch
 def create_optimizer(
     params: Iterable[nn.Parameter], config: TrainConfig, steps_per_epoch: int = 1, processes: int = 1
 ) -> torch.optim.Optimizer:
-    """The base optimizer, or the method's on top of it; a dynamic mask moves every `steps_per_epoch` steps.
+    """The method's optimizer, or the base optimizer alone; a dynamic mask is updated every `steps_per_epoch` steps.
 
-    With `rwp_parallel` on several processes, each takes its role in m-RWP.
+    With `rwp_parallel` on several processes, each takes its role in parallel m-RWP.
 
     Raises:
-        ValueError: see used_options; also a value out of range (σ or ρ negative, λ outside [0, 1] …).
+        ValueError: an option that does not apply, or is out of range (σ or ρ negative, λ outside [0, 1] …).
     """
     method, options = find(config.method), used_options(config)
-    for name in ("sigma_end", "rho_end", "fisher_samples"):  # the engine's
+    for name in ("sigma_end", "rho_end", "fisher_samples"):  # used by the engine
         options.pop(name, None)
     base, own = torch.optim.AdamW, {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.base == "sgd":
@@ -44,7 +44,7 @@ def create_optimizer(
         options |= {"update_every": steps_per_epoch, "total_updates": config.epochs}
     if config.rwp_parallel and processes > 1:
         options["parallel"] = True
-    if "seed" in inspect.signature(method.optimizer.__init__).parameters:  # SAM draws nothing and has none
+    if "seed" in inspect.signature(method.optimizer.__init__).parameters:  # SAM has no randomness
         options["seed"] = config.seed
     return method.optimizer(params, base, **method.fixed, **options, **own)
 
@@ -55,7 +55,7 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, gradient: Gradient
 
 
 def passes(model: nn.Module, optimizer: flatops.RWP | flatops.SAM, gradient: Gradient, batch: Batch) -> Output:
-    """The optimizer's own passes over one batch: the perturbed one for RWP, after a clean one for SAM"""
+    """The optimizer's passes over one batch: perturbed for RWP; clean, then perturbed for SAM"""
     outputs = []
     for one_pass in flatops.passes(optimizer, model):
         with one_pass:
@@ -64,7 +64,7 @@ def passes(model: nn.Module, optimizer: flatops.RWP | flatops.SAM, gradient: Gra
 
 
 def local_ascent(model: nn.Module, optimizer: flatops.SAM, gradient: Gradient, batch: Batch) -> Output:
-    """SAM: g = ∇L(w + e), each process with an e from the gradient of its own part of the batch"""
+    """SAM: g = ∇L(w + e), where each process's e is along the gradient of its share of the batch"""
     with optimizer.ascent_pass(model):
         output = gradient(batch)
     with optimizer.perturbed(), flatops.freeze_batchnorm_stats(model):
@@ -73,7 +73,7 @@ def local_ascent(model: nn.Module, optimizer: flatops.SAM, gradient: Gradient, b
 
 
 def mixed(model: nn.Module, optimizer: flatops.RWP, gradient: Gradient, clean: Batch, perturbed: Batch) -> list[Output]:
-    """m-RWP: g = (1 − λ)·∇L(w; clean) + λ·∇L(w + ε; perturbed), a pass after the other; the outputs of both"""
+    """m-RWP: g = (1 − λ)·∇L(w; clean) + λ·∇L(w + ε; perturbed), one pass after the other; returns both outputs"""
     first = gradient(clean, optimizer.clean_weight)
     weight = optimizer.perturbed_weight
     with optimizer.perturbed(gradient.loss_scale(weight)), flatops.freeze_batchnorm_stats(model):
@@ -98,14 +98,14 @@ def mixed_processes(model: nn.Module, optimizer: flatops.RWP, gradient: Gradient
 
 
 class Form(NamedTuple):
-    """How a run takes the passes of a step, `take(model, optimizer, gradient, *batches)`, and from how many batches."""
+    """How a run computes a step's gradient, `take(model, optimizer, gradient, *batches)`, from how many batches."""
 
     take: Callable[..., Output]
     batches: int = 1
 
 
 def choose(config: TrainConfig, processes: int = 1) -> Form:
-    """The form in which the method of a run takes its steps on so many processes.
+    """The form of a run's steps on this many processes.
 
     Raises:
         ValueError: unknown method, an option that does not apply to it, or a batch that cannot be divided evenly.
@@ -119,18 +119,16 @@ def choose(config: TrainConfig, processes: int = 1) -> Form:
         parts, form = max(2, processes), Form(mixed_processes if processes > 1 else mixed_halves)
     elif method.batches == 2:
         form = Form(mixed_batches, 2)
-    elif config.ascent == "local" and processes > 1:  # on one, its part of the batch is the whole
+    elif config.ascent == "local" and processes > 1:  # a single process's share is the whole batch
         form = Form(local_ascent)
     else:
         form = Form(passes if method.optimizer else plain)
     if config.batch_size % parts:
         what = "processes" if processes > 1 else "halves"
-        raise ValueError(f"batch_size {config.batch_size} cannot be shared out evenly over {parts} {what}")
+        raise ValueError(f"batch_size {config.batch_size} cannot be divided evenly among {parts} {what}")
     share = config.batch_size // parts
     if share % config.accumulate:
-        raise ValueError(
-            f"a process's {share} images of a batch cannot be taken in accumulate {config.accumulate} equal pieces"
-        )
+        raise ValueError(f"accumulate {config.accumulate} does not divide a process's {share} images of a batch")
     if (config.mixup or config.cutmix) and config.batch_size // processes % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size {config.batch_size} gives a process an odd number")
     return form

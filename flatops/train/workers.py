@@ -1,4 +1,4 @@
-"""Datasets whose images worker processes read while the device trains; any number of them gives the same batches."""
+"""Datasets read by worker processes while the device trains; the batches do not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from .dataset import Dataset, WorkerError, worker_errors
 from .order import IGNORED, Batch, Planned
 
 T = TypeVar("T")
-NONE, MOST_BAD = -1, 1000  # the index of no image; how many unreadable ones in a row are skipped
-TEST = -1  # takes the place of a stream in the keys of test images
+NONE, MAX_SKIPPED = -1, 1000  # the index of no image; how many unreadable ones in a row are skipped
+TEST = -1  # in place of the stream in the keys of test images
 Key = tuple[int, int, int]  # stream, epoch, index
-PATIENCE = 2.0  # seconds that workers have to end by themselves
+PATIENCE = 2.0  # seconds for workers to exit by themselves
 SHARED_MEMORY = (
-    "batches travel through /dev/shm from the processes that read images: make it larger (docker run --shm-size 8g, or mount "
-    "-o remount,size=8g /dev/shm), or read without them (--workers 0)"
+    "worker processes pass batches through /dev/shm: make it larger (docker run --shm-size 8g, or "
+    "mount -o remount,size=8g /dev/shm), or use no workers (--workers 0)"
 )
 
 
 class Source(Protocol):
-    """One split's images and names, in a form that worker processes share without copying."""
+    """One split's images and names, in a form that worker processes can share without copying."""
 
     labels: np.ndarray
     left_out: Counter[str]  # see Dataset
 
     def open(self, index: int) -> Image.Image:
-        """An image in RGB, decoded."""
+        """A decoded RGB image."""
 
     def name(self, index: int) -> str:
-        """What to call it when it cannot be read."""
+        """Its name in error messages."""
 
 
 @dataclass
 class Images:
-    """Single images by key, decoded and randomly augmented, as uint8: what the workers' DataLoader indexes.
+    """The map-style dataset of the workers' DataLoader: decoded and augmented uint8 images by key.
 
     Args:
-        config: seed, from which together with the key all that is random follows; bad_images.
-        train, test: where they come from.
+        config: bad_images, and the seed: with the key, it determines everything random.
+        train, test: sources of the images.
         transforms: of training and of test images, from PIL to uint8 (3, size, size).
         size: side of an image in pixels.
     """
@@ -66,7 +66,7 @@ class Images:
     size: int
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray, int, list[tuple[str, str]]]:
-        """The image, its index, and what could not be read: then a test image is black, a training image replaced."""
+        """The image, its index, and what could not be read: a test image is then black, a training image replaced."""
         stream, epoch, index = key
         bad: list[tuple[str, str]] = []
         if stream == TEST:
@@ -82,14 +82,14 @@ class Images:
         return self._black(), NONE, bad
 
     def _candidates(self, key: Key) -> Iterator[int]:
-        """A training image and those to try in its place, drawn by the key: neighbours would be favoured otherwise."""
+        """A training image's index, then replacements drawn at random from the key, so that none is favoured."""
         *_, index = key
         yield index
         if self.config.bad_images == "skip":
             count = len(self.train.labels)
             rng = np.random.default_rng([REPLACE, self.config.seed, *key])
-            drawn = rng.choice(count, min(count, MOST_BAD), replace=False)
-            yield from drawn[drawn != index][: MOST_BAD - 1].tolist()
+            drawn = rng.choice(count, min(count, MAX_SKIPPED), replace=False)
+            yield from drawn[drawn != index][: MAX_SKIPPED - 1].tolist()
 
     def _black(self) -> np.ndarray:
         return np.zeros((3, self.size, self.size), dtype=np.uint8)
@@ -102,27 +102,26 @@ class Images:
 
 
 def shared(array: np.ndarray) -> Tensor:
-    """A tensor in shared memory, for the process that trains. The queue's thread would put it there too, but loses the
-    batch in silence where /dev/shm is full; here the error is raised."""
+    """A tensor in shared memory. The queue's thread would move it too, but silently lose it if /dev/shm is full."""
     tensor = torch.from_numpy(array)
     return tensor.share_memory_() if get_worker_info() else tensor
 
 
-def attempt(opened: Callable[[int], T], source: Source, index: int, bad: list[tuple[str, str]]) -> T | None:
-    """What `opened` returns for an image of a source, or None and a new entry in `bad`."""
+def attempt(read: Callable[[int], T], source: Source, index: int, bad: list[tuple[str, str]]) -> T | None:
+    """`read(index)`, or None and a new entry in `bad` if it fails."""
     try:
-        return opened(index)
+        return read(index)
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever they trip over
-        # PIL names the object that it read from by its address.
+    except Exception as error:  # decoders raise any kind
+        # PIL's messages contain the address of the object that it read from.
         reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))
         bad.append((source.name(index), (reason or type(error).__name__).splitlines()[0]))
         return None
 
 
 class Sampler:
-    """The loader's batch sampler: the keys of each batch to read next."""
+    """The loader's batch sampler; `batches` are the keys to read next."""
 
     def __init__(self) -> None:
         self.batches: Iterator[list[Key]] = iter(())
@@ -132,22 +131,22 @@ class Sampler:
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach all processes of the group, to the one that trains: it ends the workers
-    itself, with a second SIGTERM if need be."""
+    """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the training process, which stops the workers
+    itself, if need be with a second SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 @dataclass
 class FromWorkers(Dataset):
-    """Images that worker processes read. One pass at a time: a new one ends the last.
+    """Images read by worker processes. One iteration at a time: starting another ends it.
 
     Args:
         config: workers, batch_size, timeout.
         images: the images.
         classes: number of classes.
-        augment: what happens to batches on the device.
-        train: None, and the labels (N,) int64 to train on; by default those of `images`.
+        augment: augments and normalises batches on the device.
+        train: None, and the training labels (N,) int64; by default those of `images`.
         wrong: number of training labels that were replaced by a wrong class.
     """
 
@@ -176,36 +175,34 @@ class FromWorkers(Dataset):
         return getattr(self.images.train, "names", np.array(())).tobytes()
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> FromWorkers:
-        """See Dataset.to."""
         self.device, self.layout = device, memory_format
         return self
 
     def why_lost(self, error: Exception) -> str | None:
-        """See Dataset.why_lost."""
         workers = getattr(getattr(self.loader, "_iterator", None), "_workers", ())
         try:
             for worker in workers:
-                worker.join(0.1)  # its connections close before it has ended
+                worker.join(0.1)  # its connections close before it exits
             codes = {worker.exitcode for worker in workers} - {None, 0}
-        except RuntimeError:  # torch's handler of SIGCHLD raises it
+        except RuntimeError:  # from torch's SIGCHLD handler
             codes = {1}
-        # Either torch names its file in /dev/shm, or a worker has written where there was no room left.
+        # Either torch's error names its file in /dev/shm, or a worker was killed while it wrote there.
         if re.search("</torch_|Bus error", str(error)) or -signal.SIGBUS in codes:
             return f"/dev/shm is full: {SHARED_MEMORY}"
         if "DataLoader timed out" in str(error):
             return (
-                f"the processes that read images sent nothing for {self.config.timeout:g} s (timeout): they may wait "
-                "for a disk or a network that does not answer; --workers 0 reads without them"
+                f"the worker processes sent nothing for {self.config.timeout:g} s (timeout): perhaps a disk or a "
+                "network does not respond; raise timeout, or use --workers 0"
             )
-        return "a process that reads images was killed, for want of memory perhaps: lower workers" if codes else None
+        return "a worker process was killed, perhaps for lack of memory: lower workers" if codes else None
 
     def close(self) -> None:
-        """End the worker processes, by force if they hang; the next pass would start new ones."""
+        """Stop the worker processes, by force if they hang; the next iteration starts new ones."""
         iterator = getattr(self.loader, "_iterator", None)
         self.loader = None
         if iterator is None:
             return
-        # torch waits up to 5 s for each of them in turn.
+        # torch waits up to 5 s for each of them, one after the other.
         force = threading.Timer(PATIENCE, lambda: [worker.kill() for worker in iterator._workers])
         force.start()
         try:
@@ -220,9 +217,8 @@ class FromWorkers(Dataset):
         for (_, *where), (images, indices) in zip(planned, self._read(keys)):
             yield self.augment(images, *where), self.train[1][indices].to(self.device, non_blocking=True)
 
-    def test_batches(self, size: int, which: Sequence[int]) -> Iterator[Batch]:
-        """See Dataset.test_batches."""
-        keys = ([(TEST, 0, i) for i in range(n * size, min((n + 1) * size, self.test_size))] for n in which)
+    def test_batches(self, size: int, numbers: Sequence[int]) -> Iterator[Batch]:
+        keys = ([(TEST, 0, i) for i in range(n * size, min((n + 1) * size, self.test_size))] for n in numbers)
         labels = torch.from_numpy(self.images.test.labels)
         for images, indices in self._read(keys):
             chosen = labels[indices].clone()
@@ -232,23 +228,21 @@ class FromWorkers(Dataset):
             yield self.augment.prepare(images), chosen.to(self.device, non_blocking=True)
 
     def _read(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images (B, 3, size, size) on the device, and their indices, of each batch of keys."""
+        """For each batch of keys, uint8 images (B, 3, size, size) on the device and their indices."""
         for images, indices in self._loaded(keys):
-            # The memory is pinned where there is a GPU, and the host does not wait for the copy.
+            # From pinned memory to a GPU, the copy needs no host sync.
             yield images.to(self.device, non_blocking=True).contiguous(memory_format=self.layout), indices
 
     def _loaded(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
-        """What the workers return for each batch of keys, and the indices; unreadable images are noted, or raised."""
+        """What the workers return for each batch of keys, and the indices; unreadable images are recorded or raised."""
         self.sampler.batches = keys
         for batch, indices, bad in self._from_loader():
             for name, reason in bad:
                 if self.config.bad_images == "stop":
-                    raise ValueError(
-                        f"cannot read {name}: {reason}; bad_images skip would take another image in its place"
-                    )
+                    raise ValueError(f"cannot read {name}: {reason}; use bad_images skip to replace such images")
                 self.bad[name] = reason
             if NONE in indices:
-                (name, reason), tried = bad[0], min(self.train_size, MOST_BAD)
+                (name, reason), tried = bad[0], min(self.train_size, MAX_SKIPPED)
                 raise ValueError(f"{tried} training images in a row cannot be read, the first {name}: {reason}")
             yield batch, torch.tensor(indices)
 
@@ -259,8 +253,7 @@ class FromWorkers(Dataset):
                 try:
                     batches = iter(self.loader)
                 except (OSError, RuntimeError) as error:
-                    reason = f"{error}; {SHARED_MEMORY}"
-                    raise WorkerError(f"cannot start the processes that read images: {reason}") from error
+                    raise WorkerError(f"cannot start the worker processes: {error}; {SHARED_MEMORY}") from error
             else:
                 batches = self._waited_for(lambda: iter(self.loader))
             while (batch := self._waited_for(lambda: next(batches, None))) is not None:
@@ -274,7 +267,7 @@ class FromWorkers(Dataset):
             self.waiting = False
 
     def _loader(self) -> DataLoader:
-        # Batches read ahead take up shared memory: four per worker, fewer if they are large.
+        # Prefetched batches take shared memory: four per worker, fewer if they are large.
         ahead = max(1, min(4, 1024 // self.config.batch_size))
         options: dict[str, Any] = {"prefetch_factor": ahead, "persistent_workers": True, "timeout": self.config.timeout}
         return DataLoader(
@@ -284,12 +277,12 @@ class FromWorkers(Dataset):
             collate_fn=self.images.collate,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # every pass would draw from dropout's otherwise
+            generator=torch.Generator(),  # not the global one, which dropout draws from
             **(options if self.workers else {}),
         )
 
 
 def default_workers() -> int:
-    """A training process's share of the CPUs that it may use, 16 at most."""
+    """A training process's share of the available CPUs, at most 16."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

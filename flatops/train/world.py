@@ -1,4 +1,4 @@
-"""The processes of a run under torchrun: joining them, agreeing, and errors when one is lost."""
+"""The processes of a run under torchrun: joining them, agreeing on values, and errors when one is lost."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch.distributed as dist
 from flatops import distributed
 
 T = TypeVar("T")
-# What gloo and NCCL say in plain RuntimeErrors, also in the middle of a backward pass.
+# Marks gloo's and NCCL's errors for a lost peer, which are plain RuntimeErrors, also in the middle of a backward pass.
 LOST = re.compile("gloo|NCCL|pair closure|closed by peer|Timed out waiting|[Ww]ait timeout|Socket Timeout")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, by default this one alone. Its methods are collective.
+    """The processes of a run, by default only this one. Its methods are collective.
 
     Args:
-        rank: of this process.
-        size: number of processes.
-        local_rank: rank among the processes of this machine, which is the number of its GPU.
+        rank: rank of this process.
+        size: world size.
+        local_rank: rank on this machine, and the index of its GPU.
     """
 
     rank: int = 0
@@ -39,38 +39,38 @@ class World:
         return self.rank == 0
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers. They travel between CPUs: no GPU is waited for."""
+        """The maximum of the processes' numbers, exchanged between CPUs without a host sync."""
         if self.size == 1:
             return number
-        most = torch.tensor(number)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+        maximum = torch.tensor(number)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return int(maximum)
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
         self.largest(0)
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns or raises on the first process, on all of them. Collective."""
-    made = error = None
+    """Call `make` on the first process, and return or raise its outcome on all of them. Collective."""
+    result = error = None
     if distributed.world()[0] == 0:
         try:
-            made = make()
-        except Exception as e:  # the others wait for an answer
+            result = make()
+        except Exception as e:  # raised below: the others are waiting
             error = e
-    made, said = distributed.gather_objects((made, error))[0]
-    if said is not None:
-        raise error or said
-    return made
+    result, first_error = distributed.gather_objects((result, error))[0]
+    if first_error is not None:
+        raise error or first_error
+    return result
 
 
 @contextmanager
 def joined(timeout: float) -> Iterator[World]:
-    """Join the processes that torchrun has started, if it has.
+    """Join the processes that torchrun started, if it did.
 
     Args:
-        timeout: seconds to wait for the other processes, at the start and in every exchange.
+        timeout: seconds to wait for the other processes, at the start and in every collective.
 
     Raises:
         ConnectionError: another process died, hung, or cannot be reached.
@@ -79,7 +79,7 @@ def joined(timeout: float) -> Iterator[World]:
     if world.size == 1:
         yield world
         return
-    # Gradients travel between GPUs, if there are any; what is on the CPU travels by gloo, which waits for no GPU.
+    # NCCL for tensors on GPUs; gloo for those on the CPU, without a host sync.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     failed = False
     try:
@@ -96,13 +96,13 @@ def joined(timeout: float) -> Iterator[World]:
 
 @contextmanager
 def peer_errors() -> Iterator[None]:
-    """Turn what torch.distributed raises when it loses another process into a ConnectionError of one line."""
+    """Turn torch.distributed's errors for a lost process into a ConnectionError with a one-line message."""
     try:
         yield
     except RuntimeError as error:
         message = str(error)
         if not (isinstance(error, dist.DistError) or LOST.search(message)):
             raise
-        # Without gloo's line number in front and its advice at the end.
+        # Drop gloo's line number and advice.
         cause = re.sub(r"^\[[^]]*\] ", "", message).split(". ")[0].split("\n")[0]
         raise ConnectionError(f"another process died or hung, or the network failed: {cause}") from error

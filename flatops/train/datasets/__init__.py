@@ -1,1 +1,1 @@
-"""The datasets of `flatops train`, a file each; `--data` takes the names that they register."""
+"""The datasets of `flatops train`, one file each; `--data` takes the names that they register."""

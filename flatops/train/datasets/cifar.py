@@ -25,7 +25,7 @@ PADDING = 4
 
 @register("cifar10", "cifar100", randaugment=True)
 def cifar(config: TrainConfig) -> InMemory | FromWorkers:
-    """In memory, cropped and flipped in whole batches; from workers for RandAugment, which takes single images."""
+    """In memory, augmented in batches; with RandAugment, which takes single images, from workers."""
     from torchvision import datasets, transforms  # slow to import
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.data]
@@ -45,7 +45,7 @@ def cifar(config: TrainConfig) -> InMemory | FromWorkers:
 
 
 class Arrays:
-    """The images of one of torchvision's sets, a `Source`."""
+    """A `Source` of the images of a torchvision dataset."""
 
     left_out: Counter[str] = Counter()
 

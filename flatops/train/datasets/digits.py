@@ -1,4 +1,4 @@
-"""Handwritten digits, which scikit-learn carries."""
+"""scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..memory import InMemory
 
 @register("digits")
 def digits(config: TrainConfig) -> InMemory:
-    """1,797 handwritten digits of 8×8 pixels, ten classes; a fixed quarter, balanced, is for testing."""
+    """1,797 handwritten digits of 8×8 pixels, ten classes; a fixed, stratified quarter is the test set."""
     from sklearn.datasets import load_digits  # slow to import
     from sklearn.model_selection import train_test_split
 

@@ -1,4 +1,4 @@
-"""Noise with random labels, for timing."""
+"""Random noise with random labels, for timing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..order import Batch
 
 @register("synthetic")
 def synthetic(config: TrainConfig) -> InMemory:
-    """Enough for four batches, 1,024 images at least."""
+    """Enough images for four batches, at least 1,024."""
     generator = torch.Generator().manual_seed(config.seed)
     side, classes = config.image_size or 32, config.classes or 10
 

@@ -1,4 +1,4 @@
-"""Recipes of the papers, a file each beside this one: options of `flatops train` by name, and where they come from."""
+"""The papers' recipes, one TOML file each, with options of `flatops train` and their sources."""
 
 from __future__ import annotations
 
@@ -16,29 +16,21 @@ else:
 
 
 def names() -> list[str]:
-    """Every preset."""
+    """The names of all presets."""
     found = (entry.name for entry in files(__package__).iterdir())
     return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
 
 def read(name: str) -> dict[str, Any]:
-    """The options that a preset sets.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The options of a preset, or ValueError."""
     known = names()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"unknown preset {name!r}; {hint}There are {', '.join(known)}")
+        raise ValueError(f"unknown preset {name!r}; {hint}choose from {', '.join(known)}")
     return tomllib.loads((files(__package__) / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def recipe(name: str, **options: Any) -> TrainConfig:
-    """The configuration of a preset, with other options where they are given.
-
-    Raises:
-        ValueError: there is no such preset, or an option is out of range.
-    """
+    """A preset's configuration, with some options overridden; ValueError if it is unknown or an option out of range."""
     return TrainConfig(**read(name) | options)
