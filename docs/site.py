@@ -1,4 +1,4 @@
-"""Makes one site of pages that are written for GitHub: README.md is the front page, and links out of docs/ become paths."""
+"""Makes one site of pages written for GitHub: README.md is the front page, and links out of docs/ become paths."""
 
 from __future__ import annotations
 
