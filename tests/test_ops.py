@@ -338,7 +338,7 @@ BAD = [
     (
         lambda: ops.perturb_([W, W[0]], 0.1, seed=0, draw=0, first_row=[1, 1]),
         ValueError,
-        r"first_row\[1\] is 1 and params\[1\] has 1 dimension",
+        r"first_row\[1\] must be 0, not 1: params\[1\] has 1 dimension",
     ),
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, backend="metal"), ValueError, "unknown backend 'metal'"),
     (lambda: ops.perturb_([W], 0.1, seed=0, draw=0, backend="cuda"), ValueError, "does not support cpu"),
