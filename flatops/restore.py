@@ -26,8 +26,8 @@ class Change:
 
     tensors: list[Tensor]
     how: dict[str, Any]  # the arguments of restore_, or {"offloaded": backup in the host's memory}
-    token: Tensor  # the tensor that the operator writes last ...
-    version: int  # ... and its version before that
+    token: Tensor  # the backup or the scales: its version grows when there is something to undo ...
+    version: int  # ... from this one
     restored: int = -1  # the version that restoring gives the last of the tensors
 
     def undo(self) -> None:
@@ -120,7 +120,7 @@ class Pass:
     Args:
         owner: an object with
             `in_pass`, whether a pass is running;
-            `_begin(**options)`, which changes the weights, or returns False to join the running pass;
+            `_begin(**options)`, which changes the weights and returns True, or returns False to join the running pass;
             `restore()`, which restores them, and is called again if interrupted;
             `_end(well)`, called after the restore; `well` is False after an exception.
         *inside: context managers entered after the weights are changed and left before they are restored.
@@ -128,7 +128,7 @@ class Pass:
     """
 
     __exit__ = _Exit()
-    mine = left = False  # of one that an interrupt kept from being made, too
+    mine = left = False  # for __del__, should an interrupt come before __init__ sets them
 
     def __init__(self, owner: Any, *inside: contextlib.AbstractContextManager[Any], **options: Any) -> None:
         self.owner, self.inside, self.options = owner, inside, options
@@ -153,12 +153,13 @@ class Pass:
                 if begins:
                     self.owner.restore()
                     self.owner._end(False)
+                self.left = True  # or __del__ would end a later pass of this owner
             raise
 
     @outside_graphs
     def leave(self, *exception: Any) -> None:
         """Restores the weights, unless this pass joined a running one."""
-        if self.left:  # called again, after an interrupt
+        if self.left:  # called again, because the first call raised
             error = KeyboardInterrupt()
             exception = type(error), error, None
         self.left, well = True, False
@@ -171,6 +172,6 @@ class Pass:
                 self.owner._end(well)
 
     def __del__(self) -> None:
-        """Ends a pass whose `__exit__` never ran, because a debugger's interrupt came right before it."""
+        """Ends a pass that was entered and never left."""
         if self.mine and not self.left:
             self.leave(KeyboardInterrupt, None, None)

@@ -39,7 +39,7 @@ class Weights:
         forget_copies(self.modules or [])
 
     def restore(self) -> None:
-        """Restores all weights, every bit."""
+        """Restores all weights: every bit, unless the noise was drawn again."""
         self.changes.undo()
         self.forget_copies()
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import flatops
 from flatops import ops, reference
+from flatops.restore import Pass
 
 SGD = torch.optim.SGD
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -275,6 +276,39 @@ def test_a_graph_across_the_edge_of_a_pass_is_an_error(inside):
             with optimizer.perturbed():
                 loss = loss_of(model, batch)
             loss.backward()
+
+
+@pytest.mark.parametrize("kind", [rwp, sam])
+def test_a_pass_that_is_never_left_ends_when_it_is_dropped(kind):
+    params = some_params()
+    optimizer = kind(params)
+    before = all_bits(params)
+    entered = optimizer.perturbed()
+    entered.__enter__()
+    assert not torch.equal(bits(params[0]), before[0])
+    del entered
+    assert_same_bits(all_bits(params), before)
+    assert not optimizer.is_perturbed
+
+
+def test_a_pass_that_failed_on_entry_does_not_end_a_later_one():
+    class Failing:
+        def __enter__(self):
+            raise MemoryError("on entry")
+
+        def __exit__(self, *exception): ...
+
+    params = some_params()
+    optimizer = rwp(params)
+    before = all_bits(params)
+    failed = Pass(optimizer, Failing())
+    with pytest.raises(MemoryError, match="on entry"):
+        failed.__enter__()
+    assert_same_bits(all_bits(params), before)
+    with optimizer.perturbed():
+        del failed
+        assert optimizer.is_perturbed and not torch.equal(bits(params[0]), before[0])
+    assert_same_bits(all_bits(params), before)
 
 
 # --- an interrupt at every moment ----------------------------------------------------------------------

@@ -72,7 +72,7 @@ class Flat(Groups):
 
     @outside_graphs
     def perturbed(self) -> Pass:
-        """Context manager that perturbs the weights in place; on exit, also by an exception, it restores every bit.
+        """Context manager that perturbs the weights in place; on exit, also by an exception, it restores them.
 
         Example:
             >>> with optimizer.perturbed():
@@ -100,7 +100,7 @@ class Flat(Groups):
         if run.weights.modules is None:
             distributed.check_params(params, run.given)
         run.weights.claim(params)
-        if torch.is_grad_enabled():  # under no_grad, a single process may be evaluating the loss
+        if torch.is_grad_enabled():  # without gradients no step follows, so neither check is needed
             if scaler.has_unscaled(self):
                 raise RuntimeError(
                     "unscale_() before the perturbed pass, whose gradient is scaled again: call it after perturbed()"
@@ -168,7 +168,7 @@ class Flat(Groups):
                 if `perturbed()` has already run or the closure uses it. Not allowed through `GradScaler.step`.
 
         Returns:
-            What the closure returned in the clean pass (RWP: in its only pass); None without a closure.
+            What the closure returned in the clean pass (of RWP without one: in its only pass); None without a closure.
 
         Raises:
             RuntimeError: inside `perturbed()`, or with a closure through a GradScaler.
@@ -204,7 +204,7 @@ class Flat(Groups):
         return loss
 
     def _before_step(self) -> None:
-        """Called with the final, unscaled gradient in p.grad."""
+        """Called with the final gradient in p.grad; that of a fused base under a GradScaler is still scaled."""
 
     def _after_step(self) -> None:
         """Called when the base optimizer has made its state."""

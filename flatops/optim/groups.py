@@ -1,4 +1,4 @@
-"""Hyperparameters of our own beside the base optimizer's: in its groups, its checkpoints and its range checks."""
+"""Our hyperparameters in the base optimizer's param_groups: range checks, defaults and checkpoints."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ _seeded: tuple[int, int] = (-1, 0)  # torch's seed, and how many optimizers have
 
 
 def _default_seed() -> int:
-    """A seed derived from torch's, another for each optimizer."""
+    """A seed derived from torch's, a different one for each optimizer."""
     global _seeded
     seed = torch.initial_seed()
     _seeded = seed, (_seeded[1] + 1 if _seeded[0] == seed else 0)

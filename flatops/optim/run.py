@@ -12,7 +12,7 @@ from flatops.weights import Weights
 
 
 class Stage(enum.IntEnum):
-    """The stage of a step; in PERTURBED and IN_STEP the weights are perturbed."""
+    """The stage of a step; in PERTURBED and IN_STEP a perturbed pass is running."""
 
     IDLE = 0  # no perturbed pass since the last step
     READY = 1  # a perturbed pass has ended; step() is next
@@ -32,9 +32,11 @@ class Run:
     agreed: bool = False  # all processes have been checked to have the same optimizer
     default_seed: bool = False  # the user has given no seed
     weights: Weights = field(default_factory=Weights)
-    finite: Tensor | None = None  # whether SAM's first norm was; None once a gradient of the second pass carries it
+    finite: Tensor | None = None  # whether the norm of SAM's first pass is finite; None once passed on to a gradient
     hooks: list[Any] = field(default_factory=list)
-    skipped: list[Tensor] = field(default_factory=list)  # parameters without a gradient in SSAM's first pass
+    skipped: list[Tensor] = field(
+        default_factory=list
+    )  # parameters whose requires_grad SSAM.ascent_pass has turned off
 
     @property
     def in_pass(self) -> bool:

@@ -199,7 +199,7 @@ class RWP(KeepsFisher):
 
     @outside_graphs
     def perturbed(self, loss_scale: float | Tensor | None = None) -> Pass:
-        """Context manager that adds the noise in place; on exit, also by an exception, it restores every bit.
+        """Context manager that adds the noise in place; on exit, also by an exception, it restores the weights.
 
         Args:
             loss_scale: factor of the loss inside, default `perturbed_weight`; ARWP with lam < 1 under a GradScaler
@@ -276,9 +276,11 @@ class RWP(KeepsFisher):
                 group["draw"].add_(1)
 
     def _end(self, well: bool) -> None:
-        super()._end(well)
-        if well and self.mixes_fisher():
+        mixed = well and self.mixes_fisher()
+        if mixed:
             self._check_reduced("ARWP with lam < 1")
+        super()._end(well)
+        if mixed:
             self._update_fisher(1.0 / (self.perturbed_weight if self.loss_scale is None else self.loss_scale))
         self._add_aside()
 
@@ -300,7 +302,7 @@ class RWP(KeepsFisher):
         return torch.zeros_like(row, dtype=torch.float32)  # sharded as p is
 
     def mixes_fisher(self) -> bool:
-        """Whether p.grad mixes clean and perturbed gradients: then F is updated, with the loss scale, in between."""
+        """Whether F is updated at the end of the pass, because p.grad will mix both gradients: serial m-ARWP."""
         lam = self.param_groups[0]["lam"]
         return 0 < lam < 1 and not self.parallel and any(group["eta"] > 0 for group in self.param_groups)
 
@@ -324,7 +326,7 @@ class RWP(KeepsFisher):
         for (_, eta), (params, _) in self._trainable(("eta",)).items():
             fisher = [self._fisher(p) for p in params if eta > 0 and not distributed.is_distributed(p)]
             if fisher:
-                means = torch.cat(fisher) / self._replica()[1]
+                means = torch.cat(fisher) / distributed.world()[1]  # not the replicas alone: shards have it too
                 distributed.all_reduce([means])
                 torch._foreach_copy_(fisher, means.split([len(f) for f in fisher]))
 

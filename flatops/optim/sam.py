@@ -89,7 +89,11 @@ class SAM(Flat):
         return began
 
     def _direction(self, params: list[Tensor]) -> list[Tensor | None]:
-        """The ascent direction of each of these parameters; those with None do not move."""
+        """The ascent direction of each of these parameters; those with None do not move.
+
+        Directions that `maximize` has negated, such as a momentum buffer, must be negated back. A method without a clean
+        pass also overrides has_clean_pass, _passes and _evaluate.
+        """
         return [p.grad for p in params]
 
     def _perturb(self) -> None:
@@ -142,7 +146,9 @@ class SAM(Flat):
             self.run.finite = None
             return torch.where(on(grad.device, finite), grad, math.nan)
 
-        self.run.hooks += [p.register_hook(hook) for p in params if not distributed.is_distributed(p)]
+        for p in params:
+            if not distributed.is_distributed(p):
+                self.run.hooks.append(p.register_hook(hook))  # one by one: an interrupt loses none of them
 
     def _end(self, well: bool) -> None:
         finite, self.run.finite = self.run.finite, None

@@ -34,8 +34,9 @@ def weighted_gradients(params: list[Tensor], weight: float, hooks: list[Any]) ->
         weighted.add(i)
         return grad * weight
 
-    hooks += [p.register_hook(functools.partial(weigh, i)) for i, p in enumerate(params)]
     try:
+        for i, p in enumerate(params):
+            hooks.append(p.register_hook(functools.partial(weigh, i)))  # one by one: an interrupt loses none of them
         yield
         for i, (p, old) in enumerate(zip(params, before)) if hooks else ():
             new = p.grad
