@@ -91,8 +91,8 @@ class SAM(Flat):
     def _direction(self, params: list[Tensor]) -> list[Tensor | None]:
         """The ascent direction of each of these parameters; those with None do not move.
 
-        Directions that `maximize` has negated, such as a momentum buffer, must be negated back. A method without a clean
-        pass also overrides has_clean_pass, _passes and _evaluate.
+        Directions that `maximize` has negated, such as a momentum buffer, must be negated back. A method without a
+        clean pass also overrides has_clean_pass, _passes and _evaluate.
         """
         return [p.grad for p in params]
 
