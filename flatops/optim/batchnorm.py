@@ -27,14 +27,15 @@ def freeze_batchnorm_stats(model: nn.Module, enabled: bool = True) -> Iterator[N
     """
     # Not by momentum 0, which would still count batches, and let a NaN in: 0 times NaN is NaN.
     layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats] if enabled else []
-    # InstanceNorm updates its statistics in training mode whatever the flag says, so they are removed meanwhile.
-    hidden = [(m, m.running_mean, m.running_var) for m in layers if isinstance(m, _InstanceNorm) and m.training]
+    # InstanceNorm updates its statistics in training mode whatever the flag says, so they are removed meanwhile; torch
+    # 2.10 rounds them in evaluation mode too, so it gets copies.
+    hidden = [(m, m.running_mean, m.running_var) for m in layers if isinstance(m, _InstanceNorm)]
     layers = [m for m in layers if not isinstance(m, _InstanceNorm)]
     try:
         for layer in layers:
             layer.track_running_stats = False
-        for layer, _, _ in hidden:
-            layer.running_mean = layer.running_var = None
+        for layer, mean, var in hidden:
+            layer.running_mean, layer.running_var = (None, None) if layer.training else (mean.clone(), var.clone())
         yield
     finally:
         for layer in layers:
