@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -35,7 +36,8 @@ def freeze_batchnorm_stats(model: nn.Module, enabled: bool = True) -> Iterator[N
         for layer in layers:
             layer.track_running_stats = False
         for layer, mean, var in hidden:
-            layer.running_mean, layer.running_var = (None, None) if layer.training else (mean.clone(), var.clone())
+            copies = (None, None) if layer.training else (torch.clone(mean), torch.clone(var))  # type: ignore[arg-type]
+            layer.running_mean, layer.running_var = copies
         yield
     finally:
         for layer in layers:
