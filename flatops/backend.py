@@ -148,7 +148,7 @@ def _valid(name: str) -> str:
 _forced: str | None = os.environ.get("FLATOPS_BACKEND") or None
 
 
-class backend:  # noqa: N801 - a context manager, spelled like torch.no_grad
+class backend:  # spelled like torch.no_grad
     """A context manager: operators inside it run on one backend.
 
     Args:

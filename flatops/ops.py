@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flatops import reference
 from flatops.backend import operators
-from flatops.checks import DTYPES as DTYPES
 from flatops.checks import (
     check_backup,
     check_first_row,
@@ -36,9 +35,7 @@ from flatops.checks import (
     raise_bad,
     scalar,
 )
-from flatops.checks import signed as signed
 from flatops.schemas import filters
-from flatops.schemas import mask_size as mask_size
 
 __all__ = [
     "ascend_",

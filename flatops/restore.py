@@ -128,13 +128,13 @@ class Pass:
     """
 
     __exit__ = _Exit()
-    mine = left = False  # for __del__, should an interrupt come before __init__ sets them
+    # Of the class, so that __del__ finds them where an interrupt broke off __init__.
+    entered = left = False
+    mine = False  # whether it began the pass, and so ends it
 
     def __init__(self, owner: Any, *inside: contextlib.AbstractContextManager[Any], **options: Any) -> None:
         self.owner, self.inside, self.options = owner, inside, options
         self.stack = contextlib.ExitStack()
-        self.entered = self.left = False
-        self.mine = False  # whether it began the pass, and so ends it
 
     @outside_graphs
     def __enter__(self) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatops import distributed, ops
+from flatops import checks, distributed, ops
 from flatops.distributed import all_local
 from flatops.restore import Changes, forget_copies
 from flatops.scalars import on
 
-DTYPES = (*ops.DTYPES, torch.complex64, torch.complex128)  # complex weights are changed as pairs of real ones
+DTYPES = (*checks.DTYPES, torch.complex64, torch.complex128)  # complex weights are changed as pairs of real ones
 
 
 class Weights:

@@ -15,9 +15,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # set before Triton's kernels are imported: they then run in its interpreter
 
-from cases import BACKENDS  # noqa: E402
+from cases import BACKENDS
 
-from flatops.backend import _C  # noqa: E402 - after TRITON_INTERPRET, see above
+from flatops.backend import _C
 
 # A shell that runs the tests in the background ignores SIGINT, but some tests interrupt themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flatops
-from flatops import ops, reference
+from flatops import checks, ops, reference
 
 SGD = torch.optim.SGD
 BATCHES = [make_batch(100 + i) for i in range(3)]  # of 8 samples
@@ -591,7 +591,7 @@ def test_ascent_pass_does_nothing_by_default():
 # --- restoring --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["fisher", "dynamic"])
 def test_restored_bit_for_bit(kind, dtype):
     """Even if the body raises, and over many passes."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import flatops
 from flatops import CosineRamp, ops
+from flatops.checks import signed
 
 KINDS = {
     "sam": (flatops.SAM, {"rho": 0.1}),
@@ -32,7 +33,7 @@ def tensors(options):
     as_tensor = {
         "sigma": lambda v: torch.tensor(v, dtype=torch.float64),
         "rho": lambda v: torch.tensor(v, dtype=torch.float64),
-        "seed": lambda v: torch.tensor(ops.signed(v)),
+        "seed": lambda v: torch.tensor(signed(v)),
     }
     return {key: as_tensor[key](value) if key in as_tensor else value for key, value in options.items()}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton")  # before what imports it (E402), so that its absence skips this file
 import triton.language as tl  # noqa: E402
 from cases import assert_same_bits  # noqa: E402
 

@@ -46,8 +46,10 @@ class Flat(Groups):
     def _passes(self, model: nn.Module | None, loss_scale: Any) -> Iterator[AbstractContextManager[None]]:
         """The passes over one micro-batch, each a context for a forward and backward; see `flatops.passes`."""
 
-    has_clean_pass: bool = True
-    """Whether a step has a clean pass before the perturbed pass."""
+    @property
+    def has_clean_pass(self) -> bool:
+        """Whether a step has a clean pass before the perturbed pass."""
+        return True
 
     @property
     def passes_in_step(self) -> bool:

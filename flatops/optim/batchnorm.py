@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -36,7 +35,7 @@ def freeze_batchnorm_stats(model: nn.Module, enabled: bool = True) -> Iterator[N
         for layer in layers:
             layer.track_running_stats = False
         for layer, mean, var in hidden:
-            copies = (None, None) if layer.training else (torch.clone(mean), torch.clone(var))  # type: ignore[arg-type]
+            copies = [None if layer.training or t is None else t.clone() for t in (mean, var)]
             layer.running_mean, layer.running_var = copies
         yield
     finally:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatops import distributed, ops
+from flatops import distributed
+from flatops.checks import signed
 from flatops.optim import scaler
 from flatops.optim.run import Run, Stage
 from flatops.scalars import number, on, plain
@@ -150,7 +151,7 @@ class Groups(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and loaded is not value:
                     if written.setdefault(value, loaded) != loaded:  # groups that shared a tensor now differ
                         value = value.clone()
-                    group[key] = value.fill_(ops.signed(loaded))  # in place, because captured CUDA graphs read it there
+                    group[key] = value.fill_(signed(loaded))  # in place, because captured CUDA graphs read it there
         self.run.stage, self.run.agreed, self.run.default_seed = Stage.IDLE, False, False
 
 

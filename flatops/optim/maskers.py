@@ -14,6 +14,7 @@ from flatops.distributed import all_local, local, real_shape
 from flatops.optim import masks
 from flatops.optim.masks import Mask
 from flatops.scalars import check_integer, check_range, on
+from flatops.schemas import mask_size
 
 Masks = dict[torch.device, Mask]
 CHOICES = {
@@ -163,7 +164,7 @@ class Masker:
     def _from_first(self, make: Callable[[], Tensor]) -> Masks:
         """The masks of this process's shards, from a mask over whole parameters that rank 0 makes. Collective."""
         like = [torch.empty(real_shape(p), dtype=torch.bool, device="cpu") for p in self.params]
-        bits = distributed.from_first(make, (ops.mask_size(like),), torch.int32, self.params[0].device).cpu()
+        bits = distributed.from_first(make, (mask_size(like),), torch.int32, self.params[0].device).cpu()
         return self.of({p: distributed.shard_of(p, l) for p, l in zip(self.params, ops.unpack_mask(bits, like))})
 
     def of(self, live: dict[Tensor, Tensor]) -> Masks:

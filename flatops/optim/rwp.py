@@ -179,7 +179,7 @@ class RWP(KeepsFisher):
         return 0.0 if self.parallel else 1.0 - self.param_groups[0]["lam"]
 
     @property
-    def has_clean_pass(self) -> bool:  # type: ignore[override]
+    def has_clean_pass(self) -> bool:
         """Whether a step has a clean pass before the perturbed pass: that of m-RWP has, unless it is parallel."""
         return self.clean_weight > 0
 

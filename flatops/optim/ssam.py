@@ -299,11 +299,11 @@ class SSAM(KeepsFisher, SAM):
 
     def _norm(self, lists: list[tuple[list[Tensor], list[Tensor], bool]]) -> Tensor:
         skipped = set(self._skippable())
-        kept = []
+        kept: list[tuple[list[Tensor], list[Tensor], bool]] = []
         for params, along, adaptive in lists if skipped else ():
             if pairs := [(p, g) for p, g in zip(params, along) if p not in skipped]:
-                kept.append((*map(list, zip(*pairs)), adaptive))
-        return super()._norm(kept or lists)  # type: ignore[arg-type]
+                kept.append(([p for p, _ in pairs], [g for _, g in pairs], adaptive))
+        return super()._norm(kept or lists)
 
     # --- the ascent ---------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def decoded(raw: bytes) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # damaged EXIF is more common than damaged images, and PIL raises any kind of error for it
+    except Exception:  # PIL raises any kind for damaged EXIF, which is common; the image itself is good, so it is kept
         pass
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         [bits] = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, [16])

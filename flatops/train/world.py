@@ -86,11 +86,11 @@ def joined(timeout: float) -> Iterator[World]:
         with peer_errors():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
             yield world
-    except Exception:
+    except Exception:  # of any kind: other processes may be gone, and destroy_process_group would wait for them
         failed = True
         raise
     finally:
-        if not failed and dist.is_initialized():  # destroy_process_group would wait for processes that are gone
+        if not failed and dist.is_initialized():
             dist.destroy_process_group()
 
 
