@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flatops.backend import outside_graphs
 from flatops.restore import Pass
 from flatops.scalars import check_integer, on, plain
-from flatops.weights import Weights, by_device, check_regenerate, check_weights
+from flatops.weights import Changed, by_device, check_regenerate
 
 RESTORE = ("exact", "offload", "regenerate")
 
@@ -67,7 +66,7 @@ def perturb(
     return Pass(_Noisy(weights, sigma, restore, plain(position), {"seed": seed, "draw": draw, "stream": stream}))
 
 
-class _Noisy:
+class _Noisy(Changed):
     """The owner of the `Pass` of `perturb`."""
 
     def __init__(
@@ -75,27 +74,12 @@ class _Noisy:
     ) -> None:
         if restore not in RESTORE:
             raise ValueError(f"restore must be one of {', '.join(map(repr, RESTORE))}, not {restore!r}")
-        self.params = list(check_weights(weights).values())
+        super().__init__(weights)
         if restore == "regenerate":
             check_regenerate(self.params)
         self.sigma, self.how, self.position, self.noise = sigma, restore, position, noise
-        self.weights = Weights()
 
-    @property
-    def in_pass(self) -> bool:
-        return bool(self.weights.changes.made)
-
-    def _begin(self) -> bool:
-        self.weights.claim(self.params)
-        self.weights.forget_copies()
-        with torch.no_grad():
-            for device, (params, index) in by_device(self.params, self.position).items():
-                noise = {name: on(device, value) for name, value in self.noise.items()}
-                self.weights.add_noise(params, index, on(device, self.sigma), restore=self.how, **noise)
-        return True
-
-    def restore(self) -> None:
-        self.weights.restore()
-
-    def _end(self, well: bool) -> None:
-        pass
+    def _change(self) -> None:
+        for device, (params, index) in by_device(self.params, self.position).items():
+            noise = {name: on(device, value) for name, value in self.noise.items()}
+            self.weights.add_noise(params, index, on(device, self.sigma), restore=self.how, **noise)

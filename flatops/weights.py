@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -55,12 +56,11 @@ class Weights:
                     self.backups[i] = torch.empty_like(w, device=device, pin_memory=pinned, requires_grad=False)
         return [self.backups[i] for i in index]
 
-    def keep(self, params: list[Tensor], index: list[int], offload: bool = False) -> list[Tensor]:
-        """Copies the weights to their backups and returns these; anything may write to the weights until `restore`."""
+    def keep(self, params: list[Tensor], index: list[int], offload: bool = False) -> None:
+        """Copies the weights to their backups, so that anything may write to them until `restore`."""
         mine, backup = all_local(params), self.backup(params, index, offload)
         self.changes.announce(mine, backup[-1], **{"offloaded" if offload else "backup": backup})
         torch._foreach_copy_(backup, mine, non_blocking=offload)
-        return backup
 
     def ascend(self, params: list[Tensor], along: list[Tensor], rho: float | Tensor, **how: Any) -> None:
         """`ops.ascend_`; `how` holds its backup, mask, norm and adaptive."""
@@ -163,38 +163,49 @@ def by_device(params: Iterable[Tensor], position: int = 0) -> dict[torch.device,
     return parts
 
 
-class Kept:
-    """The owner of a `Pass` whose body may write anything to the weights: they are restored from a backup.
+class Changed(abc.ABC):
+    """The owner of a `Pass` over weights without an optimizer.
 
     Args:
         weights: as for `check_weights`.
-
-    During the pass `pairs` holds every weight and its backup, in order, complex ones as pairs of real ones.
     """
 
     def __init__(self, weights: nn.Module | Iterable[Tensor]) -> None:
         self.params, self.weights = list(check_weights(weights).values()), Weights()
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    @abc.abstractmethod
+    def _change(self) -> None:
+        """Changes the weights, by way of `self.weights`."""
 
     @property
     def in_pass(self) -> bool:
-        return bool(self.pairs)
+        return bool(self.weights.changes.made)
 
     def _begin(self) -> bool:
         self.weights.claim(self.params)
         self.weights.forget_copies()
         with torch.no_grad():
-            copies: dict[int, Tensor] = {}
-            for params, index in by_device(self.params).values():
-                copies.update(zip(index, self.weights.keep(params, index)))
-        self.pairs = [(w, copies[i]) for i, w in enumerate(all_local(self.params))]
+            self._change()
         return True
 
     def restore(self) -> None:
         self.weights.restore()
 
     def _end(self, well: bool) -> None:
-        self.pairs = []
+        """Nothing is left to do."""
+
+
+class Kept(Changed):
+    """Weights that the body of a `Pass` may write anything to: they are restored from a backup."""
+
+    def _change(self) -> None:
+        for params, index in by_device(self.params).values():
+            self.weights.keep(params, index)
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """During the pass, every weight and its backup in order, complex ones as pairs of real ones."""
+        return [(w, self.weights.backups[i]) for i, w in enumerate(all_local(self.params))]
 
 
 def check_weights(weights: nn.Module | Tensor | Iterable[Tensor]) -> Mapping[str, Tensor]:
